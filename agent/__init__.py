@@ -1,0 +1,1 @@
+"""The inferd agent: daemon, command line and client library."""

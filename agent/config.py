@@ -1,0 +1,291 @@
+"""The daemon's one TOML file, read once, checked where each field is declared, then frozen.
+
+Unknown keys are refused by name. A component receives its own section only. ``docs/config.md`` lists every field.
+msgspec structs instead of dataclasses: they refuse unknown keys and name the offending path.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import tomllib
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+
+from agent.errors import ConfigError
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_DEVICE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Role = Literal["infer", "read", "operate", "admin"]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all sections: immutable, keyword only, no unknown keys."""
+
+
+class DeviceConfig(Section, frozen=True):
+    """Who this box is and where its files live."""
+
+    id: str = ""  # empty: the host name
+    tenant: str = "default"
+    state_dir: str = "/var/lib/inferd"
+    profile: str = "auto"  # file name in profiles/ without .toml, or "auto"
+
+    def __post_init__(self) -> None:
+        _require(not self.id or bool(_DEVICE_ID.fullmatch(self.id)), "id: letters, digits, '.', '_', '-', at most 64")
+        _require(bool(_NAME.fullmatch(self.tenant)), "tenant: lower-case letters, digits, '.', '_', '-', at most 64")
+
+    @property
+    def effective_id(self) -> str:
+        """The configured id, or the host name."""
+        return self.id or re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64] or "box"
+
+
+class ServingConfig(Section, frozen=True):
+    """The listeners. systemd's sockets named ``frames``, ``http-unix`` and ``http`` replace the paths and the port."""
+
+    frame_socket: str = "/run/inferd/inferd.sock"
+    http_socket: str = "/run/inferd/http.sock"
+    http_host: str = "127.0.0.1"
+    http_port: int = 8080  # 0: no TCP listener
+    header_bytes_max: int = 64 * KIB
+    body_bytes_max: int = 64 * MIB
+    read_timeout_s: float = 10.0  # for the rest of a request whose first byte has arrived
+    idle_timeout_s: float = 75.0  # an HTTP keep-alive connection without a request
+    connections_max: int = 512  # per listener
+    deadline_ms_default: int = 30_000  # queue time included
+    drain_timeout_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.http_port <= 65535, "http_port: 0..65535")
+        _require(KIB <= self.header_bytes_max <= MIB, "header_bytes_max: 1 KiB..1 MiB")
+        _require(KIB <= self.body_bytes_max <= 1024 * MIB, "body_bytes_max: 1 KiB..1 GiB")
+        _require(0 < self.read_timeout_s <= 600, "read_timeout_s: above 0, at most 600")
+        _require(0 < self.idle_timeout_s <= 3600, "idle_timeout_s: above 0, at most 3600")
+        _require(1 <= self.connections_max <= 65536, "connections_max: 1..65536")
+        _require(1 <= self.deadline_ms_default <= 3_600_000, "deadline_ms_default: 1..3600000")
+        _require(0 <= self.drain_timeout_s <= 600, "drain_timeout_s: 0..600")
+
+
+class TokenConfig(Section, frozen=True):
+    """One bearer token of the TCP listener; only its hash is stored."""
+
+    name: str
+    sha256: str  # lower-case hex of the token's bytes: ``printf %s TOKEN | sha256sum``
+    roles: tuple[Role, ...] = ("infer",)
+
+    def __post_init__(self) -> None:
+        _require(bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256)), "sha256: 64 lower-case hex digits")
+
+
+class AuthConfig(Section, frozen=True):
+    """Who may do what. Unix peers are known by uid and gid, TCP clients by token."""
+
+    unix_default_roles: tuple[Role, ...] = ("infer", "read")  # any peer that the socket's file mode lets in
+    operate_uids: tuple[int, ...] = ()  # root and the daemon's own uid always hold admin
+    operate_gids: tuple[int, ...] = ()
+    tcp_anonymous_roles: tuple[Role, ...] = ("infer", "read")  # loopback only; never operate or admin
+    tokens: tuple[TokenConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(
+            not {"operate", "admin"} & set(self.tcp_anonymous_roles),
+            "tcp_anonymous_roles: management is never open to an unauthenticated TCP client",
+        )
+
+
+class StoreConfig(Section, frozen=True):
+    """Where bundles come from and how much a pull may take."""
+
+    urls: tuple[str, ...] = ()  # file:// or http(s)://, mirrors in order
+    anchor: str = "/usr/share/inferd/anchor/root.json"
+    poll_interval_s: float = 3600.0  # for models that follow a channel; 0: never
+    connections: int = 4
+    stall_timeout_s: float = 30.0  # no byte for so long: try again
+    metadata_timeout_s: float = 30.0  # whole download of one metadata file
+    disk_reserve_bytes: int = 64 * MIB  # never filled by a pull
+    bundle_bytes_max: int = 16 * 1024 * MIB
+    tries: int = 3  # per chunk and source
+
+    def __post_init__(self) -> None:
+        for url in self.urls:
+            _require(url.startswith(("file://", "http://", "https://")), f"urls: {url!r} is not file:// or http(s)://")
+        _require(1 <= self.connections <= 16, "connections: 1..16")
+        _require(0 < self.stall_timeout_s <= 600, "stall_timeout_s: above 0, at most 600")
+        _require(0 < self.metadata_timeout_s <= 600, "metadata_timeout_s: above 0, at most 600")
+        _require(self.disk_reserve_bytes >= 0, "disk_reserve_bytes: not negative")
+        _require(self.bundle_bytes_max >= 1, "bundle_bytes_max: at least 1")
+        _require(1 <= self.tries <= 20, "tries: 1..20")
+
+
+class PolicyConfig(Section, frozen=True):
+    """What a signed bundle is allowed to be on this box."""
+
+    handler_code: Literal["signed", "never"] = "signed"
+    native_formats: Literal["signed", "never"] = "never"
+    fallback: Literal["prefer", "require", "cpu"] = "prefer"  # require: only the best variant; cpu: CPU variants only
+    sandbox: Literal["enforce", "best_effort"] = "enforce"  # enforce: no worker without seccomp and Landlock
+
+
+class EngineConfig(Section, frozen=True):
+    """Bounds of pools and workers."""
+
+    workers: int = 1  # per model
+    queue_requests_max: int = 256  # waiting and running, per model
+    queue_bytes_max: int = 256 * MIB
+    start_timeout_s: float = 120.0  # fork to ready: load, warm-up and self-test
+    hang_timeout_s: float = 60.0  # a dispatched request without an answer for so long: the worker is killed
+    restart_first_s: float = 0.05
+    restart_cap_s: float = 30.0
+    deaths_max: int = 5  # within deaths_window_s: the next variant takes over
+    deaths_window_s: float = 60.0
+    memory_bytes_max: int = 0  # RLIMIT_AS of a worker; 0: from the manifest's measured memory, with head room
+    open_files_max: int = 256
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.workers <= 64, "workers: 1..64")
+        _require(1 <= self.queue_requests_max <= 1_000_000, "queue_requests_max: 1..1000000")
+        _require(self.queue_bytes_max >= MIB, "queue_bytes_max: at least 1 MiB")
+        _require(0 < self.start_timeout_s <= 3600, "start_timeout_s: above 0, at most 3600")
+        _require(0 < self.hang_timeout_s <= 3600, "hang_timeout_s: above 0, at most 3600")
+        _require(0 < self.restart_first_s <= self.restart_cap_s, "restart_first_s: above 0, at most restart_cap_s")
+        _require(1 <= self.deaths_max <= 1000, "deaths_max: 1..1000")
+        _require(16 <= self.open_files_max <= 65536, "open_files_max: 16..65536")
+
+
+class DeployConfig(Section, frozen=True):
+    """How a new version earns trust."""
+
+    probation_s: float = 60.0  # at least so long
+    probation_calls_min: int = 20  # and so many good answers; idle models are probed by their golden inputs
+    probation_limit_s: float = 600.0
+    probation_errors_max: float = 0.02  # share of failed answers above the previous version's
+    starts_in_trial_max: int = 3
+    fetch_retry_cap_s: float = 300.0
+    fetch_limit_s: float = 72 * 3600.0
+    keep_versions: int = 2  # per slot on disk, beside active and previous
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.probation_s <= self.probation_limit_s, "probation_s: 0..probation_limit_s")
+        _require(self.probation_calls_min >= 0, "probation_calls_min: not negative")
+        _require(0 <= self.probation_errors_max <= 1, "probation_errors_max: 0..1")
+        _require(1 <= self.starts_in_trial_max <= 100, "starts_in_trial_max: 1..100")
+        _require(self.fetch_retry_cap_s > 0, "fetch_retry_cap_s: above 0")
+
+
+class OutboxConfig(Section, frozen=True):
+    """Bounds of the offline telemetry queue; the oldest rows of the lowest class go first."""
+
+    size_bytes_max: int = 64 * MIB
+    floors_percent: tuple[int, int, int, int] = (25, 12, 38, 25)  # P0 deploy/security/audit, P1 health, P2 metrics, P3
+    inflight_max: int = 16  # unacknowledged publishes
+
+    def __post_init__(self) -> None:
+        _require(self.size_bytes_max >= 256 * KIB, "size_bytes_max: at least 256 KiB")
+        _require(sum(self.floors_percent) <= 100 and min(self.floors_percent) >= 0, "floors_percent: sum at most 100")
+        _require(1 <= self.inflight_max <= 1000, "inflight_max: 1..1000")
+
+
+class TelemetryConfig(Section, frozen=True):
+    """The MQTT link. An empty ``host`` means no link; events still fill the outbox."""
+
+    host: str = ""
+    port: int = 1883
+    username: str = ""
+    password_file: str = ""
+    tls_ca_file: str = ""  # set: TLS
+    tls_certificate_file: str = ""
+    tls_key_file: str = ""
+    keepalive_s: int = 30
+    connect_timeout_s: float = 10.0
+    reconnect_first_s: float = 1.0
+    reconnect_cap_s: float = 300.0
+    session_expiry_s: int = 86_400
+    metrics_interval_s: float = 60.0
+    outbox: OutboxConfig = msgspec.field(default_factory=OutboxConfig)
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.port <= 65535, "port: 1..65535")
+        _require(5 <= self.keepalive_s <= 3600, "keepalive_s: 5..3600")
+        _require(0 < self.connect_timeout_s <= 120, "connect_timeout_s: above 0, at most 120")
+        _require(
+            0 < self.reconnect_first_s <= self.reconnect_cap_s, "reconnect_first_s: above 0, at most reconnect_cap_s"
+        )
+        _require(0.1 <= self.metrics_interval_s <= 86_400, "metrics_interval_s: 0.1..86400")
+
+
+class ModelConfig(Section, frozen=True):
+    """A model this box serves unless the fleet or a local pin says otherwise."""
+
+    name: str
+    team: str
+    version: str = ""  # exact version; empty: follow ``channel``
+    channel: str = "stable"
+
+    def __post_init__(self) -> None:
+        _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
+        _require(bool(_NAME.fullmatch(self.team)), "team: lower-case letters, digits, '.', '_', '-', at most 64")
+
+
+class LogConfig(Section, frozen=True):
+    """Standard error, which systemd sends to the journal."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    style: Literal["auto", "json", "text"] = "auto"
+
+
+class Config(Section, frozen=True):
+    """The whole file."""
+
+    device: DeviceConfig = msgspec.field(default_factory=DeviceConfig)
+    serving: ServingConfig = msgspec.field(default_factory=ServingConfig)
+    auth: AuthConfig = msgspec.field(default_factory=AuthConfig)
+    store: StoreConfig = msgspec.field(default_factory=StoreConfig)
+    policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
+    engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
+    deploy: DeployConfig = msgspec.field(default_factory=DeployConfig)
+    telemetry: TelemetryConfig = msgspec.field(default_factory=TelemetryConfig)
+    log: LogConfig = msgspec.field(default_factory=LogConfig)
+    models: tuple[ModelConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [model.name for model in self.models]
+        _require(len(set(names)) == len(names), "models: two entries have the same name")
+
+
+def load(path: Path) -> Config:
+    """Return the checked configuration.
+
+    Raises:
+        ConfigError: unreadable, not TOML, unknown key or a value out of bounds; the message names file and key.
+    """
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    try:
+        return parse(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse(raw: dict[str, Any]) -> Config:
+    """Return the configuration of already parsed TOML; see ``load``."""
+    try:
+        return msgspec.convert(raw, Config)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        key = where.rstrip("`").lstrip(".")
+        raise ConfigError(f"[{key}] {message}" if key else message) from error
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

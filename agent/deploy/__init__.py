@@ -1,0 +1,1 @@
+"""Desired against actual: the deployment state machine, its journal and its reconciler."""

@@ -1,0 +1,79 @@
+"""Files that survive a power cut: written beside, synced, renamed, directory synced.
+
+Absent on purpose: locking and formats. A reader sees the old bytes or the new, never a mixture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from agent.errors import DiskFullError, StateError
+
+_DISK_FULL: Final = frozenset({28, 122})  # ENOSPC, EDQUOT
+
+
+def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data`` atomically and durably.
+
+    Raises:
+        DiskFullError: no space; the old file is untouched.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        if error.errno in _DISK_FULL:
+            raise DiskFullError(f"{path}: {error.strerror}") from error
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any, *, mode: int = 0o600) -> None:
+    """``write_file`` with readable JSON."""
+    write_file(path, json.dumps(value, indent=1, sort_keys=True).encode() + b"\n", mode=mode)
+
+
+def read_json(path: Path) -> Any:
+    """Return the parsed file, or ``None`` if there is none.
+
+    Raises:
+        StateError: the file exists and cannot be read or parsed.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StateError(f"{path}: {error}") from error
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename an unreadable file to ``<name>.broken`` so that it can be looked at; ``None`` if it is gone."""
+    target = path.with_name(path.name + ".broken")
+    try:
+        os.replace(path, target)
+    except FileNotFoundError:
+        return None
+    sync_directory(path.parent)
+    return target
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and creations inside ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

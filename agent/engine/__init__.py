@@ -1,0 +1,1 @@
+"""Slots, pools and workers: where a request meets a model."""

@@ -1,0 +1,1 @@
+"""Edges: the frame socket and HTTP. They turn bytes into engine requests and results into bytes."""

@@ -1,0 +1,1 @@
+"""The outbox, the MQTT link and fleet commands."""

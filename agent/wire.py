@@ -1,0 +1,289 @@
+"""The one frame that applications, the daemon and workers speak. Sans-I/O: bytes in, frames out.
+
+A frame is a fixed little-endian prefix, a MessagePack map (the header), then the body::
+
+    0        4                 8                          16          16+H             16+H+B
+    | "IFD1" | u32 H: header   | u64 B: body              | header    | body           |
+
+The header's ``kind`` says what it is. A body holds the tensors' raw bytes back to back in the header's order
+(C-contiguous, little-endian), or, when ``content_type`` is given, one raw request or answer.
+
+====== ============================================================================ ==========================
+kind   header                                                                        body
+====== ============================================================================ ==========================
+infer  id, model, version?, deadline_ms?, priority?, params?, content_type?,         tensors or raw request
+       tensors? [{name, dtype, shape, nbytes}], outputs? [name]
+result id, model, version, variant, tensors? | content_type, params?                 tensors or raw answer
+error  id?, code, message, retryable                                                 –
+cancel id                                                                            –
+call   id, method, args                                                              –
+reply  id, value                                                                     –
+hello  client or server, protocol, limits?                                           –
+====== ============================================================================ ==========================
+
+Promises: every length is checked against a limit before it is allocated; bad bytes raise ``FrameError`` naming the
+fault and leave the decoder unusable, so the connection must close; large bodies are received in place, not copied.
+Leaves out: sockets, descriptors, NumPy (``tensors.py``).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
+from typing import Any, Final, NamedTuple
+
+import msgpack
+
+from agent.errors import FrameError, TensorError, TooLargeError
+
+MAGIC: Final = b"IFD1"
+PREFIX: Final = struct.Struct("<4sIQ")
+PROTOCOL: Final = 1
+
+# Bytes per element; None = variable: each element is a little-endian u32 length and that many bytes.
+DTYPES: Final[Mapping[str, int | None]] = {
+    "bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "uint32": 4, "int32": 4, "uint64": 8, "int64": 8,
+    "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "bytes": None,
+}  # fmt: skip
+
+Buffer = bytes | bytearray | memoryview
+_RANK_MAX: Final = 16
+_ELEMENTS_MAX: Final = 1 << 40
+_IN_PLACE: Final = 1 << 18  # bodies above this are received straight into their own buffer
+
+
+class Kind(StrEnum):
+    """The frame kinds of protocol 1."""
+
+    INFER = "infer"
+    RESULT = "result"
+    ERROR = "error"
+    CANCEL = "cancel"
+    CALL = "call"
+    REPLY = "reply"
+    HELLO = "hello"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of one connection, in bytes and counts."""
+
+    header_bytes_max: int = 64 * 1024
+    body_bytes_max: int = 64 * 1024 * 1024
+    tensors_max: int = 64
+
+
+class Frame(NamedTuple):
+    """One decoded frame. ``body`` may be a view into a receive buffer: copy what must outlive the next feed."""
+
+    header: dict[str, Any]
+    body: Buffer
+
+
+class Tensor(NamedTuple):
+    """One tensor's place in a body: ``nbytes`` bytes from ``offset``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def encode_head(header: Mapping[str, Any], body_bytes: int = 0) -> bytes:
+    """Return prefix and header of a frame whose body of ``body_bytes`` follows.
+
+    Raises:
+        FrameError: the header holds a value MessagePack cannot carry.
+    """
+    try:
+        packed: bytes = msgpack.packb(header)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FrameError(f"header cannot be encoded: {error}") from error
+    return PREFIX.pack(MAGIC, len(packed), body_bytes) + packed
+
+
+def encode(header: Mapping[str, Any], body: Sequence[Buffer] = ()) -> list[Buffer]:
+    """Return a frame as buffers for one ``sendmsg``; the body's buffers are not copied."""
+    return [encode_head(header, sum(len(memoryview(part).cast("B")) for part in body)), *body]
+
+
+def error_header(request_id: int | None, code: str, message: str, *, retryable: bool = False) -> dict[str, Any]:
+    """Return the header of an error frame."""
+    header: dict[str, Any] = {"kind": Kind.ERROR.value, "code": code, "message": message, "retryable": retryable}
+    if request_id is not None:
+        header["id"] = request_id
+    return header
+
+
+class Decoder:
+    """Turn a byte stream into frames.
+
+    Feed what was received. When ``body_buffer()`` returns a view, a large body is under way: receive straight into
+    that view and tell ``body_filled(n)``; feeding also stays correct.
+    """
+
+    __slots__ = ("_body", "_broken", "_filled", "_header", "_limits", "_pending")
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._pending = bytearray()  # start of a frame whose rest has not arrived
+        self._header: dict[str, Any] | None = None  # header of the large body under way
+        self._body = bytearray()
+        self._filled = 0
+        self._broken = False
+
+    @property
+    def mid_frame(self) -> bool:
+        """Whether a frame has begun and is not complete."""
+        return bool(self._pending) or self._header is not None
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Return the frames completed by ``data``.
+
+        Raises:
+            FrameError: bad magic, malformed header. Close the connection.
+            TooLargeError: a length above its limit. Close the connection.
+        """
+        if self._broken:
+            raise FrameError("the stream already broke the protocol")
+        try:
+            return self._feed(data)
+        except (FrameError, TooLargeError):
+            self._broken = True
+            raise
+
+    def body_buffer(self) -> memoryview | None:
+        """Return the unfilled rest of a large body, or ``None``."""
+        return memoryview(self._body)[self._filled :] if self._header is not None else None
+
+    def body_filled(self, count: int) -> Frame | None:
+        """Record ``count`` bytes received into ``body_buffer()``; return the frame if that completed it."""
+        if self._header is None or not 0 <= count <= len(self._body) - self._filled:
+            raise FrameError("no body of that size is under way")
+        self._filled += count
+        if self._filled < len(self._body):
+            return None
+        frame = Frame(self._header, self._body)
+        self._header, self._body, self._filled = None, bytearray(), 0
+        return frame
+
+    def _feed(self, data: bytes) -> list[Frame]:
+        frames: list[Frame] = []
+        if self._header is not None:
+            taken = min(len(data), len(self._body) - self._filled)
+            self._body[self._filled : self._filled + taken] = data[:taken]
+            done = self.body_filled(taken)
+            if done is None:
+                return frames
+            frames.append(done)
+            data = data[taken:]
+        if self._pending:
+            self._pending += data
+            data = bytes(self._pending)
+            self._pending = bytearray()
+        offset, size = 0, len(data)
+        while size - offset >= PREFIX.size:
+            magic, header_bytes, body_bytes = PREFIX.unpack_from(data, offset)
+            self._check(magic, header_bytes, body_bytes)
+            start = offset + PREFIX.size
+            if size - start < header_bytes:
+                break
+            body_start = start + header_bytes
+            end = body_start + body_bytes
+            if end > size and body_bytes > _IN_PLACE:
+                self._begin_body(self._unpack(data[start:body_start]), body_bytes, data[body_start:])
+                return frames
+            if end > size:
+                break
+            frames.append(Frame(self._unpack(data[start:body_start]), memoryview(data)[body_start:end]))
+            offset = end
+        if offset < size:
+            self._pending = bytearray(data[offset:])
+            if self._pending[:4] != MAGIC[: len(self._pending)]:
+                raise FrameError("bad magic: not an inferd frame")
+        return frames
+
+    def _begin_body(self, header: dict[str, Any], body_bytes: int, first: bytes) -> None:
+        self._header = header
+        self._body = bytearray(body_bytes)
+        self._body[: len(first)] = first
+        self._filled = len(first)
+
+    def _check(self, magic: bytes, header_bytes: int, body_bytes: int) -> None:
+        if magic != MAGIC:
+            raise FrameError("bad magic: not an inferd frame")
+        if not 1 <= header_bytes <= self._limits.header_bytes_max:
+            raise TooLargeError(f"header of {header_bytes} bytes; the limit is {self._limits.header_bytes_max}")
+        if body_bytes > self._limits.body_bytes_max:
+            raise TooLargeError(f"body of {body_bytes} bytes; the limit is {self._limits.body_bytes_max}")
+
+    def _unpack(self, packed: bytes) -> dict[str, Any]:
+        try:
+            header = msgpack.unpackb(packed, max_buffer_size=self._limits.header_bytes_max)
+        except Exception as error:  # msgpack raises half a dozen unrelated types on bad bytes
+            raise FrameError(f"header is not MessagePack: {type(error).__name__}") from error
+        if not isinstance(header, dict) or not isinstance(header.get("kind"), str):
+            raise FrameError("header is not a map with a 'kind'")
+        request_id = header.get("id")
+        if request_id is not None and (type(request_id) is not int or not 0 <= request_id < 1 << 63):
+            raise FrameError("'id' must be an integer from 0 below 2**63")
+        return header
+
+
+def parse_tensors(entries: object, body_bytes: int, *, tensors_max: int = 64) -> tuple[Tensor, ...]:
+    """Check the header's ``tensors`` against the body and return each tensor's place in it.
+
+    Args:
+        entries: The header's value, as received.
+        body_bytes: Length of the body (bytes).
+
+    Raises:
+        TensorError: malformed entry, unknown dtype, size that differs from dtype x shape, or sizes that do not add
+            up to the body.
+    """
+    if not isinstance(entries, list) or len(entries) > tensors_max:
+        raise TensorError(f"'tensors' must be a list of at most {tensors_max}")
+    tensors, offset = [], 0
+    for entry in entries:
+        tensor = _parse_tensor(entry, offset)
+        offset += tensor.nbytes
+        if offset > body_bytes:
+            raise TensorError(f"tensor {tensor.name!r} runs past the body of {body_bytes} bytes")
+        tensors.append(tensor)
+    if offset != body_bytes:
+        raise TensorError(f"tensors hold {offset} bytes, the body {body_bytes}")
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise TensorError("two tensors have the same name")
+    return tuple(tensors)
+
+
+def tensor_entries(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> list[dict[str, Any]]:
+    """Return header entries for ``(name, dtype, shape, nbytes)``."""
+    return [
+        {"name": name, "dtype": dtype, "shape": list(shape), "nbytes": nbytes} for name, dtype, shape, nbytes in tensors
+    ]
+
+
+def _parse_tensor(entry: object, offset: int) -> Tensor:
+    if not isinstance(entry, dict):
+        raise TensorError("a tensor entry must be a map")
+    name, dtype, shape, nbytes = entry.get("name"), entry.get("dtype"), entry.get("shape"), entry.get("nbytes")
+    if not isinstance(name, str) or not 0 < len(name) <= 256:
+        raise TensorError("a tensor's name must be a text of 1..256 characters")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise TensorError(f"tensor {name!r}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > _RANK_MAX or not all(type(n) is int and n >= 0 for n in shape):
+        raise TensorError(f"tensor {name!r}: shape must be a list of at most {_RANK_MAX} integers from 0")
+    if type(nbytes) is not int or nbytes < 0:
+        raise TensorError(f"tensor {name!r}: nbytes must be an integer from 0")
+    elements = prod(shape)
+    if elements > _ELEMENTS_MAX:
+        raise TensorError(f"tensor {name!r}: shape {shape} is too large")
+    width = DTYPES[dtype]
+    if width is not None and elements * width != nbytes:
+        raise TensorError(f"tensor {name!r}: {dtype}{shape} takes {elements * width} bytes, not {nbytes}")
+    return Tensor(name, dtype, tuple(shape), offset, nbytes)

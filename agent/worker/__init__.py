@@ -1,0 +1,1 @@
+"""The model's own process: zygote, sandbox, handler, batcher, runtime."""

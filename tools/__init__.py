@@ -1,0 +1,1 @@
+"""Programs for the centre and the bench: inferhub, loadgen, the demo."""

@@ -1,0 +1,1 @@
+"""The end-to-end demonstration: real model, real store, real broker."""

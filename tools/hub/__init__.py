@@ -1,0 +1,1 @@
+"""The publisher: keys, packing, the signed repository, fleet commands."""
