@@ -1,1 +1,3 @@
 """The inferd agent: daemon, command line and client library."""
+
+__version__ = "0.1.0"

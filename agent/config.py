@@ -58,6 +58,9 @@ class ServingConfig(Section, frozen=True):
     read_timeout_s: float = 10.0  # for the rest of a request whose first byte has arrived
     idle_timeout_s: float = 75.0  # an HTTP keep-alive connection without a request
     connections_max: int = 512  # per listener
+    write_timeout_s: float = 10.0  # a client that takes nothing of its answers for so long is cut
+    output_bytes_max: int = 16 * MIB  # answers waiting for one slow client; with more waiting it is cut
+    receive_bytes_max: int = 256 * MIB  # half-received bodies of all clients together; above it they are refused
     deadline_ms_default: int = 30_000  # queue time included
     drain_timeout_s: float = 20.0
 
@@ -68,6 +71,9 @@ class ServingConfig(Section, frozen=True):
         _require(0 < self.read_timeout_s <= 600, "read_timeout_s: above 0, at most 600")
         _require(0 < self.idle_timeout_s <= 3600, "idle_timeout_s: above 0, at most 3600")
         _require(1 <= self.connections_max <= 65536, "connections_max: 1..65536")
+        _require(0 < self.write_timeout_s <= 600, "write_timeout_s: above 0, at most 600")
+        _require(64 * KIB <= self.output_bytes_max <= 1024 * MIB, "output_bytes_max: 64 KiB..1 GiB")
+        _require(self.receive_bytes_max >= self.body_bytes_max, "receive_bytes_max: at least body_bytes_max")
         _require(1 <= self.deadline_ms_default <= 3_600_000, "deadline_ms_default: 1..3600000")
         _require(0 <= self.drain_timeout_s <= 600, "drain_timeout_s: 0..600")
 
@@ -184,11 +190,17 @@ class OutboxConfig(Section, frozen=True):
     size_bytes_max: int = 64 * MIB
     floors_percent: tuple[int, int, int, int] = (25, 12, 38, 25)  # P0 deploy/security/audit, P1 health, P2 metrics, P3
     inflight_max: int = 16  # unacknowledged publishes
+    row_bytes_max: int = 64 * KIB  # one message; a larger one is dropped, counted and reported as a gap
+    refusals_max: int = 8  # a message the broker itself calls bad so often is dropped, counted and reported as a gap
+    drain_rows_per_s_max: int = 500  # a long backlog must not be felt by inference
 
     def __post_init__(self) -> None:
         _require(self.size_bytes_max >= 256 * KIB, "size_bytes_max: at least 256 KiB")
         _require(sum(self.floors_percent) <= 100 and min(self.floors_percent) >= 0, "floors_percent: sum at most 100")
         _require(1 <= self.inflight_max <= 1000, "inflight_max: 1..1000")
+        _require(KIB <= self.row_bytes_max <= MIB, "row_bytes_max: 1 KiB..1 MiB")
+        _require(1 <= self.refusals_max <= 1000, "refusals_max: 1..1000")
+        _require(1 <= self.drain_rows_per_s_max <= 100_000, "drain_rows_per_s_max: 1..100000")
 
 
 class TelemetryConfig(Section, frozen=True):
@@ -206,7 +218,15 @@ class TelemetryConfig(Section, frozen=True):
     reconnect_first_s: float = 1.0
     reconnect_cap_s: float = 300.0
     session_expiry_s: int = 86_400
+    stable_after_s: float = 60.0  # a connection that held so long resets the reconnect delay
+    first_connect_spread_s: float = (
+        0.0  # a fleet's boxes spread their first connect over so long, by a hash of their id
+    )
+    will_delay_s: int = 20  # the broker reports us lost after so long without a reconnect
+    flush_timeout_s: float = 2.0  # at shutdown, for what is still in the outbox
     metrics_interval_s: float = 60.0
+    reported_interval_s: float = 5.0  # between two changes of the retained ``reported`` document
+    commands_per_minute_max: int = 30  # signature checks; more commands than that are counted and dropped
     outbox: OutboxConfig = msgspec.field(default_factory=OutboxConfig)
 
     def __post_init__(self) -> None:
@@ -216,7 +236,14 @@ class TelemetryConfig(Section, frozen=True):
         _require(
             0 < self.reconnect_first_s <= self.reconnect_cap_s, "reconnect_first_s: above 0, at most reconnect_cap_s"
         )
+        _require(0 < self.stable_after_s <= 86_400, "stable_after_s: above 0, at most 86400")
+        _require(0 <= self.first_connect_spread_s <= 3600, "first_connect_spread_s: 0..3600")
+        _require(0 <= self.will_delay_s <= 3600, "will_delay_s: 0..3600")
+        _require(0 <= self.flush_timeout_s <= 60, "flush_timeout_s: 0..60")
+        _require(0 <= self.session_expiry_s <= 4_294_967_295, "session_expiry_s: 0..4294967295")
         _require(0.1 <= self.metrics_interval_s <= 86_400, "metrics_interval_s: 0.1..86400")
+        _require(0 <= self.reported_interval_s <= 3600, "reported_interval_s: 0..3600")
+        _require(1 <= self.commands_per_minute_max <= 6000, "commands_per_minute_max: 1..6000")
 
 
 class ModelConfig(Section, frozen=True):

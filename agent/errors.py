@@ -22,7 +22,8 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     │   ├── SelfTestError (selftest_failed)         golden outputs differ
     │   ├── SandboxError (sandbox_failed)           the required isolation could not be set up
     │   ├── OutOfMemoryError (out_of_memory)
-    │   └── HandlerError (handler_failed)           the handler raised on this request
+    │   ├── HandlerError (handler_failed)           the handler raised on this request
+    │   └── InferenceError (inference_failed)       the runtime raised on this request
     ├── BundleError (bad_bundle)
     │   ├── UntrustedError (untrusted)              a signature, threshold or hash does not hold
     │   ├── RollbackDetectedError (rollback_detected)  older metadata than already trusted
@@ -36,6 +37,7 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     │   ├── OfflineError* (offline)                 the store cannot be reached
     │   ├── TransientError* (store_transient)       5xx, cut stream, stall
     │   └── DiskFullError* (disk_full)
+    ├── LinkError* (link_failed)                    the MQTT broker cannot be reached, refused us or went away
     ├── CommandError (command_refused)              a fleet or local command that is not carried out
     │   ├── CommandExpiredError (command_expired)
     │   └── CommandReplayError (command_replayed)
@@ -180,6 +182,12 @@ class HandlerError(WorkerError):
     code = "handler_failed"
 
 
+class InferenceError(WorkerError):
+    """The runtime raised on this request; other requests are not affected."""
+
+    code = "inference_failed"
+
+
 class BundleError(AgentError):
     """A bundle is refused."""
 
@@ -258,6 +266,13 @@ class DiskFullError(StoreError):
     """Not enough space; nothing that serves was touched."""
 
     code = "disk_full"
+    retryable = True
+
+
+class LinkError(AgentError):
+    """The MQTT broker cannot be reached, refused the connection or went away; telemetry waits in the outbox."""
+
+    code = "link_failed"
     retryable = True
 
 

@@ -1,0 +1,420 @@
+"""The workers of one variant: admission, dispatch, restart, retry.
+
+A pool keeps ``size`` workers of one variant alive. A job waits here only while no worker has room. When a worker dies
+its unanswered jobs are tried once more elsewhere, before everything that waits; a handler that declares itself not
+idempotent is the exception. Deaths beyond the bound end the pool: ``on_lost`` lets the version take its next variant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from agent.backoff import Backoff
+from agent.config import EngineConfig
+from agent.engine.job import Job
+from agent.engine.link import WorkerLink
+from agent.engine.types import VariantSpec
+from agent.engine.zygote import Exit, WorkerProcess
+from agent.errors import AgentError, DeadlineError, LoadError, OverloadedError, WorkerDiedError, WorkerError, by_code
+from agent.log import get_logger
+from agent.wire import Buffer, Limits
+
+_log = get_logger("pool")
+_HELD_BYTES_MAX: Final = 64 * 1024 * 1024  # bodies a worker may hold before others wait in the daemon
+_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors")
+_ATTEMPTS_MAX: Final = 2
+_LEAVE_TIMEOUT_S: Final = 5.0
+
+
+class Forker(Protocol):
+    """What a pool needs of a zygote."""
+
+    async def fork(self, spec: dict[str, Any]) -> WorkerProcess: ...
+
+    async def exit_of(self, worker: WorkerProcess, *, timeout_s: float = 1.0) -> Exit: ...
+
+
+class PoolOwner(Protocol):
+    """Who is told what happens in a pool."""
+
+    def answered(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        """A job has its answer; pass it on and count it."""
+
+    def worker_died(self, pid: int, cause: str, retried: int) -> None: ...
+
+    def worker_ready(self, pid: int) -> None: ...
+
+    def pool_lost(self, error: WorkerError) -> None:
+        """The variant cannot be kept alive; its waiting jobs are in ``Pool.waiting``."""
+
+
+class Pool:
+    """Workers of one variant. All methods run on the loop's thread."""
+
+    def __init__(
+        self,
+        spec: VariantSpec,
+        forker: Forker,
+        config: EngineConfig,
+        *,
+        owner: PoolOwner,
+        spawn: Callable[[Coroutine[Any, Any, None], str], None],
+        scratch: Path,
+        wire: Limits,
+        numbers: itertools.count[int],
+    ) -> None:
+        self.spec = spec
+        self.links: list[WorkerLink] = []
+        self.waiting: deque[Job] = deque()
+        self.hello: dict[str, Any] = {}
+        self.restarts = 0
+        self._forker = forker
+        self._config = config
+        self._owner = owner
+        self._spawn = spawn
+        self._scratch = scratch
+        self._wire = wire
+        self._numbers = numbers
+        self._loop = asyncio.get_running_loop()
+        self._deaths: deque[float] = deque(maxlen=config.deaths_max)
+        self._backoff = Backoff(first_s=config.restart_first_s, cap_s=config.restart_cap_s)
+        self._starting: dict[WorkerLink, asyncio.Future[None]] = {}
+        self._calls: dict[int, tuple[WorkerLink, asyncio.Future[Any]]] = {}
+        self._waiting_bytes = 0
+        self._leaving: set[WorkerLink] = set()
+        self._closed = asyncio.Event()
+        self._idempotent = True
+        self._drained = asyncio.Event()
+
+    # Life
+
+    async def start(self) -> None:
+        """Start the first worker; the others follow in the background.
+
+        Raises:
+            WorkerError: it did not load, failed its self-test, or died; the class says which.
+        """
+        await self._start_worker()
+        for _ in range(1, self._config.workers):
+            self._spawn(self._restart(0.0), f"start {self.spec.id}")
+
+    async def close(self, *, timeout_s: float) -> None:
+        """Answer what is held, then let the workers go; jobs over the time are failed."""
+        self._closed.set()
+        if self.outstanding:
+            self._drained.clear()
+            try:
+                await asyncio.wait_for(self._drained.wait(), timeout_s)
+            except TimeoutError:
+                _log.warning("drain timed out", variant=self.spec.id, outstanding=self.outstanding)
+        self.abandon(WorkerDiedError("the model was unloaded before it answered"))
+        leaving, self.links = self.links, []
+        for link, started in self._starting.items():
+            link.kill()
+            if not started.done():
+                started.set_exception(LoadError("the model was unloaded while it started"))
+        async with asyncio.TaskGroup() as group:
+            for link in leaving:
+                self._leaving.add(link)
+                group.create_task(self._see_off(link))
+
+    def abandon(self, error: AgentError) -> None:
+        """Fail every job of the pool with ``error``."""
+        for link in self.links:
+            for job in list(link.jobs.values()):
+                link.forget(job)
+                self._finish_failed(job, error)
+        for job in self.take_waiting():
+            self._finish_failed(job, error)
+        for _, future in self._calls.values():
+            if not future.done():
+                future.set_exception(error)
+
+    def take_waiting(self) -> list[Job]:
+        """Remove and return the jobs no worker holds, oldest first."""
+        jobs = list(self.waiting)
+        self.waiting.clear()
+        self._waiting_bytes = 0
+        return jobs
+
+    # Work
+
+    @property
+    def outstanding(self) -> int:
+        """Jobs admitted and not answered."""
+        return len(self.waiting) + sum(len(link.jobs) for link in self.links)
+
+    @property
+    def held_bytes(self) -> int:
+        """Body bytes of all outstanding jobs."""
+        return self._waiting_bytes + sum(link.held_bytes for link in self.links)
+
+    def submit(self, job: Job) -> None:
+        """Take one job: to a worker at once if one has room, else into the queue.
+
+        Raises:
+            OverloadedError: the queue's bound in requests or bytes is reached.
+        """
+        config = self._config
+        if self.outstanding >= config.queue_requests_max:
+            raise OverloadedError(f"{config.queue_requests_max} requests are waiting; try again later")
+        if self.held_bytes + len(job.request.body) > config.queue_bytes_max:
+            raise OverloadedError(f"waiting requests hold {config.queue_bytes_max} bytes; try again later")
+        self.adopt(job)
+
+    def adopt(self, job: Job, *, first: bool = False) -> None:
+        """Take a job that is already admitted; ``first`` puts it before all that wait."""
+        link = self._roomiest() if not self.waiting or first else None
+        if link is not None:
+            self._dispatch(link, job)
+            return
+        self._waiting_bytes += len(job.request.body)
+        if first:
+            self.waiting.appendleft(job)
+        else:
+            self.waiting.append(job)
+
+    def cancel(self, job: Job) -> bool:
+        """Forget ``job`` and tell its worker; ``False`` if it is not here."""
+        link = job.link
+        if link is not None and job.number in link.jobs:
+            link.forget(job)
+            link.post({"kind": "cancel", "id": job.number})
+            self._check_drained()
+            return True
+        try:
+            self.waiting.remove(job)
+        except ValueError:
+            return False
+        self._waiting_bytes -= len(job.request.body)
+        self._check_drained()
+        return True
+
+    def sweep(self, now: float) -> None:
+        """Answer jobs past their deadline; kill a worker that has held one job too long."""
+        for job in [job for job in self.waiting if job.request.deadline <= now]:
+            self.cancel(job)
+            self._finish_failed(job, DeadlineError("the deadline passed while the request waited"))
+        for link in self.links:
+            oldest = now
+            for job in list(link.jobs.values()):
+                oldest = min(oldest, job.dispatched)
+                if job.request.deadline <= now:
+                    self.cancel(job)
+                    self._finish_failed(job, DeadlineError("the deadline passed before the model answered"))
+            if now - oldest > self._config.hang_timeout_s and link.alive:
+                _log.error("worker hangs; killing it", variant=self.spec.id, pid=link.process.pid)
+                link.kill()
+
+    async def call(self, method: str, *, timeout_s: float) -> Any:
+        """Call ``selftest`` or ``ping`` on a worker and return its value.
+
+        Raises:
+            WorkerDiedError: no worker, it died, or it did not answer in time.
+        """
+        if not self.links:
+            raise WorkerDiedError("no worker is running")
+        number, future = next(self._numbers), self._loop.create_future()
+        link = self.links[number % len(self.links)]
+        self._calls[number] = (link, future)
+        link.post({"kind": "call", "id": number, "method": method})
+        try:
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError as error:
+            raise WorkerDiedError(f"the worker did not answer {method} within {timeout_s} s") from error
+        finally:
+            self._calls.pop(number, None)
+
+    # Inside
+
+    def _roomiest(self) -> WorkerLink | None:
+        """The worker with the fewest jobs, if it has room."""
+        best = None
+        for link in self.links:
+            if len(link.jobs) < self.spec.window and link.held_bytes < _HELD_BYTES_MAX:
+                if not link.jobs:
+                    return link
+                if best is None or len(link.jobs) < len(best.jobs):
+                    best = link
+        return best
+
+    def _dispatch(self, link: WorkerLink, job: Job) -> None:
+        request = job.request
+        now = self._loop.time()
+        header = {"kind": "infer", "id": job.number, "deadline_ms": max(1, int((request.deadline - now) * 1000))}
+        source = request.header
+        for name in _FORWARDED:
+            value = source.get(name)
+            if value is not None:
+                header[name] = value
+        job.link = link
+        job.dispatched = now
+        job.attempts += 1
+        link.send(job, header)
+
+    def _refill(self) -> None:
+        while self.waiting:
+            link = self._roomiest()
+            if link is None:
+                return
+            job = self.waiting.popleft()
+            self._waiting_bytes -= len(job.request.body)
+            self._dispatch(link, job)
+
+    def _on_answer(self, _link: WorkerLink, job: Job, header: dict[str, Any], body: Buffer) -> None:
+        self._owner.answered(job, header, (body,) if len(body) else ())
+        if self.waiting:
+            self._refill()
+        elif self._closed.is_set():
+            self._check_drained()
+
+    def _finish_failed(self, job: Job, error: AgentError) -> None:
+        header = {"kind": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
+        self._owner.answered(job, header, ())
+
+    def _check_drained(self) -> None:
+        if self._closed.is_set() and not self.outstanding:
+            self._drained.set()
+
+    async def _start_worker(self) -> None:
+        scratch = Path(tempfile.mkdtemp(prefix=f"{self.spec.id}-", dir=self._scratch))
+        try:
+            process = await self._forker.fork({**self.spec.worker, "scratch_dir": str(scratch)})
+            link = WorkerLink(
+                process, limits=self._wire, on_answer=self._on_answer, on_frame=self._on_frame, on_death=self._on_death
+            )
+            ready: asyncio.Future[None] = self._loop.create_future()
+            self._starting[link] = ready
+            try:
+                await asyncio.wait_for(ready, self._config.start_timeout_s)
+            except TimeoutError as error:
+                raise LoadError(f"not ready within {self._config.start_timeout_s} s") from error
+            except BaseException:
+                link.kill()
+                raise
+            finally:
+                self._starting.pop(link, None)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        link.scratch = scratch
+        if self._closed.is_set():
+            self._leaving.add(link)
+            await self._see_off(link)
+            return
+        self.hello = link.hello
+        self._idempotent = bool(link.hello.get("idempotent", True))
+        self.links.append(link)
+        self._owner.worker_ready(process.pid)
+        self._refill()
+
+    def _on_frame(self, link: WorkerLink, header: dict[str, Any]) -> None:
+        kind = header["kind"]
+        started = self._starting.get(link)
+        if kind == "reply":
+            _, future = self._calls.get(header.get("id", -1), (link, None))
+            if future is not None and not future.done():
+                future.set_result(header.get("value"))
+        elif started is not None and not started.done():
+            if kind == "hello":
+                link.hello = header
+                started.set_result(None)
+            elif kind == "error":
+                error = by_code(str(header.get("code")), str(header.get("message")))
+                started.set_exception(error if isinstance(error, WorkerError) else LoadError(f"{error.code}: {error}"))
+        elif kind == "error":
+            _log.warning("worker reports an error", pid=link.process.pid, error=header.get("message"))
+
+    def _on_death(self, link: WorkerLink) -> None:
+        started = self._starting.get(link)
+        if started is not None:
+            self._spawn(self._explain_failed_start(link, started), f"reap {link.process.pid}")
+            return
+        if link in self._leaving:
+            return
+        if link not in self.links:
+            self._spawn(self._explain_failed_start(link, None), f"reap {link.process.pid}")
+            return
+        self.links.remove(link)
+        jobs = list(link.jobs.values())
+        link.jobs.clear()
+        retried = 0
+        for job in reversed(jobs):
+            if self._idempotent and job.attempts < _ATTEMPTS_MAX:
+                retried += 1
+                self.adopt(job, first=True)
+            else:
+                self._finish_failed(job, WorkerDiedError("the worker died while it held this request"))
+        for owner, future in self._calls.values():
+            if owner is link and not future.done():
+                future.set_exception(WorkerDiedError("the worker died"))
+        self._spawn(self._bury(link, retried), f"reap {link.process.pid}")
+        if self._closed.is_set():
+            self._check_drained()
+            return
+        now = self._loop.time()
+        self._deaths.append(now)
+        if len(self._deaths) == self._config.deaths_max and now - self._deaths[0] < self._config.deaths_window_s:
+            self._lose(WorkerDiedError(f"{len(self._deaths)} deaths within {self._config.deaths_window_s:g} s"))
+        else:
+            self._spawn(self._restart(self._backoff.next()), f"restart {self.spec.id}")
+
+    async def _see_off(self, link: WorkerLink) -> None:
+        """Let a worker finish and leave; kill it when it does not."""
+        link.hang_up()
+        try:
+            await asyncio.wait_for(link.gone.wait(), _LEAVE_TIMEOUT_S)
+        except TimeoutError:
+            link.kill()
+            await link.gone.wait()
+        await self._forker.exit_of(link.process)
+        self._discard(link)
+
+    def _discard(self, link: WorkerLink) -> None:
+        self._leaving.discard(link)
+        link.process.close()
+        if link.scratch is not None:
+            shutil.rmtree(link.scratch, ignore_errors=True)
+
+    async def _explain_failed_start(self, link: WorkerLink, started: asyncio.Future[None] | None) -> None:
+        ended = await self._forker.exit_of(link.process)
+        self._discard(link)
+        if started is not None and not started.done():
+            started.set_exception(LoadError(f"the worker died while it loaded: {ended}"))
+
+    async def _bury(self, link: WorkerLink, retried: int) -> None:
+        ended = await self._forker.exit_of(link.process)
+        self._discard(link)
+        self._owner.worker_died(link.process.pid, str(ended), retried)
+
+    async def _restart(self, delay_s: float) -> None:
+        while not self._closed.is_set():
+            await asyncio.sleep(delay_s)
+            if self._closed.is_set():
+                return
+            try:
+                await self._start_worker()
+            except WorkerError as error:
+                if self._closed.is_set():
+                    return
+                _log.error("worker does not start", variant=self.spec.id, code=error.code, error=str(error))
+                self._deaths.append(self._loop.time())
+                if len(self._deaths) == self._config.deaths_max and not self.links:
+                    self._lose(error)
+                    return
+                delay_s = self._backoff.next()
+            else:
+                self.restarts += 1
+                return
+
+    def _lose(self, error: WorkerError) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            self._owner.pool_lost(error)

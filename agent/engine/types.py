@@ -1,0 +1,75 @@
+"""The engine's own words: what it is asked to load and what it is asked to answer.
+
+Values and protocols only. The composition root translates bundles into ``VersionSpec``; the edges bring requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from agent.wire import Buffer
+
+Answer = Callable[[dict[str, Any], Sequence[Buffer]], None]
+
+# The Open Inference Protocol's names of the wire's dtypes.
+OIP_DATATYPES: Final[Mapping[str, str]] = {
+    "bool": "BOOL",
+    "uint8": "UINT8",
+    "int8": "INT8",
+    "uint16": "UINT16",
+    "int16": "INT16",
+    "uint32": "UINT32",
+    "int32": "INT32",
+    "uint64": "UINT64",
+    "int64": "INT64",
+    "float16": "FP16",
+    "bfloat16": "BF16",
+    "float32": "FP32",
+    "float64": "FP64",
+    "bytes": "BYTES",
+}
+
+
+class InferRequest(Protocol):
+    """One request as an edge hands it over.
+
+    ``answer`` is called exactly once, on the loop's thread, with a ``result`` or ``error`` header and the body's
+    buffers. ``header`` is the ``infer`` header as received; ``deadline`` is absolute in the loop's time (seconds);
+    ``handle`` belongs to the engine and starts as ``None``.
+    """
+
+    model: str
+    version: str | None
+    header: dict[str, Any]
+    body: Buffer
+    deadline: float
+    client: str
+    answer: Answer
+    handle: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantSpec:
+    """One way to run a version. ``worker`` is the spec a worker process receives, less its scratch folder."""
+
+    id: str
+    runtime: str  # "onnx": the zygote's name
+    precision: str
+    device: str  # "cpu", "cuda:0"
+    worker: Mapping[str, Any]
+    window: int = 64  # requests a worker may hold at once; at least twice its batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpec:
+    """A verified bundle on disk, ready to load: variants best first."""
+
+    model: str
+    version: str
+    digest: str  # sha256 of the manifest, lower-case hex
+    variants: tuple[VariantSpec, ...]
+    dropped: tuple[tuple[str, str], ...] = ()  # (variant, why it cannot run here)
+    platform: str = "onnxruntime"
+    labels: Mapping[str, str] = field(default_factory=dict)

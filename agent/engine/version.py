@@ -1,0 +1,272 @@
+"""One loaded version of a model: the ladder of its variants, one of them serving.
+
+Loading walks the variants best first; each that cannot load or fails its self-test is skipped with its reason kept.
+A variant that keeps dying while it serves is left for the next one, and its waiting jobs move along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from agent.engine.job import Job
+from agent.engine.pool import Pool, PoolOwner
+from agent.engine.types import OIP_DATATYPES, VariantSpec, VersionSpec
+from agent.errors import AgentError, LoadError, UnavailableError, WorkerError
+from agent.events import EventBus, Severity, Stream
+from agent.log import get_logger
+from agent.metrics import Counter, HistogramSeries
+from agent.wire import Buffer
+
+_log = get_logger("version")
+# Faults of the model, not of the caller: what probation counts.
+_FAULTS = frozenset({"worker_died", "handler_failed", "out_of_memory", "worker_failed", "internal"})
+
+PoolMaker = Callable[[VariantSpec, PoolOwner], Pool]
+Spawn = Callable[[Coroutine[Any, Any, None], str], None]
+
+
+class Version:
+    """A version that can answer. Made by ``Engine.load``; closed by ``Engine.retire``."""
+
+    def __init__(
+        self,
+        spec: VersionSpec,
+        *,
+        make_pool: PoolMaker,
+        spawn: Spawn,
+        events: EventBus,
+        latency: HistogramSeries,
+        answers: Counter,
+        now: Callable[[], float],
+        revive_s: float,
+    ) -> None:
+        self.spec = spec
+        self.pool: Pool | None = None
+        self.reason = "loading"  # why it cannot serve; empty while it can
+        self.skipped: list[dict[str, str]] = [
+            {"variant": name, "code": "no_variant", "reason": reason} for name, reason in spec.dropped
+        ]
+        self.deaths = 0
+        self.good = 0
+        self.faults = 0
+        self.closed = False
+        self._make_pool = make_pool
+        self._spawn = spawn
+        self._events = events
+        self._latency = latency
+        self._answers = answers
+        self._now = now
+        self._revive_s = revive_s
+        self._rung = 0  # the variant in use or tried next
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be dispatched now."""
+        return self.pool is not None and bool(self.pool.links)
+
+    async def load(self, carried: Sequence[Job] = ()) -> None:
+        """Start the best variant that loads and passes its self-test; ``carried`` jobs are its first.
+
+        Raises:
+            WorkerError: none did; its class is that of the last failure, its message lists all.
+        """
+        last: WorkerError | None = None
+        jobs = list(carried)
+        while self._rung < len(self.spec.variants):
+            variant = self.spec.variants[self._rung]
+            pool = self._make_pool(variant, self)
+            self.pool = pool
+            try:
+                await pool.start()
+            except WorkerError as error:
+                self.pool = None
+                jobs += pool.take_waiting()
+                await pool.close(timeout_s=0)
+                self._skip(variant, error)
+                last = error
+                self._rung += 1
+                continue
+            self.reason = ""
+            for job in jobs:
+                pool.adopt(job)
+            if self._rung or self.spec.dropped:
+                _log.warning("serving a fallback", model=self.spec.model, variant=variant.id, skipped=self.skipped)
+            return
+        reasons = "; ".join(f"{skip['variant']}: {skip['reason']}" for skip in self.skipped)
+        self.reason = f"no variant loads: {reasons}"
+        for job in jobs:
+            self._fail(job, UnavailableError(self.reason))
+        raise type(last or LoadError(""))(self.reason) from last
+
+    def submit(self, job: Job) -> None:
+        """Take one job.
+
+        Raises:
+            UnavailableError: no variant is serving.
+            OverloadedError: the queue is full.
+        """
+        if self.pool is None or self.closed:
+            raise UnavailableError(f"{self.spec.model} {self.spec.version}: {self.reason or 'unloaded'}")
+        self.pool.submit(job)
+
+    async def close(self, *, timeout_s: float) -> None:
+        """Answer what is held, then end the workers."""
+        self.closed = True
+        if self.pool is not None:
+            await self.pool.close(timeout_s=timeout_s)
+
+    async def self_test(self, *, timeout_s: float) -> dict[str, Any]:
+        """Run the golden inputs again in the serving worker.
+
+        Raises:
+            WorkerDiedError: no worker answered in time.
+        """
+        if self.pool is None:
+            raise UnavailableError(self.reason)
+        value = await self.pool.call("selftest", timeout_s=timeout_s)
+        if not isinstance(value, dict):
+            raise UnavailableError("the worker's self-test answered nonsense")
+        if value.get("ok"):
+            self.good += 1
+        else:
+            self.faults += 1
+        return value
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model's metadata in the Open Inference Protocol's terms, plus what serves it."""
+        hello = self.pool.hello if self.pool is not None else {}
+        signature = hello.get("signature", {})
+        return {
+            "name": self.spec.model,
+            "versions": [self.spec.version],
+            "platform": self.spec.platform,
+            "inputs": [_oip_tensor(tensor) for tensor in signature.get("inputs", [])],
+            "outputs": [_oip_tensor(tensor) for tensor in signature.get("outputs", [])],
+            "variant": hello.get("variant"),
+            "device": hello.get("device"),
+            "max_batch": hello.get("max_batch", 1),
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Return what an operator wants to see."""
+        pool = self.pool
+        hello = pool.hello if pool is not None else {}
+        return {
+            "version": self.spec.version,
+            "digest": self.spec.digest,
+            "ready": self.ready,
+            "reason": self.reason,
+            "variant": hello.get("variant"),
+            "precision": hello.get("precision"),
+            "device": hello.get("device"),
+            "provider": hello.get("provider"),
+            "sandbox": hello.get("sandbox"),
+            "golden": hello.get("golden"),
+            "load_ms": hello.get("load_ms"),
+            "memory": hello.get("memory"),
+            "fallbacks": self.skipped,
+            "workers": [link.process.pid for link in pool.links] if pool is not None else [],
+            "outstanding": pool.outstanding if pool is not None else 0,
+            "restarts": pool.restarts if pool is not None else 0,
+            "deaths": self.deaths,
+            "answers": {"good": self.good, "faults": self.faults},
+            "latency_s": {"p50": self._latency.quantile(0.5), "p99": self._latency.quantile(0.99)},
+        }
+
+    # PoolOwner
+
+    def answered(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        """Count the answer, name who gave it, pass it on."""
+        spec = self.spec
+        if header["kind"] == "error":
+            code = str(header.get("code"))
+            if code in _FAULTS:
+                self.faults += 1
+        else:
+            code = "ok"
+            self.good += 1
+            self._latency.observe(self._now() - job.arrived)
+            header["model"] = spec.model
+            header["version"] = spec.version
+            header["variant"] = self.pool.spec.id if self.pool is not None else ""
+        self._answers.add((spec.model, spec.version, code))
+        job.answer(header, body)
+
+    def worker_died(self, pid: int, cause: str, retried: int) -> None:
+        """Report a death the pool is already repairing."""
+        self.deaths += 1
+        data: dict[str, Any] = {
+            "model": self.spec.model,
+            "version": self.spec.version,
+            "pid": pid,
+            "cause": cause,
+            "retried": retried,
+        }
+        _log.warning("worker died", **data)
+        self._events.emit(Stream.HEALTH, "worker.died", Severity.WARNING, **data)
+
+    def worker_ready(self, pid: int) -> None:
+        """Note a worker that serves."""
+        self.reason = ""
+        _log.info("worker ready", model=self.spec.model, version=self.spec.version, pid=pid)
+
+    def pool_lost(self, error: WorkerError) -> None:
+        """Leave a variant that cannot be kept alive."""
+        assert self.pool is not None
+        self._skip(self.pool.spec, error)
+        self._spawn(self._step_down(self.pool), f"fallback {self.spec.model}")
+
+    async def _step_down(self, lost: Pool) -> None:
+        jobs = lost.take_waiting()
+        self.pool = None
+        await lost.close(timeout_s=0)
+        self._rung += 1
+        self.reason = "its variant kept failing; the next one is starting"
+        try:
+            await self.load(jobs)
+        except WorkerError as error:
+            _log.error("no variant is left", model=self.spec.model, version=self.spec.version, error=str(error))
+            self._events.emit(
+                Stream.HEALTH,
+                "model.failed",
+                Severity.ERROR,
+                model=self.spec.model,
+                version=self.spec.version,
+                reason=self.reason,
+            )
+            await self._revive()
+
+    async def _revive(self) -> None:
+        """Try the whole ladder again now and then: what failed may have been the box."""
+        while not self.closed:
+            await asyncio.sleep(self._revive_s)
+            self._rung = 0
+            del self.skipped[len(self.spec.dropped) :]
+            try:
+                await self.load()
+            except WorkerError as error:
+                _log.warning("still no variant loads", model=self.spec.model, error=str(error))
+            else:
+                return
+
+    def _fail(self, job: Job, error: AgentError) -> None:
+        header = {"kind": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
+        self.answered(job, header, ())
+
+    def _skip(self, variant: VariantSpec, error: WorkerError) -> None:
+        skip: dict[str, str] = {"variant": variant.id, "code": error.code, "reason": str(error)}
+        self.skipped.append(skip)
+        data: dict[str, Any] = {"model": self.spec.model, "version": self.spec.version, **skip}
+        _log.warning("variant skipped", **data)
+        self._events.emit(Stream.HEALTH, "variant.skipped", Severity.WARNING, **data)
+
+
+def _oip_tensor(tensor: dict[str, Any]) -> dict[str, Any]:
+    shape = [size if isinstance(size, int) else -1 for size in tensor.get("shape", [])]
+    return {
+        "name": tensor.get("name"),
+        "datatype": OIP_DATATYPES.get(str(tensor.get("dtype")), "BYTES"),
+        "shape": shape,
+    }

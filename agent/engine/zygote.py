@@ -1,0 +1,274 @@
+"""The daemon's side of a zygote: a process that has imported one runtime and forks workers from it.
+
+One zygote per runtime, started at the first need. Losing it loses no worker: they leave when their own channel
+closes, and the daemon, being child subreaper, collects them. Source of the idea: Android's zygote, Nginx's master.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgpack
+
+from agent.errors import LoadError, WorkerDiedError
+from agent.log import get_logger
+
+_log = get_logger("zygote")
+_PACKET_BYTES_MAX: Final = 64 * 1024
+_CHANNEL_BUFFER_BYTES: Final = 1 << 20
+_ENVIRONMENT_KEPT: Final = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "PYTHONPATH",
+    "PYTHONPYCACHEPREFIX",
+    "PYTHONDONTWRITEBYTECODE",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exit:
+    """How a worker ended: its exit code or the signal that killed it; both ``None`` when nobody could tell."""
+
+    code: int | None = None
+    signal: int | None = None
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            try:
+                return f"killed by {signal.Signals(self.signal).name}"
+            except ValueError:
+                return f"killed by signal {self.signal}"
+        return "ended for an unknown reason" if self.code is None else f"exit code {self.code}"
+
+
+@dataclass(slots=True, kw_only=True)
+class WorkerProcess:
+    """A forked worker: the daemon owns both descriptors and closes them."""
+
+    pid: int
+    pidfd: int
+    channel: socket.socket
+
+    def kill(self) -> None:
+        """SIGKILL without a race on the pid."""
+        with contextlib.suppress(ProcessLookupError, OSError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Close both descriptors; a living worker finishes what it holds and leaves."""
+        self.channel.close()
+        with contextlib.suppress(OSError):
+            os.close(self.pidfd)
+
+
+class Zygote:
+    """One runtime's zygote process."""
+
+    def __init__(self, runtime: str, *, start_timeout_s: float = 60.0) -> None:
+        self.runtime = runtime
+        self.runtime_version = ""
+        self._start_timeout_s = start_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._ready: asyncio.Future[None] | None = None
+        self._forks: dict[int, asyncio.Future[tuple[int, int]]] = {}
+        self._token = 0
+        self._exits: dict[int, Exit] = {}
+        self._exit_waiters: dict[int, asyncio.Future[Exit]] = {}
+        self._starting = asyncio.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, or ``None`` while it is not running."""
+        return self._process.pid if self._process is not None and self._control is not None else None
+
+    async def fork(self, spec: dict[str, Any]) -> WorkerProcess:
+        """Fork a worker that receives ``spec``; starts the zygote if need be.
+
+        Raises:
+            LoadError: the zygote could not be started or could not fork.
+        """
+        await self._start()
+        assert self._control is not None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        packed = msgpack.packb(spec)
+        spec_file = _memory_file(packed)
+        self._token += 1
+        token = self._token
+        answer: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
+        self._forks[token] = answer
+        try:
+            for side in (ours, theirs):
+                side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BUFFER_BYTES)
+            ours.setblocking(False)
+            order = msgpack.packb({"op": "fork", "token": token, "spec_len": len(packed)})
+            socket.send_fds(self._control, [order], [theirs.fileno(), spec_file])
+            pid, pidfd = await asyncio.wait_for(answer, self._start_timeout_s)
+        except (OSError, TimeoutError) as error:
+            ours.close()
+            raise LoadError(f"zygote {self.runtime} cannot fork: {error or 'no answer'}") from error
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            self._forks.pop(token, None)
+            theirs.close()
+            os.close(spec_file)
+        return WorkerProcess(pid=pid, pidfd=pidfd, channel=ours)
+
+    async def exit_of(self, worker: WorkerProcess, *, timeout_s: float = 1.0) -> Exit:
+        """Return how a worker whose pidfd became readable ended; the zygote reaps it, or we do after its loss."""
+        known = _reap(worker.pidfd) or self._exits.pop(worker.pid, None)
+        if known is not None:
+            return known
+        waiter = self._exit_waiters[worker.pid] = asyncio.get_running_loop().create_future()
+        try:
+            return await asyncio.wait_for(waiter, timeout_s)
+        except TimeoutError:
+            return Exit()
+        finally:
+            self._exit_waiters.pop(worker.pid, None)
+
+    async def stop(self) -> None:
+        """Close the control channel, upon which the zygote leaves, and collect it."""
+        process, self._process = self._process, None
+        self._lose(WorkerDiedError("the zygote was stopped"))
+        if process is not None:
+            await _collect(process)
+
+    async def _start(self) -> None:
+        async with self._starting:
+            if self._control is not None:
+                return
+            if self._process is not None:
+                await _collect(self._process)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.setblocking(False)
+            loop = asyncio.get_running_loop()
+            self._ready = loop.create_future()
+            try:
+                self._process = _start_process(self.runtime, theirs.fileno())
+            except OSError as error:
+                ours.close()
+                raise LoadError(f"zygote {self.runtime} cannot start: {error}") from error
+            finally:
+                theirs.close()
+            self._control = ours
+            loop.add_reader(ours.fileno(), self._on_packet)
+            try:
+                await asyncio.wait_for(self._ready, self._start_timeout_s)
+            except TimeoutError as error:
+                self._process.kill()
+                self._lose(WorkerDiedError("start timed out"))
+                raise LoadError(f"zygote {self.runtime} was not ready within {self._start_timeout_s} s") from error
+            _log.info("zygote ready", runtime=self.runtime, version=self.runtime_version, pid=self._process.pid)
+
+    def _on_packet(self) -> None:
+        control = self._control
+        if control is None:
+            return
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(control, _PACKET_BYTES_MAX, 4)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet, descriptors = b"", []
+        if not packet:
+            self._lose(WorkerDiedError(f"zygote {self.runtime} died"))
+            return
+        self._handle(msgpack.unpackb(packet), descriptors)
+
+    def _handle(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        op = message.get("op")
+        if op == "ready":
+            self.runtime_version = str(message.get("version", ""))
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_result(None)
+        elif op == "exited":
+            self._note_exit(int(message["pid"]), Exit(code=message.get("code"), signal=message.get("signal")))
+        else:
+            waiting = self._forks.get(message.get("token", 0))
+            if waiting is None or waiting.done():
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            elif op == "forked" and descriptors:
+                waiting.set_result((int(message["pid"]), descriptors[0]))
+            else:
+                waiting.set_exception(LoadError(f"zygote {self.runtime}: {message.get('message', 'fork failed')}"))
+
+    def _note_exit(self, pid: int, ended: Exit) -> None:
+        waiter = self._exit_waiters.get(pid)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(ended)
+            return
+        self._exits[pid] = ended
+        while len(self._exits) > 256:
+            self._exits.pop(next(iter(self._exits)))
+
+    def _lose(self, error: WorkerDiedError) -> None:
+        control, self._control = self._control, None
+        if control is not None:
+            asyncio.get_running_loop().remove_reader(control.fileno())
+            control.close()
+        for waiting in (self._ready, *self._forks.values()):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(LoadError(str(error)))
+        if self._process is not None:
+            _log.warning("zygote lost; the next fork starts another", runtime=self.runtime)
+
+
+def _start_process(runtime: str, control: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "agent.worker.zygote", "--runtime", runtime, "--control-fd", str(control)],
+        pass_fds=[control],
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        env={name: os.environ[name] for name in _ENVIRONMENT_KEPT if name in os.environ},
+        start_new_session=True,
+    )
+
+
+def _memory_file(data: bytes) -> int:
+    """Return a descriptor of an anonymous file that holds ``data``, at its start."""
+    descriptor = os.memfd_create("inferd-spec", os.MFD_CLOEXEC)
+    os.pwrite(descriptor, data, 0)
+    return descriptor
+
+
+def _reap(pidfd: int) -> Exit | None:
+    """Collect an ended process that is our own child: a worker inherited from a lost zygote."""
+    try:
+        status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except OSError:
+        return None  # the living zygote's child, not ours
+    if status is None:
+        return None
+    killed = status.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+    return Exit(signal=status.si_status) if killed else Exit(code=status.si_status)
+
+
+async def _collect(process: subprocess.Popen[bytes], timeout_s: float = 5.0) -> None:
+    """Wait for the process without a thread; kill it when it does not leave."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while process.poll() is None:
+        if asyncio.get_running_loop().time() > deadline:
+            process.kill()
+        await asyncio.sleep(0.01)
+
+
+def become_subreaper() -> None:
+    """Adopt workers whose zygote is lost, so that they are collected. Linux only (PR_SET_CHILD_SUBREAPER)."""
+    import ctypes  # only the daemon needs it, once
+
+    ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)

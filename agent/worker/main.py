@@ -1,0 +1,249 @@
+"""The life of a worker: load, say hello, serve until the channel closes.
+
+One thread, one loop: receive what has arrived, decide a batch, run it, answer everything in one write. It sleeps in
+``recv`` while idle. Promises: each ``infer`` gets exactly one ``result`` or ``error``; one bad request fails alone;
+when the daemon closes its side, what was received is still answered before the process leaves.
+Leaves out: every decision (``batcher.py``) and every byte (``channel.py``, ``requests.py``).
+"""
+
+from __future__ import annotations
+
+import gc
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from agent import log
+from agent.errors import (
+    AgentError,
+    CanceledError,
+    DeadlineError,
+    FrameError,
+    LoadError,
+    NotFoundError,
+    OutOfMemoryError,
+    SelfTestError,
+)
+from agent.tensors import Array
+from agent.wire import Frame, Limits, error_header
+from agent.worker import golden, loading
+from agent.worker import spec as specs
+from agent.worker.batcher import Batcher, isolate
+from agent.worker.channel import Channel
+from agent.worker.loading import Loaded
+from agent.worker.requests import Request
+
+_log = log.get_logger("worker")
+_WAITING_MAX: Final = 1024  # requests and bytes held here; the rest waits in the socket and in the daemon
+_WAITING_BYTES_MAX: Final = 128 * 1024 * 1024
+
+Outcome = Mapping[str, Array] | AgentError
+
+
+def run(packed_spec: bytes, sock: socket.socket) -> int:
+    """Live as a worker on ``sock``; return the process' exit code.
+
+    Args:
+        packed_spec: The MessagePack spec.
+        sock: The channel, a connected stream socket.
+    """
+    log.setup()
+    channel = Channel(sock, Limits())
+    try:
+        spec = specs.parse(packed_spec)
+        channel = Channel(sock, spec.wire)
+        loaded = loading.load(spec)
+    except BaseException as error:  # noqa: BLE001  whatever a bundle's code raises, the daemon must hear of it
+        failure = _load_failure(error)
+        _log.error("worker cannot start", code=failure.code, error=str(failure))
+        channel.post(error_header(None, failure.code, str(failure), retryable=failure.retryable))
+        _flush_all(channel)
+        return 1
+    gc.collect()
+    gc.freeze()
+    channel.post(loaded.hello)
+    try:
+        Server(loaded, channel).serve()
+    except FrameError as error:
+        _log.error("the daemon broke the protocol", error=str(error))
+        return 1
+    return 0
+
+
+class Server:
+    """The loop around one loaded model."""
+
+    def __init__(self, loaded: Loaded, channel: Channel) -> None:
+        self._loaded = loaded
+        self._channel = channel
+        self._signature = loaded.signature
+        self._runtime = loaded.runtime
+        self._forms = loaded.forms
+        self._held_bytes = 0
+        self._batcher: Batcher[Request] = Batcher(
+            rows_max=loaded.signature.rows_max, delay_max_s=loaded.spec.batch_delay_s
+        )
+
+    def serve(self) -> None:
+        """Answer until the daemon has closed its side and nothing is left.
+
+        Raises:
+            FrameError: the daemon broke the protocol.
+        """
+        channel, batcher = self._channel, self._batcher
+        while True:
+            channel.flush()
+            if channel.congested:
+                channel.wait(to_receive=False)
+                continue
+            self._receive()
+            if batcher:
+                self._turn()
+            elif channel.closed:
+                _flush_all(channel)
+                return
+
+    def _receive(self) -> None:
+        """Take what has arrived; sleep if there is nothing else to do."""
+        channel, batcher = self._channel, self._batcher
+        if channel.closed:
+            return
+        wait = not batcher
+        if channel.pending and wait:
+            channel.wait(to_receive=True)
+            wait = False
+        room = _WAITING_MAX - len(batcher)
+        if room <= 0 or self._held_bytes > _WAITING_BYTES_MAX:
+            return
+        frames = channel.receive(wait=wait, frames_max=room)
+        now = time.monotonic()
+        for frame in frames:
+            self._take(frame, now)
+
+    def _take(self, frame: Frame, now: float) -> None:
+        header = frame.header
+        kind = header["kind"]
+        if kind == "infer":
+            try:
+                request = Request(header, frame.body, self._forms.of(header), now)
+            except AgentError as error:
+                self._refuse(header["id"], error)
+                return
+            self._held_bytes += len(frame.body)
+            self._batcher.add(request)
+        elif kind == "cancel":
+            withdrawn = self._batcher.cancel(header["id"])
+            if withdrawn is not None:
+                self._held_bytes -= len(withdrawn.body)
+                self._refuse(withdrawn.id, CanceledError("withdrawn before it started"))
+        elif kind == "call":
+            self._call(header)
+        else:
+            raise FrameError(f"a worker takes no frame of kind {kind!r}")
+
+    def _turn(self) -> None:
+        """Run one batch, or sleep as long as the batcher wants to wait for company."""
+        batcher, now = self._batcher, time.monotonic()
+        batch, expired = batcher.take(now, self._prepare, closing=self._channel.closed)
+        for request in expired:
+            self._held_bytes -= len(request.body)
+            self._refuse(request.id, DeadlineError("the deadline passed while it waited in the worker"))
+        if not batch:
+            due = batcher.due()
+            if due is not None:
+                self._channel.flush()
+                self._channel.wait(due - now, to_receive=True)
+            return
+        parts: Iterator[tuple[Sequence[Request], Outcome]] = isolate(batch, self._attempt)
+        for part, outcome in parts:
+            self._answer(part, outcome)
+        for request in batch:
+            self._held_bytes -= len(request.body)
+
+    def _prepare(self, request: Request) -> bool:
+        """Decode one request; a bad one is answered here."""
+        try:
+            request.prepare(self._signature)
+            if request.deadline <= time.monotonic():
+                raise DeadlineError("the deadline passed while it was decoded")
+        except Exception as error:  # noqa: BLE001  a request may fail, the worker may not
+            self._held_bytes -= len(request.body)
+            self._refuse(request.id, _failure(error))
+            return False
+        return True
+
+    def _attempt(self, part: Sequence[Request]) -> Outcome | None:
+        """Run requests together; ``None`` asks for halves."""
+        try:
+            if len(part) == 1:
+                return self._runtime.run(part[0].inputs)
+            names = part[0].inputs
+            stacked = {name: np.concatenate([request.inputs[name] for request in part]) for name in names}
+            outputs = self._runtime.run(stacked)
+            rows = sum(request.rows for request in part)
+            return outputs if all(len(array) == rows for array in outputs.values()) else None
+        except Exception as error:  # noqa: BLE001  as above
+            return None if len(part) > 1 else _failure(error)
+
+    def _answer(self, part: Sequence[Request], outcome: Outcome) -> None:
+        if isinstance(outcome, AgentError):
+            for request in part:
+                self._refuse(request.id, outcome)
+            return
+        row = 0
+        for request in part:
+            own = outcome
+            if len(part) > 1:
+                own = {name: array[row : row + request.rows] for name, array in outcome.items()}
+                row += request.rows
+            try:
+                fields, body = request.answer(own)
+                self._channel.post({"kind": "result", "id": request.id, **fields}, body)
+            except Exception as error:  # noqa: BLE001  as above
+                self._refuse(request.id, _failure(error))
+
+    def _refuse(self, request_id: int, error: AgentError) -> None:
+        self._channel.post(error_header(request_id, error.code, str(error), retryable=error.retryable))
+
+    def _call(self, header: Mapping[str, Any]) -> None:
+        method, value = header.get("method"), {"ok": True}
+        if method == "selftest":
+            value = self._self_test()
+        elif method != "ping":
+            self._refuse(header["id"], NotFoundError(f"a worker has no method {method!r}"))
+            return
+        self._channel.post({"kind": "reply", "id": header["id"], "value": value})
+
+    def _self_test(self) -> dict[str, Any]:
+        try:
+            return {"ok": True, "golden": golden.verify(self._loaded.goldens, self._runtime.run)}
+        except Exception as error:  # noqa: BLE001  as above
+            failure = error if isinstance(error, SelfTestError) else _failure(error)
+            return {"ok": False, "golden": [], "code": failure.code, "message": str(failure)}
+
+
+def _failure(error: Exception) -> AgentError:
+    if isinstance(error, AgentError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError("memory did not suffice for this request")
+    _log.exception("a request failed inside the worker")
+    return AgentError(f"the worker failed on this request: {type(error).__name__}")
+
+
+def _load_failure(error: BaseException) -> AgentError:
+    if isinstance(error, AgentError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError("memory did not suffice to load the model")
+    return LoadError(f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def _flush_all(channel: Channel) -> None:
+    while channel.pending:
+        channel.flush()
+        if channel.pending:
+            channel.wait(to_receive=False)

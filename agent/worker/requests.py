@@ -1,0 +1,254 @@
+"""From an ``infer`` frame to checked model inputs, and from the model's outputs to the answer.
+
+The three forms of a request, by ``content_type``:
+
+- none: tensors as the wire carries them, straight to the model;
+- ``application/vnd.oip+json``: the Open Inference Protocol, JSON or binary (``codecs.py``);
+- any other: raw bytes, which the bundle's handler turns into tensors and back.
+
+Promises: what comes out of ``decode`` fits the signature; whatever a handler raises is a ``HandlerError`` naming it,
+or an ``InvalidInputError`` if the handler blames the input.
+Leaves out: queueing, running, sending.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from agent import tensors
+from agent.errors import AgentError, HandlerError, InvalidInputError, OutOfMemoryError, TensorError
+from agent.tensors import Array, as_array, dtype_name
+from agent.wire import Buffer, Tensor, parse_tensors
+from agent.worker import codecs
+from agent.worker.batcher import LEVEL_DEFAULT, LEVEL_FIRST, LEVEL_LAST
+from agent.worker.signature import Signature
+from handlers.base import Handler, InputError, Prepared, Reply
+
+OIP_CONTENT_TYPE: Final = "application/vnd.oip+json"
+_FOREVER: Final = float("inf")
+_LAYOUTS_MAX: Final = 256  # remembered per model
+
+Answer = tuple[dict[str, Any], list[Buffer]]  # header fields beside kind and id, and the body
+
+
+class Request:
+    """One ``infer`` frame on its way through the worker; what the batcher reads is set by ``prepare``."""
+
+    __slots__ = ("arrived", "body", "deadline", "form", "header", "id", "inputs", "key", "level", "rows", "state")
+
+    def __init__(self, header: dict[str, Any], body: Buffer, form: Form, now: float) -> None:
+        self.id: int = header["id"]
+        self.header = header
+        self.body = body
+        self.form = form
+        self.arrived = now
+        self.deadline = now + _budget_s(header)
+        self.level = _level(header)
+        self.rows = 0
+        self.key: Hashable = None
+        self.inputs: Mapping[str, Array] = {}
+        self.state: Any = None  # whatever the form needs for the answer
+
+    def prepare(self, signature: Signature) -> None:
+        """Decode and check; sets ``inputs``, ``rows`` and ``key``.
+
+        Raises:
+            AgentError: the request is refused.
+        """
+        self.inputs, self.rows, self.state = self.form.decode(self)
+        self.key = signature.key(self.inputs, self.id)
+
+    def answer(self, outputs: Mapping[str, Array]) -> Answer:
+        """Return the answer for this request's own ``outputs``."""
+        return self.form.encode(self, outputs)
+
+
+class Form(Protocol):
+    """One way to carry a request."""
+
+    def decode(self, request: Request) -> tuple[Mapping[str, Array], int, Any]:
+        """Return inputs, rows and the state for ``encode``."""
+        ...
+
+    def encode(self, request: Request, outputs: Mapping[str, Array]) -> Answer: ...
+
+
+class Forms:
+    """The forms of one model."""
+
+    def __init__(self, signature: Signature, handler: Handler | None, *, model: str, version: str) -> None:
+        self._tensors = TensorForm(signature)
+        self._oip = OipForm(signature, model=model, version=version)
+        self._raw = RawForm(signature, handler)
+
+    def of(self, header: Mapping[str, Any]) -> Form:
+        """Return the form of an ``infer`` header.
+
+        Raises:
+            InvalidInputError: ``content_type`` is not a text.
+        """
+        content_type = header.get("content_type")
+        if content_type is None:
+            return self._tensors
+        if content_type == OIP_CONTENT_TYPE:
+            return self._oip
+        if not isinstance(content_type, str):
+            raise InvalidInputError("'content_type' must be a text")
+        return self._raw
+
+
+class TensorForm:
+    """Tensors as the wire carries them."""
+
+    def __init__(self, signature: Signature) -> None:
+        self._signature = signature
+        self._seen: dict[Hashable, tuple[tuple[Tensor, ...], int]] = {}  # layouts that passed every check
+
+    def decode(self, request: Request) -> tuple[Mapping[str, Array], int, Any]:
+        """Return views into the body."""
+        body = memoryview(request.body)
+        layout, rows = self._layout(request.header.get("tensors"), len(body))
+        inputs = {tensor.name: as_array(tensor, body) for tensor in layout}
+        wanted = request.header.get("outputs")
+        if wanted is not None:
+            self._check_outputs(wanted)
+        return inputs, rows, wanted
+
+    def _layout(self, entries: Any, body_bytes: int) -> tuple[tuple[Tensor, ...], int]:
+        """Check names, dtypes, shapes and sizes, once per layout: callers repeat theirs, and checking costs 5 µs."""
+        try:
+            layout = body_bytes, *[(e["name"], e["dtype"], *e["shape"], e["nbytes"]) for e in entries]
+            seen = self._seen.get(layout)
+        except (TypeError, KeyError):  # malformed: let the checks say what is wrong
+            seen = layout = None
+        if seen is not None:
+            return seen
+        sizes: dict[str, int] = {}
+        found = parse_tensors(entries, body_bytes)
+        for tensor in found:
+            self._signature.check(tensor.name, tensor.dtype, tensor.shape, sizes)
+        result = found, self._signature.rows(len(found), sizes)
+        if layout is not None and len(self._seen) < _LAYOUTS_MAX:
+            self._seen[layout] = result
+        return result
+
+    def encode(self, request: Request, outputs: Mapping[str, Array]) -> Answer:
+        """Return the outputs asked for, or all."""
+        if request.state:
+            outputs = {name: outputs[name] for name in request.state}
+        entries, buffers = tensors.pack(outputs)
+        return {"tensors": entries}, buffers
+
+    def _check_outputs(self, wanted: object) -> None:
+        known = self._signature.output_names
+        if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+            raise InvalidInputError("'outputs' must be a list of names")
+        for name in wanted:
+            if name not in known:
+                raise InvalidInputError(f"unknown output {name!r}; the model gives {', '.join(known)}")
+
+
+class OipForm:
+    """An Open Inference Protocol body."""
+
+    def __init__(self, signature: Signature, *, model: str, version: str) -> None:
+        self._signature = signature
+        self._model = model
+        self._version = version
+
+    def decode(self, request: Request) -> tuple[Mapping[str, Array], int, Any]:
+        """Return the decoded inputs; the request's own ``timeout`` only shortens its deadline."""
+        params = request.header.get("params")
+        json_bytes = params.get("oip_header_bytes") if isinstance(params, dict) else None
+        decoded = codecs.decode(request.body, json_bytes, self._signature)
+        sizes: dict[str, int] = {}
+        for name, (dtype, array) in decoded.inputs.items():
+            self._signature.check(name, dtype, array.shape, sizes)
+        if decoded.timeout_s is not None:
+            request.deadline = min(request.deadline, request.arrived + decoded.timeout_s)
+        inputs = {name: array for name, (_, array) in decoded.inputs.items()}
+        return inputs, self._signature.rows(len(inputs), sizes), decoded
+
+    def encode(self, request: Request, outputs: Mapping[str, Array]) -> Answer:
+        """Return an OIP answer, binary where asked for."""
+        json_bytes, buffers = codecs.encode(request.state, outputs, model=self._model, version=self._version)
+        if json_bytes is None:
+            return {"content_type": "application/json"}, buffers
+        return {"content_type": "application/octet-stream", "params": {"oip_header_bytes": json_bytes}}, buffers
+
+
+class RawForm:
+    """Raw bytes through the bundle's handler."""
+
+    def __init__(self, signature: Signature, handler: Handler | None) -> None:
+        self._signature = signature
+        self._handler = handler
+
+    def decode(self, request: Request) -> tuple[Mapping[str, Array], int, Any]:
+        """Return what the handler's ``preprocess`` makes of the body."""
+        handler = self._handler
+        if handler is None:
+            raise InvalidInputError("this model has no handler for raw requests: send tensors")
+        try:
+            made = handler.preprocess(bytes(request.body), request.header["content_type"])
+        except Exception as error:  # foreign code: anything may come out of it
+            raise _blamed(handler, "preprocess", error) from error
+        prepared = made if isinstance(made, Prepared) else None
+        given = made.tensors if isinstance(made, Prepared) else made
+        if not isinstance(given, Mapping):
+            raise HandlerError(
+                f"{type(handler).__name__}.preprocess returned {type(made).__name__}, not tensors by name"
+            )
+        inputs = {name: np.asarray(array) for name, array in given.items()}
+        try:
+            rows = self._signature.check_arrays(inputs, dtype_name)
+        except TensorError as error:
+            raise HandlerError(f"{type(handler).__name__}.preprocess: {error}") from error
+        return inputs, rows, prepared
+
+    def encode(self, request: Request, outputs: Mapping[str, Array]) -> Answer:
+        """Return what the handler's ``postprocess`` makes of the outputs."""
+        handler, prepared = self._handler, request.state
+        assert handler is not None
+        try:
+            if prepared is None:
+                made = handler.postprocess(outputs, request.rows)
+            else:
+                made = handler.postprocess_with(outputs, request.rows, prepared.state)
+            if isinstance(made, Reply):
+                return {"content_type": made.content_type}, [made.body]
+            text = json.dumps(made, separators=(",", ":"), allow_nan=False)
+        except Exception as error:  # as above
+            raise _blamed(handler, "postprocess", error) from error
+        return {"content_type": "application/json"}, [text.encode()]
+
+
+def _blamed(handler: Handler, step: str, error: Exception) -> AgentError:
+    if isinstance(error, InputError):
+        return InvalidInputError(str(error)[:500])
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError(f"{type(handler).__name__}.{step}: memory did not suffice")
+    return HandlerError(f"{type(handler).__name__}.{step} raised {type(error).__name__}: {str(error)[:300]}")
+
+
+def _budget_s(header: Mapping[str, Any]) -> float:
+    budget = header.get("deadline_ms")
+    if budget is None:
+        return _FOREVER
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget == budget:
+        raise InvalidInputError("'deadline_ms' must be a number of milliseconds")
+    return float(budget) / 1000
+
+
+def _level(header: Mapping[str, Any]) -> int:
+    """Return the queue level of ``priority``: 1 is first, 15 last, 0 or absent the middle."""
+    priority = header.get("priority")
+    if not priority:
+        return LEVEL_DEFAULT
+    if type(priority) is not int or not LEVEL_FIRST <= priority <= LEVEL_LAST:
+        raise InvalidInputError(f"'priority' must be an integer from {LEVEL_FIRST} to {LEVEL_LAST}, or 0")
+    return priority
