@@ -1,0 +1,164 @@
+"""Where domains meet: a verified bundle becomes the engine's spec, the engine becomes deployment's host.
+
+Only the composition root uses this module. Each class here is a port's real implementation and holds no policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from agent.bundles.manifest import Manifest, Variant
+from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
+from agent.deploy.ports import Bundle, Evidence
+from agent.engine.engine import Engine
+from agent.engine.types import VariantSpec, VersionSpec
+from agent.engine.version import Version
+from agent.errors import PolicyError, SelfTestError
+from agent.profile import Profile
+
+_ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}
+_SELF_TEST_TIMEOUT_S: Final = 30.0
+_RETIRE_TIMEOUT_S: Final = 30.0
+_ADDRESS_SPACE_BASE: Final = 4096 * MIB  # libraries, thread stacks and arenas reserve far more than they use
+
+
+class SpecMaker:
+    """Translates a manifest and its ranked variants into what the engine loads."""
+
+    def __init__(self, *, engine: EngineConfig, policy: PolicyConfig, serving: ServingConfig, profile: Profile) -> None:
+        self._engine = engine
+        self._policy = policy
+        self._serving = serving
+        self._profile = profile
+
+    def version_spec(
+        self,
+        manifest: Manifest,
+        *,
+        digest: str,
+        path: Path,
+        ranked: tuple[Variant, ...],
+        dropped: tuple[tuple[str, str], ...],
+    ) -> VersionSpec:
+        """Return the spec of a bundle in ``path``.
+
+        Raises:
+            PolicyError: it brings handler code and this box's policy refuses that.
+        """
+        if manifest.handler.module and self._policy.handler_code == "never":
+            raise PolicyError(f"{manifest.name} brings handler code and [policy] handler_code is 'never'")
+        usable = ranked[:1] if self._policy.fallback == "require" else ranked
+        return VersionSpec(
+            model=manifest.name,
+            version=manifest.version,
+            digest=digest,
+            variants=tuple(self._variant_spec(manifest, variant, path) for variant in usable),
+            dropped=dropped,
+            labels=manifest.labels,
+        )
+
+    def _variant_spec(self, manifest: Manifest, variant: Variant, path: Path) -> VariantSpec:
+        batching = manifest.batching
+        device = {"kind": variant.device.kind, "index": 0}
+        worker: dict[str, Any] = {
+            "model": manifest.name,
+            "version": manifest.version,
+            "variant": variant.id,
+            "runtime": variant.runtime,
+            "precision": variant.precision,
+            "device": device,
+            "providers": list(variant.device.providers),
+            "bundle_dir": str(path),
+            "entry": variant.entry,
+            "handler": _plain(manifest.handler),
+            "signature": _plain(manifest.signature),
+            "classes_file": manifest.classes.file if manifest.classes is not None else None,
+            "golden": [
+                {
+                    **_plain(golden),
+                    "compare": _plain(golden.per_variant.get(variant.id, golden.compare)),
+                    "per_variant": {},
+                }
+                for golden in manifest.golden
+            ],
+            "warmup": {"runs": manifest.warmup.runs, "max_ms": manifest.warmup.max_ms},
+            "batching": {"max_batch": batching.max_batch, "max_delay_ms": batching.max_delay_ms, "axis": batching.axis},
+            "threads": {
+                "intra": variant.threads.intra or self._profile.intra_op_threads,
+                "inter": variant.threads.inter or 1,
+            },
+            "limits": {"memory_bytes": self._memory_bytes(variant), "open_files": self._engine.open_files_max},
+            "sandbox": self._policy.sandbox,
+            "wire": {
+                "header_bytes_max": self._serving.header_bytes_max,
+                "body_bytes_max": self._serving.body_bytes_max,
+            },
+        }
+        return VariantSpec(
+            id=variant.id,
+            runtime=_ZYGOTES.get(variant.runtime, variant.runtime),
+            precision=variant.precision,
+            device=variant.device.kind if variant.device.kind == "cpu" else f"{variant.device.kind}:0",
+            worker=worker,
+            window=max(32, 2 * batching.max_batch),
+        )
+
+    def _memory_bytes(self, variant: Variant) -> int:
+        if self._engine.memory_bytes_max:
+            return self._engine.memory_bytes_max
+        if variant.device.kind != "cpu":
+            return 0  # CUDA maps the whole address space of the device
+        return _ADDRESS_SPACE_BASE + 4 * variant.memory.host_mb * MIB
+
+
+class LoadedVersion:
+    """deploy's ``Loaded`` over the engine's ``Version``."""
+
+    def __init__(self, version: Version) -> None:
+        self.version = version
+
+    def evidence(self) -> Evidence:
+        version = self.version
+        variant = version.pool.spec.id if version.pool is not None else ""
+        return Evidence(
+            good=version.good,
+            faults=version.faults,
+            deaths=version.deaths,
+            ready=version.ready,
+            reason=version.reason,
+            variant=variant,
+        )
+
+    async def self_test(self) -> None:
+        value = await self.version.self_test(timeout_s=_SELF_TEST_TIMEOUT_S)
+        if not value.get("ok"):
+            raise SelfTestError(str(value.get("golden")))
+
+
+class EngineHost:
+    """deploy's ``Host`` over the engine."""
+
+    def __init__(self, engine: Engine, specs: Callable[[Bundle], VersionSpec]) -> None:
+        self._engine = engine
+        self._specs = specs
+
+    async def load(self, bundle: Bundle) -> LoadedVersion:
+        return LoadedVersion(await self._engine.load(self._specs(bundle)))
+
+    def activate(self, slot: str, loaded: LoadedVersion) -> LoadedVersion | None:
+        previous = self._engine.activate(loaded.version)
+        return LoadedVersion(previous) if previous is not None else None
+
+    async def retire(self, loaded: LoadedVersion) -> None:
+        await self._engine.retire(loaded.version, timeout_s=_RETIRE_TIMEOUT_S)
+
+    def expect(self, slot: str, reason: str) -> None:
+        self._engine.expect(slot, reason)
+
+
+def _plain(value: Any) -> Any:
+    return msgspec.to_builtins(value)

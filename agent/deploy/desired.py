@@ -1,0 +1,81 @@
+"""What is wanted of each slot, by whom, and what follows from it. Pure.
+
+Sources by precedence: a local pin, the fleet, the configuration file. The next action is a function of the wanted
+version, the pointer and the newest deployment of the slot alone, so a restart or a repeated hint changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from agent.deploy.pointer import Pointer
+from agent.deploy.state import FINAL, TRIAL, Record, State
+
+PRECEDENCE: Final = ("pin", "fleet", "file")  # strongest first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desired:
+    """One source's wish for one slot. ``id`` names the wish: a command's id, or a text made of the file's entry."""
+
+    id: str
+    slot: str
+    team: str
+    version: str = ""  # empty: the channel's newest
+    channel: str = "stable"
+    source: str = "file"
+    local: bool = False  # take it from disk, without network
+    force: bool = False  # although it failed here before
+
+
+class Action(StrEnum):
+    """What a slot's performer does next."""
+
+    NOTHING = "nothing"
+    BEGIN = "begin"  # a new deployment for the wish
+    RESUME = "resume"  # the unfinished deployment
+    SUPERSEDE = "supersede"  # give up the unfinished deployment, another wish won
+    POLL = "poll"  # ask the store what the channel offers
+
+
+def effective(wishes: Iterable[Desired]) -> Mapping[str, Desired]:
+    """Return the strongest wish of each slot."""
+    best: dict[str, Desired] = {}
+    for wish in wishes:
+        known = best.get(wish.slot)
+        if known is None or PRECEDENCE.index(wish.source) < PRECEDENCE.index(known.source):
+            best[wish.slot] = wish
+    return best
+
+
+def decide(wish: Desired | None, pointer: Pointer | None, latest: Record | None) -> Action:
+    """Return what to do for a slot.
+
+    Args:
+        wish: The strongest wish; ``None`` if nobody wants the slot any more (it goes on serving).
+        pointer: What is active now.
+        latest: The slot's newest deployment.
+    """
+    if latest is not None and latest.state not in FINAL:
+        if wish is None or _serves(latest, wish) or latest.state in TRIAL - {State.PROBATION}:
+            return Action.RESUME
+        return Action.SUPERSEDE
+    if wish is None:
+        return Action.NOTHING
+    if latest is not None and _serves(latest, wish):
+        if pointer is None and latest.state is State.CONFIRMED:
+            return Action.BEGIN  # it was lost from the disk
+        if not wish.version or (pointer is None and wish.source == "file"):
+            return Action.POLL
+        return Action.NOTHING
+    if pointer is not None and not pointer.trial and wish.version == pointer.active.version and wish.source == "file":
+        return Action.NOTHING  # the configured version serves already, whatever brought it
+    return Action.BEGIN
+
+
+def _serves(record: Record, wish: Desired) -> bool:
+    """Whether the deployment was made for this wish, at the first look or a later poll."""
+    return record.id == wish.id or record.id.startswith(f"{wish.id}@")

@@ -1,0 +1,170 @@
+"""The deployment journal: SQLite, written before each effect, read once at start.
+
+A row per deployment and one per desired slot. An unreadable file is set aside and reported; the pointers, which live
+elsewhere, keep the box serving. All calls run on the journal's own thread, so that the loop never waits for a disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final, TypeVar
+
+from agent.deploy.desired import Desired
+from agent.deploy.state import Record, State
+from agent.durable import set_aside
+from agent.errors import DiskFullError, StateError
+
+_KEEP_FINISHED: Final = 200  # per box
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS deployment (
+    id TEXT PRIMARY KEY, slot TEXT NOT NULL, updated REAL NOT NULL, row TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS deployment_slot ON deployment (slot, updated);
+CREATE TABLE IF NOT EXISTS desired (slot TEXT, source TEXT, row TEXT NOT NULL, PRIMARY KEY (slot, source));
+CREATE TABLE IF NOT EXISTS refused (slot TEXT, digest TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest));
+"""
+_T = TypeVar("_T")
+
+
+class Journal:
+    """Deployments, desired versions and refused digests. Open with ``open``, then ``close``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._database: sqlite3.Connection | None = None
+
+    async def open(self) -> str:
+        """Open or create the file; return what was wrong with one that was set aside, else an empty text."""
+        return await self._do(self._open)
+
+    async def close(self) -> None:
+        """Flush and close."""
+        await self._do(self._close)
+        self._thread.shutdown(wait=False)
+
+    async def save(self, record: Record) -> None:
+        """Make the record durable."""
+        await self._do(lambda: self._save(record))
+
+    async def get(self, deployment_id: str) -> Record | None:
+        """Return one deployment."""
+        rows = await self._do(lambda: self._query("SELECT row FROM deployment WHERE id = ?", deployment_id))
+        return _record(rows[0][0]) if rows else None
+
+    async def latest(self, slot: str) -> Record | None:
+        """Return the slot's newest deployment."""
+        rows = await self._do(
+            lambda: self._query(
+                "SELECT row FROM deployment WHERE slot = ? ORDER BY updated DESC, rowid DESC LIMIT 1", slot
+            )
+        )
+        return _record(rows[0][0]) if rows else None
+
+    async def history(self, *, limit: int = 50) -> list[Record]:
+        """Return the newest deployments, newest first."""
+        rows = await self._do(
+            lambda: self._query("SELECT row FROM deployment ORDER BY updated DESC, rowid DESC LIMIT ?", limit)
+        )
+        return [_record(row[0]) for row in rows]
+
+    async def want(self, desired: Desired) -> None:
+        """Record what a source wants of a slot."""
+        row = json.dumps(asdict(desired))
+        await self._do(
+            lambda: self._execute("INSERT OR REPLACE INTO desired VALUES (?, ?, ?)", desired.slot, desired.source, row)
+        )
+
+    async def unwant(self, slot: str, source: str) -> None:
+        """Forget what a source wants of a slot."""
+        await self._do(lambda: self._execute("DELETE FROM desired WHERE slot = ? AND source = ?", slot, source))
+
+    async def wanted(self) -> list[Desired]:
+        """Return everything any source wants."""
+        rows = await self._do(lambda: self._query("SELECT row FROM desired"))
+        return [Desired(**json.loads(row[0])) for row in rows]
+
+    async def refuse(self, slot: str, digest: str, reason: str) -> None:
+        """Remember a version that failed here."""
+        await self._do(lambda: self._execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", slot, digest, reason))
+
+    async def forgive(self, slot: str, digest: str) -> None:
+        """Forget that a version failed here."""
+        await self._do(lambda: self._execute("DELETE FROM refused WHERE slot = ? AND digest = ?", slot, digest))
+
+    async def refused(self, slot: str, digest: str) -> str:
+        """Return why the version failed here, or an empty text."""
+        rows = await self._do(
+            lambda: self._query("SELECT reason FROM refused WHERE slot = ? AND digest = ?", slot, digest)
+        )
+        return str(rows[0][0]) if rows else ""
+
+    async def _do(self, work: Callable[[], _T]) -> _T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except sqlite3.Error as error:
+            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL if hasattr(error, "sqlite_errorcode") else False
+            raise (DiskFullError if full else StateError)(f"{self._path.name}: {error}") from error
+
+    def _open(self) -> str:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._database = _connect(self._path)
+        except sqlite3.DatabaseError as error:
+            for suffix in ("", "-wal", "-shm"):
+                set_aside(self._path.with_name(self._path.name + suffix))
+            self._database = _connect(self._path)
+            return f"{self._path.name}: {error}"
+        return ""
+
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def _save(self, record: Record) -> None:
+        self._execute(
+            "INSERT OR REPLACE INTO deployment VALUES (?, ?, ?, ?)",
+            record.id,
+            record.slot,
+            record.updated,
+            json.dumps(record.plain()),
+        )
+        self._execute(
+            "DELETE FROM deployment WHERE id NOT IN (SELECT id FROM deployment ORDER BY updated DESC LIMIT ?)",
+            _KEEP_FINISHED,
+        )
+
+    def _execute(self, statement: str, *values: object) -> None:
+        with self._open_database():
+            self._open_database().execute(statement, values)
+
+    def _query(self, statement: str, *values: object) -> list[tuple[str, ...]]:
+        return self._open_database().execute(statement, values).fetchall()
+
+    def _open_database(self) -> sqlite3.Connection:
+        if self._database is None:
+            raise StateError(f"{self._path.name}: not open")
+        return self._database
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, check_same_thread=False)
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = FULL")
+    if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
+        database.close()
+        raise sqlite3.DatabaseError("quick_check failed")
+    database.executescript(_SCHEMA)
+    return database
+
+
+def _record(row: str) -> Record:
+    raw = json.loads(row)
+    return Record(**{**raw, "state": State(raw["state"])})

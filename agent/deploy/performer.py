@@ -1,0 +1,442 @@
+"""One slot's deployments, performed: the table says what may follow, this does it.
+
+Every state is journaled before its work begins, and the work of a state may run twice: after a restart the stored
+state alone says where to go on. The pointer is written before requests move, and moved back before anything else
+when a trial fails. Leaves out: which deployment to perform (``reconciler.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from agent.backoff import Backoff
+from agent.clock import Clock
+from agent.config import DeployConfig
+from agent.deploy.desired import Desired
+from agent.deploy.journal import Journal
+from agent.deploy.pointer import Pointer, Pointers, Target
+from agent.deploy.ports import Bundle, Host, Loaded, Progress, Store
+from agent.deploy.probation import Verdict, judge
+from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State, advance
+from agent.errors import AgentError, BundleError, StateError, StoreError, UntrustedError
+from agent.events import EventBus, Severity, Stream
+from agent.log import get_logger
+
+_log = get_logger("deploy")
+_TRIAL_POLL_S: Final = 0.1
+_BAD: Final = frozenset(
+    {State.REJECTED, State.FAILED, State.ROLLED_BACK, State.INCONSISTENT, State.ROLLING_BACK, State.FETCH_WAIT}
+)
+
+
+class Performer:
+    """Brings one slot from one version to the next."""
+
+    def __init__(
+        self,
+        slot: str,
+        *,
+        config: DeployConfig,
+        store: Store,
+        host: Host,
+        pointers: Pointers,
+        journal: Journal,
+        events: EventBus,
+        clock: Clock,
+        state_dir: Path,
+        superseded: Callable[[Record], bool],
+        changed: Callable[[Record], None],
+    ) -> None:
+        self.slot = slot
+        self.pointer: Pointer | None = None
+        self.active: Loaded | None = None
+        self._config = config
+        self._store = store
+        self._host = host
+        self._pointers = pointers
+        self._journal = journal
+        self._events = events
+        self._clock = clock
+        self._state_dir = state_dir
+        self._superseded = superseded  # whether another wish has won meanwhile
+        self._changed = changed
+        self._before: Loaded | None = None  # what served before the trial, still loaded
+        self._bundle: Bundle | None = None
+        self._candidate: Loaded | None = None
+        self._retry = Backoff(first_s=1.0, cap_s=config.fetch_retry_cap_s)
+        self._waiting_since: float | None = None
+        self._work: Mapping[State, Callable[[Record], Awaitable[Record]]] = {
+            State.RECEIVED: self._received,
+            State.VALIDATING: self._obtain,
+            State.FETCHING: self._obtain,
+            State.VERIFYING: self._obtain,
+            State.FETCH_WAIT: self._wait_for_store,
+            State.STAGED: self._staged,
+            State.LOADING: self._load,
+            State.CUTOVER: self._cut_over,
+            State.PROBATION: self._probation,
+            State.ROLLING_BACK: self._roll_back,
+        }
+
+    # Boot: from disk alone, before any network
+
+    async def boot(self, pointer: Pointer) -> None:
+        """Load what the pointer names; fall back to the previous version when that does not work."""
+        self.pointer = pointer
+        if pointer.trial:
+            pointer = self._point(pointer.tried_again())
+        too_often = pointer.trial and pointer.starts_in_trial > self._config.starts_in_trial_max
+        try:
+            if too_often:
+                raise StateError(f"{pointer.starts_in_trial - 1} starts on trial without being confirmed")
+            self.active = await self._bring_up(pointer.active)
+        except (AgentError, OSError) as error:
+            await self._boot_previous(pointer, error)
+
+    async def _boot_previous(self, pointer: Pointer, error: Exception) -> None:
+        data = {"slot": self.slot, "version": pointer.active.version, "reason": str(error)}
+        _log.error("active version does not load", **data)
+        self._events.emit(Stream.HEALTH, "boot.active_failed", Severity.ERROR, **data)
+        if pointer.previous is not None:
+            try:
+                self.active = await self._bring_up(pointer.previous)
+            except (AgentError, OSError) as second:
+                _log.error("previous version does not load", slot=self.slot, reason=str(second))
+            else:
+                if pointer.trial:
+                    await self._journal.refuse(self.slot, pointer.active.digest, str(error))
+                self._point(Pointer(slot=self.slot, active=pointer.previous))
+                return
+        if isinstance(error, BundleError):  # damaged on disk: whoever wants it fetches it again
+            self._pointers.remove(self.slot)
+            self.pointer = None
+        self._host.expect(self.slot, f"version {pointer.active.version} does not load: {error}")
+
+    async def revive(self) -> None:
+        """Try again to load what the pointer names, after ``boot`` could not.
+
+        Raises:
+            AgentError: it still does not load.
+        """
+        if self.pointer is not None and self.active is None:
+            self.active = await self._bring_up(self.pointer.active)
+
+    async def _bring_up(self, target: Target) -> Loaded:
+        bundle = await self._store.check(self._state_dir / target.path)
+        if bundle.digest != target.digest:
+            raise UntrustedError(f"{target.path} holds another manifest than the pointer names")
+        loaded = await self._host.load(bundle)
+        self._host.activate(self.slot, loaded)
+        return loaded
+
+    # Deployments
+
+    async def begin(self, wish: Desired, *, deployment_id: str) -> None:
+        """Perform a new deployment for ``wish`` to its end."""
+        now = self._clock.wall()
+        record = Record(
+            id=deployment_id,
+            slot=self.slot,
+            team=wish.team,
+            wanted=wish.version,
+            channel=wish.channel,
+            source=wish.source,
+            local=wish.local,
+            force=wish.force,
+            previous=self.pointer.active.version if self.pointer is not None else "",
+            created=now,
+            updated=now,
+        )
+        await self._journal.save(record)
+        self._tell(record)
+        await self.perform(record)
+
+    async def resume(self, record: Record) -> None:
+        """Go on with a deployment that a restart interrupted."""
+        ours = self.pointer is not None and self.pointer.active.digest == record.digest
+        if record.state in (State.PROBATION, State.CUTOVER) and ours:
+            pass  # boot() loaded it
+        elif record.state is State.PROBATION:
+            record = await self._step(record, Event.FAIL, code="boot_failed", message="it did not survive a restart")
+        elif record.state is not State.ROLLING_BACK and record.state is not State.RECEIVED:
+            record = await self._step(record, Event.RESUME)
+        await self.perform(record)
+
+    async def perform(self, record: Record) -> None:
+        """Do the work of each state until a final one."""
+        while record.state not in FINAL:
+            if record.step >= TRANSITIONS_MAX and (record.state, Event.FAIL) in _FAILABLE:
+                record = await self._step(
+                    record, Event.FAIL, code="too_many_steps", message="the deployment went in circles"
+                )
+            elif (record.state, Event.SUPERSEDE) in _SUPERSEDABLE and self._superseded(record):
+                record = await self._give_up(record)
+            else:
+                record = await self._work[record.state](record)
+        await self._discard_candidate()
+
+    async def give_up(self, record: Record) -> None:
+        """End an interrupted deployment because another wish won."""
+        if (record.state, Event.SUPERSEDE) in _SUPERSEDABLE:
+            await self._give_up(record)
+        else:
+            await self.resume(record)
+
+    async def _give_up(self, record: Record) -> Record:
+        return await self._step(record, Event.SUPERSEDE, message="another version was asked for")
+
+    # The work of each state
+
+    async def _received(self, record: Record) -> Record:
+        self._waiting_since = None
+        self._retry.reset()
+        return await self._step(record, Event.DONE)
+
+    async def _obtain(self, record: Record) -> Record:
+        """VALIDATING, FETCHING and VERIFYING: one run of the trust child, followed by its progress."""
+        try:
+            if record.local:
+                return await self._obtain_local(record)
+            return await self._obtain_remote(record)
+        except (BundleError, StoreError) as error:
+            return await self._obtain_failed(record, error)
+
+    async def _obtain_local(self, record: Record) -> Record:
+        pointer = self.pointer
+        known = [target for target in (pointer and pointer.previous, pointer and pointer.active) if target]
+        target = next((target for target in known if target.version == record.wanted), None)
+        if target is None:
+            raise BundleError(f"version {record.wanted} is not kept on this box")
+        if pointer is not None and target is pointer.active and not pointer.trial:
+            return await self._step(record, Event.ALREADY, version=target.version, digest=target.digest)
+        self._bundle = await self._store.check(self._state_dir / target.path)
+        while record.state is not State.STAGED:
+            record = await self._step(record, Event.DONE, version=target.version, digest=target.digest)
+        return record
+
+    async def _obtain_remote(self, record: Record) -> Record:
+        progress: asyncio.Queue[Progress | None] = asyncio.Queue()
+        fetch = asyncio.ensure_future(
+            self._store.fetch(
+                team=record.team,
+                name=record.slot,
+                version=record.wanted,
+                channel=record.channel,
+                on_progress=progress.put_nowait,
+            )
+        )
+        fetch.add_done_callback(lambda _: progress.put_nowait(None))
+        try:
+            while (seen := await progress.get()) is not None:
+                record = await self._follow(record, seen)
+                if record.state in FINAL:
+                    return record
+                if self._superseded(record):
+                    return await self._give_up(record)
+            self._bundle = await fetch
+        except (BundleError, StoreError) as error:
+            return await self._obtain_failed(record, error)
+        finally:
+            if not fetch.done():
+                fetch.cancel()
+                await asyncio.wait({fetch})
+        while record.state is not State.STAGED:
+            record = await self._step(record, Event.DONE, version=self._bundle.version, digest=self._bundle.digest)
+        return record
+
+    async def _follow(self, record: Record, seen: Progress) -> Record:
+        if seen.phase == "resolved" and record.state is State.VALIDATING:
+            pointer = self.pointer
+            if pointer is not None and not pointer.trial and pointer.active.digest == seen.digest and self.active:
+                return await self._step(record, Event.ALREADY, version=seen.version, digest=seen.digest)
+            refused = await self._journal.refused(self.slot, seen.digest)
+            if refused and not record.force:
+                message = f"version {seen.version} failed here before: {refused}; deploy it with force to try again"
+                return await self._step(
+                    record,
+                    Event.REJECT,
+                    code="refused_before",
+                    message=message,
+                    version=seen.version,
+                    digest=seen.digest,
+                )
+            return await self._step(
+                record, Event.DONE, version=seen.version, digest=seen.digest, bytes_total=seen.bytes_total
+            )
+        if seen.phase == "progress":
+            record = replace(record, bytes_done=seen.bytes_done, bytes_total=seen.bytes_total)
+            self._changed(record)
+        elif seen.phase == "verifying" and record.state is State.FETCHING:
+            return await self._step(record, Event.DONE)
+        return record
+
+    async def _obtain_failed(self, record: Record, error: AgentError) -> Record:
+        cause = {"code": error.code, "message": str(error)}
+        if isinstance(error, BundleError):
+            self._events.emit(
+                Stream.SECURITY, "bundle.refused", Severity.ERROR, slot=self.slot, wanted=record.wanted, **cause
+            )
+            return await self._step(record, Event.REJECT, **cause)
+        if not error.retryable or error.code == "disk_full":
+            return await self._step(record, Event.FAIL, **cause)
+        if record.state is State.FETCH_WAIT:
+            return record
+        return await self._step(record, Event.OFFLINE, **cause)
+
+    async def _wait_for_store(self, record: Record) -> Record:
+        """Ask again and again until the store answers; one transition however long it takes."""
+        now = self._clock.monotonic()
+        self._waiting_since = self._waiting_since or now
+        if now - self._waiting_since > self._config.fetch_limit_s:
+            return await self._step(record, Event.FAIL, code="offline", message="the store stayed out of reach")
+        await self._clock.sleep(0.1 + self._retry.next())
+        if self._superseded(record):
+            return record
+        try:
+            await self._store.resolve(team=record.team, name=record.slot, version=record.wanted, channel=record.channel)
+        except (BundleError, StoreError) as error:
+            return await self._obtain_failed(record, error)
+        return await self._step(record, Event.DONE, code="", message="")
+
+    async def _staged(self, record: Record) -> Record:
+        return await self._step(record, Event.DONE)
+
+    async def _load(self, record: Record) -> Record:
+        assert self._bundle is not None
+        try:
+            self._candidate = await self._host.load(self._bundle)
+        except AgentError as error:
+            await self._journal.refuse(self.slot, record.digest, str(error))
+            event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
+            return await self._step(record, event, code=error.code, message=str(error))
+        return await self._step(record, Event.DONE, variant=self._candidate.evidence().variant)
+
+    async def _cut_over(self, record: Record) -> Record:
+        if self._candidate is not None and self._bundle is not None:
+            confirmed = self.pointer.confirmed if self.pointer is not None else None
+            active = self._target(self._bundle)
+            if record.local and self.pointer is not None:
+                confirmed = None if self.pointer.trial else self.pointer.active
+            try:
+                self._point(Pointer(slot=self.slot, active=active, previous=confirmed, trial=not record.local))
+            except (AgentError, OSError) as error:
+                return await self._step(record, Event.FAIL, code="pointer_failed", message=str(error))
+            replaced = self._host.activate(self.slot, self._candidate)
+            self.active, self._candidate = self._candidate, None
+            if self._before is None:
+                self._before = replaced
+            elif replaced is not None:
+                await self._host.retire(replaced)  # a version that was itself on trial
+        return await self._step(record, Event.DONE)
+
+    async def _probation(self, record: Record) -> Record:
+        """Watch the version serve; probe an idle one with its own golden inputs."""
+        if record.local:
+            return await self._confirm(record, "it was confirmed before")
+        assert self.active is not None
+        base = self._before.evidence() if self._before is not None else None
+        answered = base.good + base.faults if base is not None else 0
+        baseline = base.faults / answered if base is not None and answered else 0.0
+        started = self._clock.monotonic()
+        probe_s = max(_TRIAL_POLL_S, self._config.probation_s / max(1, self._config.probation_calls_min) / 2)
+        while True:
+            judgement = judge(
+                self.active.evidence(), self._clock.monotonic() - started, self._config, baseline_faults=baseline
+            )
+            if judgement.verdict is Verdict.CONFIRM:
+                return await self._confirm(record, judgement.reason)
+            if judgement.verdict is Verdict.ROLL_BACK:
+                return await self._step(record, Event.FAIL, code="probation_failed", message=judgement.reason)
+            if self._superseded(record):
+                return await self._give_up(record)
+            await self._clock.sleep(probe_s)
+            try:
+                await self.active.self_test()
+            except AgentError as error:
+                _log.warning("self-test on trial failed", slot=self.slot, error=str(error))
+
+    async def _confirm(self, record: Record, reason: str) -> Record:
+        assert self.pointer is not None
+        if self.pointer.trial:
+            self._point(replace(self.pointer, trial=False, starts_in_trial=0))
+        await self._journal.forgive(self.slot, record.digest)
+        record = await self._step(record, Event.DONE, message=reason)
+        before, self._before = self._before, None
+        if before is not None:
+            await self._host.retire(before)
+        return record
+
+    async def _roll_back(self, record: Record) -> Record:
+        """Pointer first, then requests, then memory."""
+        failed, pointer = self.active, self.pointer
+        await self._journal.refuse(self.slot, record.digest, record.message)
+        previous = pointer.previous if pointer is not None and pointer.trial else None
+        try:
+            if pointer is None or not pointer.trial:
+                return await self._step(record, Event.DONE)  # done before a restart
+            if previous is None:
+                self._pointers.remove(self.slot)
+                self.pointer, self.active = None, None
+            else:
+                self._point(Pointer(slot=self.slot, active=previous))
+                if self._before is not None:
+                    self._host.activate(self.slot, self._before)
+                    self.active, self._before = self._before, None
+                else:
+                    self.active = await self._bring_up(previous)
+        except (AgentError, OSError) as error:
+            return await self._step(record, Event.FAIL, message=f"{record.message}; the rollback failed too: {error}")
+        if failed is not None and failed is not self.active:
+            await self._host.retire(failed)
+        if previous is None:
+            self._host.expect(self.slot, f"version {record.version} was rolled back: {record.message}")
+        return await self._step(record, Event.DONE)
+
+    # Inside
+
+    async def _step(self, record: Record, event: Event, **changes: Any) -> Record:
+        """Advance, journal, tell."""
+        after = advance(record, event, updated=self._clock.wall(), **changes)
+        await self._journal.save(after)
+        self._tell(after)
+        return after
+
+    def _tell(self, record: Record) -> None:
+        severity = Severity.ERROR if record.state in _BAD - {State.FETCH_WAIT} else Severity.INFO
+        fields = {name: value for name, value in record.plain().items() if value not in ("", 0, False)}
+        _log.info(
+            "deployment",
+            **{name: fields[name] for name in ("slot", "id", "state", "version", "message") if name in fields},
+        )
+        self._events.emit(
+            Stream.DEPLOY, f"deployment.{record.state}", severity, key=f"{record.id}:{record.step}", **fields
+        )
+        self._changed(record)
+
+    def _point(self, pointer: Pointer) -> Pointer:
+        self._pointers.write(pointer)
+        self.pointer = pointer
+        return pointer
+
+    def _target(self, bundle: Bundle) -> Target:
+        path = bundle.path.relative_to(self._state_dir)
+        return Target(team=bundle.team, name=bundle.name, version=bundle.version, digest=bundle.digest, path=str(path))
+
+    async def _discard_candidate(self) -> None:
+        candidate, self._candidate, self._bundle = self._candidate, None, None
+        if candidate is not None:
+            await self._host.retire(candidate)
+
+
+_FAILABLE: Final = frozenset((state, Event.FAIL) for state in State if state not in FINAL)
+_SUPERSEDABLE: Final = frozenset(
+    (state, Event.SUPERSEDE)
+    for state in (
+        *(State.RECEIVED, State.VALIDATING, State.FETCH_WAIT, State.FETCHING, State.VERIFYING),
+        *(State.STAGED, State.LOADING),
+    )
+)

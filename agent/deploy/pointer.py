@@ -1,0 +1,99 @@
+"""Which version a slot serves: one small file per slot, replaced atomically.
+
+Active, previous and trial change together in one rename, so that no power cut can leave them disagreeing
+(docs/adr/0003). At boot this file alone decides what is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from agent.durable import read_json, set_aside, write_json
+from agent.errors import StateError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A version on disk. ``path`` is relative to the state folder."""
+
+    team: str
+    name: str
+    version: str
+    digest: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pointer:
+    """What a slot serves, what it served before, and whether the active version is still on trial."""
+
+    slot: str
+    active: Target
+    previous: Target | None = None
+    trial: bool = False
+    starts_in_trial: int = 0
+
+    @property
+    def confirmed(self) -> Target | None:
+        """The last version that earned trust."""
+        return self.previous if self.trial else self.active
+
+    def tried_again(self) -> Pointer:
+        """One more start with the active version on trial."""
+        return replace(self, starts_in_trial=self.starts_in_trial + 1)
+
+
+class Pointers:
+    """The pointer files of one box."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def all(self) -> tuple[list[Pointer], list[str]]:
+        """Return the readable pointers, and what was wrong with each that had to be set aside."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        pointers, broken = [], []
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                pointers.append(_parse(read_json(path)))
+            except StateError as error:
+                set_aside(path)
+                broken.append(str(error))
+        return pointers, broken
+
+    def read(self, slot: str) -> Pointer | None:
+        """Return the slot's pointer, ``None`` if it has none.
+
+        Raises:
+            StateError: the file cannot be read.
+        """
+        raw = read_json(self._path(slot))
+        return None if raw is None else _parse(raw)
+
+    def write(self, pointer: Pointer) -> None:
+        """Replace the slot's pointer durably."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._path(pointer.slot), asdict(pointer))
+
+    def remove(self, slot: str) -> None:
+        """Forget the slot."""
+        self._path(slot).unlink(missing_ok=True)
+
+    def _path(self, slot: str) -> Path:
+        return self._folder / f"{slot}.json"
+
+
+def _parse(raw: Any) -> Pointer:
+    try:
+        previous = raw["previous"]
+        return Pointer(
+            slot=str(raw["slot"]),
+            active=Target(**raw["active"]),
+            previous=None if previous is None else Target(**previous),
+            trial=bool(raw["trial"]),
+            starts_in_trial=int(raw["starts_in_trial"]),
+        )
+    except (TypeError, KeyError, ValueError) as error:
+        raise StateError(f"pointer file is malformed: {error!r}") from error

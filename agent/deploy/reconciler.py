@@ -1,0 +1,322 @@
+"""Compare what is wanted with what serves, slot by slot, and act on the difference.
+
+Levels, not edges: a command only records a wish and hints to look now. Each slot has one task; wishes, pointer and
+journal decide its next action (``desired.decide``), the performer carries it out. Nothing here needs the network to
+keep serving what serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from agent.backoff import Backoff
+from agent.clock import Clock
+from agent.config import DeployConfig
+from agent.deploy.desired import Action, Desired, decide, effective
+from agent.deploy.journal import Journal
+from agent.deploy.performer import Performer
+from agent.deploy.pointer import Pointers
+from agent.deploy.ports import Host, Store
+from agent.deploy.state import FINAL, Record, State
+from agent.errors import AgentError, BundleError, CommandError, NotFoundError, StoreError
+from agent.events import EventBus, Severity, Stream
+from agent.log import get_logger
+
+_log = get_logger("deploy")
+_REVIVE_S: Final = 30.0
+
+
+class Reconciler:
+    """All slots of this box. Call ``boot`` once, then keep ``run`` supervised."""
+
+    name = "deploy.reconciler"
+
+    def __init__(
+        self,
+        config: DeployConfig,
+        *,
+        store: Store,
+        host: Host,
+        journal: Journal,
+        events: EventBus,
+        clock: Clock,
+        state_dir: Path,
+        configured: Iterable[Desired],
+        poll_interval_s: float,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._host = host
+        self._journal = journal
+        self._events = events
+        self._clock = clock
+        self._state_dir = state_dir
+        self._configured = tuple(configured)
+        self._poll_interval_s = poll_interval_s
+        self._pointers = Pointers(state_dir / "active")
+        self._performers: dict[str, Performer] = {}
+        self._wishes: dict[str, Desired] = {}
+        self._hints: dict[str, asyncio.Event] = {}
+        self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
+        self._change: asyncio.Future[None] | None = None
+        self._new_slot = asyncio.Event()
+
+    async def boot(self) -> None:
+        """Serve what the pointers name: no network, no clock. Slots start side by side."""
+        trouble = await self._journal.open()
+        if trouble:
+            _log.error("journal set aside", reason=trouble)
+            self._events.emit(Stream.HEALTH, "journal.broken", Severity.ERROR, reason=trouble)
+        pointers, broken = self._pointers.all()
+        for reason in broken:
+            _log.error("pointer set aside", reason=reason)
+            self._events.emit(Stream.HEALTH, "pointer.broken", Severity.ERROR, reason=reason)
+        await self._refresh_wishes()
+        for slot in self._wishes:
+            self._host.expect(slot, "its first version has not arrived yet")
+        async with asyncio.TaskGroup() as group:
+            for pointer in pointers:
+                group.create_task(self._performer(pointer.slot).boot(pointer))
+
+    async def run(self) -> None:
+        """Component: keep every slot's task alive."""
+        async with asyncio.TaskGroup() as group:
+            running: set[str] = set()
+            while True:
+                self._new_slot.clear()
+                for slot in self._performers.keys() | self._wishes.keys():
+                    if slot not in running:
+                        running.add(slot)
+                        group.create_task(self._keep(slot), name=f"slot {slot}")
+                await self._new_slot.wait()
+
+    # Wishes
+
+    async def want(self, wish: Desired) -> None:
+        """Record a wish of the pin or the fleet and look at its slot now.
+
+        Raises:
+            CommandError: a local pin holds the slot and the wish is the fleet's.
+        """
+        held = self._wishes.get(wish.slot)
+        if wish.source == "fleet" and held is not None and held.source == "pin":
+            raise CommandError(f"{wish.slot} is pinned on the box to {held.version or held.channel}; unpin it first")
+        await self._journal.want(wish)
+        await self._refresh_wishes()
+        self._look(wish.slot)
+        self._wake()
+
+    async def unpin(self, slot: str) -> None:
+        """Give the slot back to the fleet and the configuration file."""
+        if slot not in self._wishes:
+            raise NotFoundError(f"no slot {slot!r}")
+        await self._journal.unwant(slot, "pin")
+        await self._refresh_wishes()
+        self._look(slot)
+
+    def previous_version(self, slot: str) -> tuple[str, str]:
+        """Return team and version a rollback of ``slot`` would go to.
+
+        Raises:
+            NotFoundError: unknown slot, or no earlier version is kept.
+        """
+        performer = self._performers.get(slot)
+        pointer = performer.pointer if performer is not None else None
+        if pointer is None:
+            raise NotFoundError(f"{slot!r} serves nothing that could be rolled back")
+        if pointer.previous is None:
+            raise NotFoundError(f"{slot!r}: no earlier version is kept on this box")
+        return pointer.previous.team, pointer.previous.version
+
+    def active_team(self, slot: str) -> str | None:
+        """Return the team of what serves or is wanted, to spare people typing it."""
+        performer = self._performers.get(slot)
+        if performer is not None and performer.pointer is not None:
+            return performer.pointer.active.team
+        wish = self._wishes.get(slot)
+        return wish.team if wish is not None else None
+
+    # Views
+
+    async def outcome(self, deployment_id: str, on_change: Callable[[Record], None] | None = None) -> Record:
+        """Return the deployment's final record, telling ``on_change`` every step on the way.
+
+        Raises:
+            CommandError: see ``beyond``.
+        """
+        seen = (-1, -1)
+        while True:
+            record = await self.beyond(deployment_id, seen)
+            seen = (record.step, record.bytes_done)
+            if on_change is not None:
+                on_change(record)
+            if record.state in FINAL:
+                return record
+
+    async def beyond(self, deployment_id: str, seen: tuple[int, int]) -> Record:
+        """Return the deployment once it has ended or moved past ``seen``: its step and bytes done.
+
+        Raises:
+            CommandError: it never began, because another wish won.
+        """
+        while True:
+            record = self._current.get(deployment_id) or await self._journal.get(deployment_id)
+            if record is not None and (record.state in FINAL or (record.step, record.bytes_done) > seen):
+                return record
+            if record is None and all(wish.id != deployment_id for wish in self._wishes.values()):
+                raise CommandError("another version was asked for before this deployment began")
+            if self._change is None or self._change.done():
+                self._change = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._change)
+
+    async def find(self, deployment_id: str) -> Record | None:
+        """Return the deployment of that id, if there ever was one here."""
+        return await self._journal.get(deployment_id)
+
+    async def history(self, *, limit: int = 50) -> list[Record]:
+        """Return the newest deployments, newest first."""
+        return await self._journal.history(limit=limit)
+
+    def slots(self) -> list[dict[str, object]]:
+        """Return wish and pointer of every slot."""
+        rows: list[dict[str, object]] = []
+        for slot in sorted(self._performers.keys() | self._wishes.keys()):
+            performer, wish = self._performers.get(slot), self._wishes.get(slot)
+            pointer = performer.pointer if performer is not None else None
+            rows.append(
+                {
+                    "slot": slot,
+                    "source": wish.source if wish is not None else None,
+                    "wanted": (wish.version or f"channel {wish.channel}") if wish is not None else None,
+                    "active": pointer.active.version if pointer is not None else None,
+                    "team": pointer.active.team if pointer is not None else (wish.team if wish is not None else None),
+                    "previous": pointer.previous.version
+                    if pointer is not None and pointer.previous is not None
+                    else None,
+                    "trial": pointer.trial if pointer is not None else False,
+                }
+            )
+        return rows
+
+    # Inside
+
+    async def _keep(self, slot: str) -> None:
+        """One slot's loop. Trouble with the disk or journal pauses it; what serves goes on."""
+        performer, hint = self._performer(slot), self._hint(slot)
+        backoff = Backoff(first_s=1.0, cap_s=60.0)
+        while True:
+            hint.clear()
+            try:
+                await self._act(slot, performer, hint)
+                backoff.reset()
+            except (AgentError, OSError) as error:
+                _log.error("deployment is stuck", slot=slot, reason=str(error))
+                self._events.emit(Stream.HEALTH, "deployment.stuck", Severity.ERROR, slot=slot, reason=str(error))
+                await self._clock.sleep(1.0 + backoff.next())
+
+    async def _act(self, slot: str, performer: Performer, hint: asyncio.Event) -> None:
+        wish, latest = self._wishes.get(slot), await self._journal.latest(slot)
+        action = decide(wish, performer.pointer, latest)
+        if action is Action.RESUME and latest is not None:
+            await performer.resume(latest)
+        elif action is Action.SUPERSEDE and latest is not None:
+            await performer.give_up(latest)
+        elif action is Action.BEGIN and wish is not None:
+            await performer.begin(wish, deployment_id=wish.id)
+            await self._collect()
+        elif action is Action.POLL and wish is not None and latest is not None:
+            await self._poll(performer, hint, wish, latest)
+        elif performer.pointer is not None and performer.active is None:
+            await self._revive(performer, hint)
+        else:
+            await hint.wait()
+
+    async def _revive(self, performer: Performer, hint: asyncio.Event) -> None:
+        """Try now and then to load what boot could not; a hint is looked at at once."""
+        try:
+            await performer.revive()
+        except AgentError as error:
+            _log.warning("still does not load", slot=performer.slot, reason=str(error))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(hint.wait(), _REVIVE_S)
+
+    async def _poll(self, performer: Performer, hint: asyncio.Event, wish: Desired, latest: Record) -> None:
+        """Wait for a hint or the poll interval; begin when the channel offers something else."""
+        try:
+            await asyncio.wait_for(hint.wait(), self._poll_interval_s or None)
+        except TimeoutError:
+            pass
+        else:
+            return
+        try:
+            version, digest = await self._store.resolve(
+                team=wish.team, name=wish.slot, version=wish.version, channel=wish.channel
+            )
+        except (StoreError, BundleError) as error:
+            _log.info("poll failed", slot=wish.slot, code=error.code, reason=str(error))
+            return
+        retry = latest.state is not State.CONFIRMED and performer.pointer is None
+        if digest != latest.digest or retry:
+            exact = replace(wish, version=version)
+            await performer.begin(exact, deployment_id=f"{wish.id}@{digest[:12]}")
+            await self._collect()
+
+    async def _collect(self) -> None:
+        """Let the store remove versions no pointer names; never while something is unfinished elsewhere."""
+        keep = set()
+        for performer in self._performers.values():
+            pointer = performer.pointer
+            targets = (pointer.active, pointer.previous) if pointer is not None else ()
+            keep |= {self._state_dir / target.path for target in targets if target is not None}
+        try:
+            await self._store.collect(frozenset(keep))
+        except (AgentError, OSError) as error:
+            _log.warning("collection failed", reason=str(error))
+
+    async def _refresh_wishes(self) -> None:
+        self._wishes = dict(effective([*await self._journal.wanted(), *self._configured]))
+
+    def _performer(self, slot: str) -> Performer:
+        performer = self._performers.get(slot)
+        if performer is None:
+            performer = self._performers[slot] = Performer(
+                slot,
+                config=self._config,
+                store=self._store,
+                host=self._host,
+                pointers=self._pointers,
+                journal=self._journal,
+                events=self._events,
+                clock=self._clock,
+                state_dir=self._state_dir,
+                superseded=self._is_superseded,
+                changed=self._note,
+            )
+        return performer
+
+    def _is_superseded(self, record: Record) -> bool:
+        wish = self._wishes.get(record.slot)
+        return wish is not None and wish.id != record.id and not record.id.startswith(f"{wish.id}@")
+
+    def _hint(self, slot: str) -> asyncio.Event:
+        return self._hints.setdefault(slot, asyncio.Event())
+
+    def _look(self, slot: str) -> None:
+        self._hint(slot).set()
+        self._new_slot.set()
+
+    def _note(self, record: Record) -> None:
+        self._current[record.id] = record
+        while len(self._current) > 64:
+            self._current.pop(next(iter(self._current)))
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let everyone who follows a deployment look again."""
+        if self._change is not None and not self._change.done():
+            self._change.set_result(None)

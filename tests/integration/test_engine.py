@@ -1,0 +1,328 @@
+"""The engine with a real zygote and real sandboxed workers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import uvloop
+
+from agent.clock import SystemClock
+from agent.config import EngineConfig
+from agent.engine.engine import Engine
+from agent.engine.zygote import become_subreaper
+from agent.errors import LoadError
+from agent.events import EventBus
+from agent.metrics import Metrics
+from agent.serving.ports import InferRequest
+from agent.tensors import pack, unpack
+from agent.wire import Limits
+from tests.models import FEATURES, scale_version
+
+pytestmark = pytest.mark.integration
+
+
+@dataclass
+class Bench:
+    """An engine and the means to ask it."""
+
+    engine: Engine
+    events: EventBus
+    sweeper: asyncio.Task[None]
+
+    def request(
+        self, body: bytes, header: dict[str, Any], *, deadline_s: float, version: str | None
+    ) -> tuple[Any, Any]:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[tuple[dict[str, Any], bytes]] = loop.create_future()
+
+        def take(head: dict[str, Any], buffers: Any) -> None:
+            assert not answer.done(), "answered twice"
+            answer.set_result((head, b"".join(bytes(buffer) for buffer in buffers)))
+
+        request = InferRequest(
+            model="scale",
+            version=version,
+            header={"kind": "infer", **header},
+            body=body,
+            deadline=loop.time() + deadline_s,
+            client="test",
+            answer=take,
+        )
+        self.engine.submit(request)
+        return request, answer
+
+    async def ask(self, value: float = 1.0, *, version: str | None = None, deadline_s: float = 30.0) -> dict[str, Any]:
+        entries, buffers = pack({"x": np.full((1, FEATURES), value, dtype=np.float32)})
+        body = b"".join(bytes(buffer) for buffer in buffers)
+        _, answer = self.request(body, {"id": 1, "tensors": entries}, deadline_s=deadline_s, version=version)
+        header, raw = await answer
+        if header["kind"] == "result":
+            header["y"] = float(unpack(header["tensors"], raw)["y"][0, 0])
+        return header
+
+    async def say(self, text: str, *, deadline_s: float = 30.0) -> dict[str, Any]:
+        _, answer = self.request(
+            text.encode(), {"id": 2, "content_type": "text/plain"}, deadline_s=deadline_s, version=None
+        )
+        header, raw = await answer
+        if header["kind"] == "result":
+            header["value"] = json.loads(raw)
+        return header
+
+
+@asynccontextmanager
+async def bench(folder: Path, **options: Any) -> AsyncIterator[Bench]:
+    become_subreaper()
+    events = EventBus(SystemClock())
+    config = EngineConfig(**{"restart_first_s": 0.001, "start_timeout_s": 60.0, **options})
+    engine = Engine(
+        config, scratch=folder / "scratch", wire=Limits(body_bytes_max=1 << 22), events=events, metrics=Metrics()
+    )
+    async with engine.running():
+        sweeper = asyncio.ensure_future(engine.run())
+        try:
+            yield Bench(engine, events, sweeper)
+        finally:
+            sweeper.cancel()
+            await asyncio.wait({sweeper})
+    assert not list((folder / "scratch").iterdir()), "a worker's scratch folder is left"
+
+
+def run(story: Callable[[], Awaitable[None]]) -> None:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    uvloop.run(story())
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE], "a process is left"
+
+
+async def until(condition: Callable[[], bool], *, turns: int = 3000) -> None:
+    for _ in range(turns):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never happened")
+
+
+def test_a_loaded_version_answers_under_the_callers_id(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            box.engine.activate(await box.engine.load(scale_version(tmp_path / "b")))
+            answer = await box.ask(3.0)
+            assert (answer["id"], answer["y"], answer["version"], answer["variant"]) == (1, 6.0, "1.0.0", "v0")
+            status = box.engine.status()[0]
+            assert status["sandbox"]["level"] == "full"
+            assert box.engine.describe("scale")["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
+
+    run(story)
+
+
+def test_a_variant_that_cannot_load_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", factors=(None, 5.0)))
+            box.engine.activate(version)
+            assert (await box.ask())["y"] == 5.0
+            fallback = version.status()["fallbacks"][0]
+            assert (fallback["variant"], fallback["code"]) == ("v0", "load_failed")
+            assert any(event.type == "variant.skipped" for event in box.events.recent())
+
+    run(story)
+
+
+def test_no_variant_left_is_an_error_that_names_each(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            with pytest.raises(LoadError, match=r"v0: .*v1: "):
+                await box.engine.load(scale_version(tmp_path / "b", factors=(None, None)))
+
+    run(story)
+
+
+def test_killed_workers_lose_no_request(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=100) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b"))
+            box.engine.activate(version)
+            answers: list[dict[str, Any]] = []
+
+            async def client() -> None:
+                for _ in range(150):
+                    answer = await box.ask()
+                    answers.append(answer)
+
+            async def killer() -> None:
+                killed: set[int] = set()
+                while len(killed) < 3:
+                    pids = {link.process.pid for link in version.pool.links} - killed
+                    if pids and len(answers) > 100 * len(killed) + 50:
+                        pid = pids.pop()
+                        killed.add(pid)
+                        os.kill(pid, signal.SIGKILL)
+                    await asyncio.sleep(0)
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(8):
+                    group.create_task(client())
+                group.create_task(killer())
+            assert len(answers) == 8 * 150
+            assert {answer.get("y") for answer in answers} == {2.0}
+            await until(lambda: version.deaths == 3)
+            assert all(
+                event.data["cause"] == "killed by SIGKILL"
+                for event in box.events.recent()
+                if event.type == "worker.died"
+            )
+
+    run(story)
+
+
+def test_a_lost_zygote_costs_nothing(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=100) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b"))
+            box.engine.activate(version)
+            zygote = next(row for row in box.engine.processes() if row["role"] == "zygote onnx")
+            os.kill(zygote["pid"], signal.SIGKILL)
+            assert (await box.ask())["y"] == 2.0
+            os.kill(version.pool.links[0].process.pid, signal.SIGKILL)
+            assert (await box.ask())["y"] == 2.0
+            await until(lambda: version.deaths == 1)
+
+    run(story)
+
+
+def test_a_swap_under_load_fails_no_request(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            box.engine.activate(await box.engine.load(scale_version(tmp_path / "a")))
+            seen: list[tuple[str, Any]] = []
+            stop = asyncio.Event()
+
+            async def client() -> None:
+                while not stop.is_set():
+                    answer = await box.ask()
+                    seen.append((answer["kind"], answer.get("version")))
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(4):
+                    group.create_task(client())
+                newer = await box.engine.load(scale_version(tmp_path / "b", version="2.0.0"))
+                older = box.engine.activate(newer)
+                assert older is not None
+                await box.engine.retire(older)
+                await until(lambda: seen[-1][1] == "2.0.0")
+                stop.set()
+            assert {kind for kind, _ in seen} == {"result"}
+            versions = [version for _, version in seen]
+            assert versions.index("2.0.0") > 0
+
+    run(story)
+
+
+def test_one_failing_request_leaves_the_others_alone(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=100) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", handler="odd"))
+            box.engine.activate(version)
+            async with asyncio.TaskGroup() as group:
+                failing = group.create_task(box.say("raise"))
+                refusing = group.create_task(box.say("refuse"))
+                fine = [group.create_task(box.say("[1, 2, 3, 4]")) for _ in range(5)]
+            assert failing.result()["code"] == "handler_failed"
+            assert refusing.result()["code"] == "invalid_input"
+            assert all(task.result()["value"] == {"y": [[2.0, 4.0, 6.0, 8.0]]} for task in fine)
+
+    run(story)
+
+
+def test_a_request_that_kills_its_worker_twice_is_answered_and_the_model_lives(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=100) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", handler="odd"))
+            box.engine.activate(version)
+            assert (await box.say("die"))["code"] == "worker_died"
+            assert (await box.say("[1, 1, 1, 1]"))["kind"] == "result"
+            await until(lambda: version.deaths == 2)
+
+    run(story)
+
+
+def test_a_variant_that_keeps_dying_yields_to_the_next(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=2) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", factors=(2.0, 3.0), handler="odd"))
+            box.engine.activate(version)
+            await box.say("die")
+            await until(lambda: version.ready)
+            answer = await box.say("[1, 1, 1, 1]")
+            assert (answer["variant"], answer["value"]) == ("v1", {"y": [[3.0, 3.0, 3.0, 3.0]]})
+
+    run(story)
+
+
+def test_deadlines_are_answered_and_a_hung_worker_is_killed(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, hang_timeout_s=0.3, deaths_max=100) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", handler="odd"))
+            box.engine.activate(version)
+            async with asyncio.TaskGroup() as group:
+                late = group.create_task(box.say("hang", deadline_s=0.05))
+                hung = group.create_task(box.say("hang", deadline_s=30.0))
+            assert late.result()["code"] == "deadline_exceeded"
+            assert hung.result()["code"] == "worker_died"
+            assert (await box.say("[0, 0, 0, 0]"))["kind"] == "result"
+
+    run(story)
+
+
+def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, queue_requests_max=3, hang_timeout_s=1.0, deaths_max=100) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", handler="odd"))
+            box.engine.activate(version)
+            held = [asyncio.ensure_future(box.say("hang", deadline_s=1.0)) for _ in range(3)]
+            await until(lambda: version.pool.outstanding == 3)
+            refused = await box.say("[1, 1, 1, 1]")
+            assert (refused["code"], refused["retryable"]) == ("overloaded", True)
+            await asyncio.wait(held)
+
+    run(story)
+
+
+def test_unknown_and_expected_models_are_told_apart(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            assert (await box.ask())["code"] == "unknown_model"
+            box.engine.expect("scale", "its first version has not arrived yet")
+            waiting = await box.ask()
+            assert (waiting["code"], waiting["retryable"]) == ("unavailable", True)
+            box.engine.activate(await box.engine.load(scale_version(tmp_path / "b")))
+            assert (await box.ask(version="9.9.9"))["code"] == "unknown_model"
+
+    run(story)
+
+
+def test_a_cancelled_request_gets_no_answer(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, hang_timeout_s=0.5, deaths_max=100) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", handler="odd"))
+            box.engine.activate(version)
+            request, answer = box.request(b"hang", {"content_type": "text/plain"}, deadline_s=30, version=None)
+            box.engine.cancel(request)
+            assert version.pool.outstanding == 0
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(answer), 0.1)
+            assert not answer.done()
+
+    run(story)

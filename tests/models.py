@@ -1,0 +1,121 @@
+"""Small real models and handlers for tests, and the engine specs that load them without a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from agent.engine.types import VariantSpec, VersionSpec
+
+FEATURES = 4
+
+
+def write_scale_model(path: Path, *, factor: float = 2.0) -> None:
+    """Write an ONNX model ``y[N, 4] = factor * x[N, 4]``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "factor"], ["y"])],
+        "scale",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", FEATURES])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", FEATURES])],
+        [numpy_helper.from_array(np.array(factor, dtype=np.float32), "factor")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, str(path))
+
+
+HANDLERS: dict[str, str] = {
+    # Answers a JSON number list; a body can make it misbehave.
+    "odd": '''
+import json
+import os
+import signal
+import time
+
+import numpy as np
+
+from handlers.base import Handler, InputError
+
+
+class OddHandler(Handler):
+    """Does what its input says: fail, die, hang, or answer."""
+
+    def preprocess(self, body, content_type):
+        text = bytes(body).decode()
+        if text == "raise":
+            raise RuntimeError("asked to fail")
+        if text == "refuse":
+            raise InputError("asked to refuse")
+        if text == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if text == "hang":
+            while True:
+                time.sleep(3600)
+        return {"x": np.array([json.loads(text)], dtype=np.float32)}
+
+    def postprocess(self, outputs, rows):
+        return {"y": outputs["y"].tolist()}
+''',
+}
+
+
+def worker_spec(folder: Path, *, version: str, variant: str, entry: str, handler: dict[str, Any]) -> dict[str, Any]:
+    """Return what a worker is told about a variant of the scale model in ``folder``."""
+    return {
+        "model": "scale",
+        "version": version,
+        "variant": variant,
+        "runtime": "onnxruntime",
+        "precision": "fp32",
+        "device": {"kind": "cpu", "index": 0},
+        "providers": ["CPUExecutionProvider"],
+        "bundle_dir": str(folder),
+        "entry": entry,
+        "handler": handler,
+        "signature": {
+            "inputs": [{"name": "x", "dtype": "float32", "shape": ["N", FEATURES]}],
+            "outputs": [{"name": "y", "dtype": "float32", "shape": ["N", FEATURES]}],
+            "dims": {},
+        },
+        "classes_file": None,
+        "golden": [],
+        "warmup": {"runs": 1, "max_ms": 1000},
+        "batching": {"max_batch": 4, "max_delay_ms": 0, "axis": "N"},
+        "threads": {"intra": 1, "inter": 1},
+        "limits": {"memory_bytes": 0, "open_files": 256},
+        "sandbox": "enforce",
+        "wire": {"header_bytes_max": 65536, "body_bytes_max": 1 << 22},
+    }
+
+
+def scale_version(
+    folder: Path,
+    *,
+    version: str = "1.0.0",
+    factors: tuple[float | None, ...] = (2.0,),
+    handler: str | None = None,
+    window: int = 64,
+) -> VersionSpec:
+    """Write a bundle folder and return its spec; one variant per factor, ``None`` = a model file that is rubbish."""
+    variants = []
+    spec: dict[str, Any] = {"id": "tensors/v1", "params": {}}
+    if handler is not None:
+        (folder / "handler.py").parent.mkdir(parents=True, exist_ok=True)
+        (folder / "handler.py").write_text(HANDLERS[handler])
+        spec = {"module": "handler.py", "class": f"{handler.title()}Handler", "params": {}}
+    for index, factor in enumerate(factors):
+        entry = f"v{index}/model.onnx"
+        if factor is None:
+            (folder / entry).parent.mkdir(parents=True, exist_ok=True)
+            (folder / entry).write_bytes(b"this is no model")
+        else:
+            write_scale_model(folder / entry, factor=factor)
+        worker = worker_spec(folder, version=version, variant=f"v{index}", entry=entry, handler=spec)
+        variants.append(
+            VariantSpec(id=f"v{index}", runtime="onnx", precision="fp32", device="cpu", worker=worker, window=window)
+        )
+    return VersionSpec(model="scale", version=version, digest=f"{version:0<64}"[:64], variants=tuple(variants))

@@ -1,0 +1,296 @@
+"""The reconciler under a fake clock: every wish ends in a reported final state, whatever fails on the way.
+
+A power cut is an exception out of the journal's or the pointers' next write; the box then starts again from the
+same folder with a new host, as after a reboot. The seed is in the test's name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.config import DeployConfig
+from agent.deploy.desired import Desired
+from agent.deploy.journal import Journal
+from agent.deploy.pointer import Pointer, Pointers
+from agent.deploy.reconciler import Reconciler
+from agent.deploy.state import FINAL, Record, State
+from agent.errors import DiskFullError, OfflineError, TransientError, UntrustedError
+from agent.events import EventBus
+from tests.fakes.clock import FakeClock
+from tests.fakes.deploy import FakeHost, FakeStore, digest_of
+
+pytestmark = pytest.mark.sim
+
+CONFIG = DeployConfig(probation_s=2, probation_calls_min=3, probation_limit_s=20, fetch_retry_cap_s=5)
+
+
+class PowerCutError(BaseException):
+    """The box lost power: nothing after this line happened."""
+
+
+class CutJournal(Journal):
+    """Loses power at the n-th write from now."""
+
+    cut_in: int | None = None
+
+    async def save(self, record: Record) -> None:
+        if self.cut_in is not None:
+            self.cut_in -= 1
+            if self.cut_in < 0:
+                raise PowerCutError
+        await super().save(record)
+
+
+class Box:
+    """A reconciler over fakes; ``start`` again after a cut."""
+
+    def __init__(self, folder: Path, offered: list[str]) -> None:
+        self.folder = folder
+        self.clock = FakeClock()
+        self.store = FakeStore(folder, offered={"magika": offered})
+        self.behaviour: dict[str, str] = {}
+        self.events: list[dict[str, Any]] = []
+        self.configured: tuple[Desired, ...] = ()
+        self.host = FakeHost()
+        self.journal = CutJournal(folder / "journal.db")
+        self.reconciler = self._make()
+
+    def _make(self) -> Reconciler:
+        self.host = FakeHost(behaviour=self.behaviour)
+        self.journal = CutJournal(self.folder / "journal.db")
+        bus = EventBus(self.clock)
+        self._heard = bus.subscribed(lambda event: self.events.append(event.plain()))
+        self._heard.__enter__()
+        return Reconciler(
+            CONFIG,
+            store=self.store,
+            host=self.host,
+            journal=self.journal,
+            events=bus,
+            clock=self.clock,
+            state_dir=self.folder,
+            configured=self.configured,
+            poll_interval_s=0,
+        )
+
+    async def restart(self) -> None:
+        await self.journal.close()
+        self.reconciler = self._make()
+
+    async def run_until_final(self, wish: Desired | None, deployment_id: str) -> Record:
+        """Boot, ask, and follow to the end; a power cut passes through."""
+        await self.reconciler.boot()
+        running = asyncio.ensure_future(self.reconciler.run())
+        outcome = None
+        try:
+            if wish is not None:
+                await self.reconciler.want(wish)
+            outcome = asyncio.ensure_future(self.reconciler.outcome(deployment_id))
+            done, _ = await asyncio.wait({running, outcome}, return_when=asyncio.FIRST_COMPLETED, timeout=20)
+            assert done, "neither an end nor a failure"
+            if outcome in done:
+                return outcome.result()
+            raise running.exception() or AssertionError("run() returned")
+        finally:
+            for task in (running, outcome):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.wait({task})
+
+    def active(self) -> str | None:
+        loaded = self.host.active.get("magika")
+        return loaded.bundle.version if loaded is not None else None
+
+    def pointer(self) -> Pointer | None:
+        return Pointers(self.folder / "active").read("magika")
+
+
+def wish(version: str, wish_id: str, *, local: bool = False, force: bool = False) -> Desired:
+    return Desired(id=wish_id, slot="magika", team="files", version=version, source="fleet", local=local, force=force)
+
+
+async def deploy(box: Box, version: str, wish_id: str, **more: bool) -> Record:
+    record = await box.run_until_final(wish(version, wish_id, **more), wish_id)
+    await box.restart()
+    await box.reconciler.boot()
+    active = box.active()
+    await box.restart()
+    box.host.active["after restart"] = None  # type: ignore[assignment]
+    assert active == (box.pointer().active.version if box.pointer() else None)
+    return record
+
+
+def run(work: Any) -> Any:
+    return asyncio.run(work)
+
+
+def test_a_good_version_is_confirmed_and_survives_a_restart(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0"])
+        record = await deploy(box, "1.0.0", "a")
+        assert record.state is State.CONFIRMED
+        assert box.pointer().active.version == "1.0.0"
+        assert not box.pointer().trial
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "state"),
+    [("dies", State.ROLLED_BACK), ("faulty", State.ROLLED_BACK), ("unloadable", State.FAILED)],
+)
+def test_a_bad_version_leaves_the_one_before_serving_and_is_not_tried_again(
+    tmp_path: Path, behaviour: str, state: State
+) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        box.behaviour["2.0.0"] = behaviour
+        assert (await deploy(box, "2.0.0", "b")).state is state
+        assert box.pointer().active.version == "1.0.0"
+        again = await deploy(box, "2.0.0", "c")
+        assert (again.state, again.code) == (State.REJECTED, "refused_before")
+        box.behaviour.clear()
+        assert (await deploy(box, "2.0.0", "d", force=True)).state is State.CONFIRMED
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (UntrustedError("flipped byte"), State.REJECTED),
+        (DiskFullError("no space"), State.FAILED),
+        (OfflineError("no route"), State.CONFIRMED),
+        (TransientError("503"), State.CONFIRMED),
+    ],
+)
+def test_store_errors_end_or_wait_by_their_kind(tmp_path: Path, error: Exception, state: State) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        box.store.fetch_errors = [error] * 3
+        record = await deploy(box, "2.0.0", "b")
+        assert record.state is state
+        assert box.pointer().active.version == ("2.0.0" if state is State.CONFIRMED else "1.0.0")
+        if state is State.REJECTED:
+            assert any(event["type"] == "bundle.refused" for event in box.events)
+
+    run(story())
+
+
+def test_rollback_needs_no_store(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        await deploy(box, "2.0.0", "b")
+        box.store.fetch_errors = [OfflineError("no route")] * 1000
+        record = await deploy(box, "1.0.0", "c", local=True)
+        assert record.state is State.CONFIRMED
+        assert box.pointer().active.version == "1.0.0"
+        assert box.pointer().previous.version == "2.0.0"
+
+    run(story())
+
+
+def test_a_version_that_is_damaged_on_disk_yields_to_the_one_before_at_boot(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        await deploy(box, "2.0.0", "b")
+        box.store.check_errors["2.0.0"] = UntrustedError("a byte differs")
+        await box.reconciler.boot()
+        assert box.active() == "1.0.0"
+        await box.journal.close()
+
+    run(story())
+
+
+def test_an_unreadable_journal_is_set_aside_and_the_box_serves(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0"])
+        await deploy(box, "1.0.0", "a")
+        (tmp_path / "journal.db").write_bytes(b"not a database" * 100)
+        await box.reconciler.boot()
+        assert box.active() == "1.0.0"
+        assert any(event["type"] == "journal.broken" for event in box.events)
+        assert list(tmp_path.glob("journal.db*.broken"))
+        await box.journal.close()
+
+    run(story())
+
+
+def test_a_newer_wish_ends_the_older_one(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        box.store.fetch_errors = [OfflineError("no route")] * 3
+        await box.reconciler.boot()
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(box.reconciler.run())
+            await box.reconciler.want(wish("1.0.0", "a"))
+            await box.reconciler.beyond("a", (0, 0))
+            await box.reconciler.want(wish("2.0.0", "b"))
+            first, second = await box.reconciler.outcome("a"), await box.reconciler.outcome("b")
+            running.cancel()
+        assert (first.state, second.state) == (State.SUPERSEDED, State.CONFIRMED)
+        await box.journal.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_power_cuts_never_leave_the_box_without_its_confirmed_version(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0", "3.0.0"])
+        await deploy(box, "1.0.0", "first")
+        confirmed = "1.0.0"
+        for round_number in range(4):
+            version = rng.choice(["1.0.0", "2.0.0", "3.0.0"])
+            box.behaviour.clear()
+            if version != confirmed:
+                box.behaviour[version] = rng.choice(["good", "good", "dies", "faulty", "unloadable"])
+            box.store.fetch_errors = [OfflineError("x")] * rng.choice([0, 0, 2])
+            wish_id = f"w{round_number}"
+            asked: Desired | None = wish(version, wish_id, force=True)
+            for _ in range(40):
+                box.journal.cut_in = rng.choice([None, rng.randrange(12)])
+                try:
+                    record = await box.run_until_final(asked, wish_id)
+                    break
+                except BaseExceptionGroup as cut:
+                    if cut.split(PowerCutError)[1] is not None:
+                        raise
+                except PowerCutError:
+                    pass
+                await box.restart()
+                if await _known(box, wish_id):
+                    asked = None
+            else:
+                raise AssertionError("never ended")
+            assert record.state in FINAL
+            assert record.step <= 64
+            if record.state is State.CONFIRMED:
+                confirmed = version
+            pointer = box.pointer()
+            assert pointer is not None
+            assert pointer.active.version == confirmed, f"seed {seed}"
+            assert pointer.active.digest == digest_of("magika", confirmed)
+            assert not pointer.trial
+            await box.restart()
+
+    run(story())
+
+
+async def _known(box: Box, wish_id: str) -> bool:
+    """Whether the wish itself was durable before the cut."""
+    await box.journal.open()
+    wanted = await box.journal.wanted()
+    await box.restart()
+    return any(item.id == wish_id for item in wanted)

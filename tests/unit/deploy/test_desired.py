@@ -1,0 +1,57 @@
+"""What follows from wish, pointer and newest deployment."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent.deploy.desired import Action, Desired, decide, effective
+from agent.deploy.pointer import Pointer, Target
+from agent.deploy.state import Record, State
+
+pytestmark = pytest.mark.unit
+
+TARGET = Target(team="files", name="magika", version="1.0.0", digest="a" * 64, path="versions/x")
+SERVING = Pointer(slot="magika", active=TARGET)
+TRIAL = Pointer(slot="magika", active=TARGET, trial=True)
+
+
+def wish(wish_id: str = "w1", version: str = "1.0.0", source: str = "fleet") -> Desired:
+    return Desired(id=wish_id, slot="magika", team="files", version=version, source=source)
+
+
+def done(state: State, deployment_id: str = "w1") -> Record:
+    return Record(id=deployment_id, slot="magika", team="files", wanted="1.0.0", state=state)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pointer", "latest", "action"),
+    [
+        (None, None, None, Action.NOTHING),
+        (None, SERVING, done(State.CONFIRMED), Action.NOTHING),
+        (wish(), None, None, Action.BEGIN),
+        (wish(), None, done(State.FETCHING), Action.RESUME),
+        (wish("w2"), None, done(State.FETCHING), Action.SUPERSEDE),
+        (wish("w2"), TRIAL, done(State.PROBATION), Action.SUPERSEDE),
+        (wish("w2"), TRIAL, done(State.CUTOVER), Action.RESUME),
+        (wish("w2"), TRIAL, done(State.ROLLING_BACK), Action.RESUME),
+        (None, TRIAL, done(State.PROBATION), Action.RESUME),
+        (wish(), SERVING, done(State.CONFIRMED), Action.NOTHING),
+        (wish(), SERVING, done(State.ROLLED_BACK), Action.NOTHING),
+        (wish(), None, done(State.CONFIRMED), Action.BEGIN),
+        (wish("w2", "2.0.0"), SERVING, done(State.CONFIRMED), Action.BEGIN),
+        (wish(version=""), SERVING, done(State.CONFIRMED), Action.POLL),
+        (wish(version=""), SERVING, done(State.CONFIRMED, "w1@abc"), Action.POLL),
+        (wish(source="file"), None, done(State.REJECTED), Action.POLL),
+        (wish("w9", source="file"), SERVING, done(State.CONFIRMED), Action.NOTHING),
+    ],
+)
+def test_the_next_action_follows_from_stored_state(
+    wanted: Desired | None, pointer: Pointer | None, latest: Record | None, action: Action
+) -> None:
+    assert decide(wanted, pointer, latest) is action
+
+
+def test_a_pin_wins_over_the_fleet_and_the_fleet_over_the_file() -> None:
+    wishes = [wish("f", source="file"), wish("p", source="pin"), wish("m", source="fleet")]
+    assert effective(wishes)["magika"].id == "p"
+    assert effective(wishes[::2])["magika"].id == "m"
