@@ -1,0 +1,53 @@
+# Everything sets itself up: `make demo` and `make test` need only Python >= 3.11 and make.
+# VENV and STATE may point elsewhere, so that the checkout itself can be read-only.
+VENV   ?= .venv
+STATE  ?= .state
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+
+# Tests run in parallel on the machine's cores unless told otherwise.
+PYTEST_ARGS ?=
+BENCH_ARGS  ?=
+
+BIN  := $(VENV)/bin
+ENV  := STATE="$(STATE)" PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath $(STATE))/pycache"
+SRC  := agent handlers tools tests profiles
+
+.PHONY: help demo test run bench lint format check clean
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.demo: pyproject.toml constraints.txt tools/bootstrap.sh
+	@sh tools/bootstrap.sh "$(PYTHON)" "$(VENV)" demo
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt tools/bootstrap.sh
+	@sh tools/bootstrap.sh "$(PYTHON)" "$(VENV)" dev
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo ## The whole main job on real input, in under two minutes
+	@$(ENV) $(BIN)/python -m tools.demo --state "$(STATE)/demo"
+
+test: $(VENV)/.dev ## Every test
+	@mkdir -p "$(STATE)"
+	@$(ENV) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" $(PYTEST_ARGS)
+
+run: $(VENV)/.demo ## The daemon in the foreground with the demo's store, until Ctrl-C
+	@$(ENV) $(BIN)/python -m tools.demo run --state "$(STATE)/run"
+
+bench: $(VENV)/.demo ## Load against a fresh daemon, interleaved with in-process inference
+	@$(ENV) $(BIN)/python -m tools.bench --state "$(STATE)/bench" $(BENCH_ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy --strict, import contracts
+	@$(BIN)/ruff check --no-cache $(SRC)
+	@$(BIN)/ruff format --no-cache --check $(SRC)
+	@$(BIN)/mypy --cache-dir "$(STATE)/mypy"
+	@$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.dev ## Format the sources in place
+	@$(BIN)/ruff check --no-cache --fix $(SRC)
+	@$(BIN)/ruff format --no-cache $(SRC)
+
+check: lint test ## What must hold before a commit
+
+clean: ## Remove the virtual environment and all state
+	rm -rf "$(VENV)" "$(STATE)"
