@@ -5,20 +5,28 @@ Only the composition root uses this module. Each class here is a port's real imp
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from agent.bundles.layout import Layout
 from agent.bundles.manifest import Manifest, Variant
+from agent.bundles.puller import Puller, StoredBundle
+from agent.bundles.versions import collect, collect_staging
 from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
-from agent.deploy.ports import Bundle, Evidence
+from agent.deploy.ports import Bundle, Evidence, Loaded, Progress
+from agent.deploy.reconciler import Reconciler
 from agent.engine.engine import Engine
 from agent.engine.types import VariantSpec, VersionSpec
 from agent.engine.version import Version
 from agent.errors import PolicyError, SelfTestError
+from agent.events import EventBus
 from agent.profile import Profile
+from agent.telemetry.presence import Presence
 
 _ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}
 _SELF_TEST_TIMEOUT_S: Final = 30.0
@@ -37,27 +45,23 @@ class SpecMaker:
 
     def version_spec(
         self,
-        manifest: Manifest,
-        *,
-        digest: str,
-        path: Path,
-        ranked: tuple[Variant, ...],
-        dropped: tuple[tuple[str, str], ...],
+        bundle: Bundle,
     ) -> VersionSpec:
-        """Return the spec of a bundle in ``path``.
+        """Return the spec of a bundle on disk.
 
         Raises:
             PolicyError: it brings handler code and this box's policy refuses that.
         """
+        stored: StoredBundle = bundle.content
+        manifest = stored.manifest
         if manifest.handler.module and self._policy.handler_code == "never":
             raise PolicyError(f"{manifest.name} brings handler code and [policy] handler_code is 'never'")
-        usable = ranked[:1] if self._policy.fallback == "require" else ranked
         return VersionSpec(
             model=manifest.name,
             version=manifest.version,
-            digest=digest,
-            variants=tuple(self._variant_spec(manifest, variant, path) for variant in usable),
-            dropped=dropped,
+            digest=stored.manifest_sha256,
+            variants=tuple(self._variant_spec(manifest, variant, stored.path) for variant in stored.variants),
+            dropped=stored.dropped,
             labels=manifest.labels,
         )
 
@@ -115,6 +119,37 @@ class SpecMaker:
         return _ADDRESS_SPACE_BASE + 4 * variant.memory.host_mb * MIB
 
 
+class BundleStore:
+    """deploy's ``Store`` over the trust child and the version directories."""
+
+    def __init__(self, puller: Puller, state_dir: Path, *, keep_versions: int) -> None:
+        self._puller = puller
+        self._layout = Layout(state_dir)
+        self._keep_versions = keep_versions
+
+    async def fetch(
+        self, *, team: str, name: str, version: str, channel: str, on_progress: Callable[[Progress], None]
+    ) -> Bundle:
+        stored = await self._puller.fetch(
+            team, name, version, channel, on_progress=lambda line: on_progress(_progress(line))
+        )
+        return _bundle(stored)
+
+    async def check(self, path: Path) -> Bundle:
+        return _bundle(await self._puller.check(path))
+
+    async def resolve(self, *, team: str, name: str, version: str, channel: str) -> tuple[str, str]:
+        found = await self._puller.resolve(team, name, version, channel)
+        return found.version, found.manifest_sha256
+
+    async def collect(self, keep: frozenset[Path]) -> None:
+        await asyncio.to_thread(self._collect, keep)
+
+    def _collect(self, keep: frozenset[Path]) -> None:
+        collect(self._layout, keep, newest=self._keep_versions)
+        collect_staging(self._layout, now=time.time())
+
+
 class LoadedVersion:
     """deploy's ``Loaded`` over the engine's ``Version``."""
 
@@ -149,15 +184,70 @@ class EngineHost:
     async def load(self, bundle: Bundle) -> LoadedVersion:
         return LoadedVersion(await self._engine.load(self._specs(bundle)))
 
-    def activate(self, slot: str, loaded: LoadedVersion) -> LoadedVersion | None:
-        previous = self._engine.activate(loaded.version)
+    def activate(self, slot: str, loaded: Loaded) -> LoadedVersion | None:
+        previous = self._engine.activate(_version(loaded))
         return LoadedVersion(previous) if previous is not None else None
 
-    async def retire(self, loaded: LoadedVersion) -> None:
-        await self._engine.retire(loaded.version, timeout_s=_RETIRE_TIMEOUT_S)
+    async def retire(self, loaded: Loaded) -> None:
+        await self._engine.retire(_version(loaded), timeout_s=_RETIRE_TIMEOUT_S)
 
     def expect(self, slot: str, reason: str) -> None:
         self._engine.expect(slot, reason)
+
+
+class ReportedState:
+    """Keep the retained ``reported`` document equal to what this box serves; a component."""
+
+    name = "daemon.reported"
+
+    def __init__(self, *, reconciler: Reconciler, engine: Engine, presence: Presence, events: EventBus) -> None:
+        self._reconciler = reconciler
+        self._engine = engine
+        self._presence = presence
+        self._events = events
+
+    async def run(self) -> None:
+        """Look again after each event until cancelled; equal content is not published again."""
+        changed = asyncio.Event()
+        with self._events.subscribed(lambda _: changed.set()):
+            while True:
+                changed.clear()
+                self._presence.report(self._document(), generation=self._reconciler.fleet_changes)
+                await changed.wait()
+
+    def _document(self) -> dict[str, Any]:
+        serving = {
+            row["model"]: {name: row.get(name) for name in ("version", "digest", "variant", "ready", "reason")}
+            for row in self._engine.status()
+        }
+        return {"slots": [{**slot, "serving": serving.get(slot["slot"])} for slot in self._reconciler.slots()]}
+
+
+def _version(loaded: Loaded) -> Version:
+    assert isinstance(loaded, LoadedVersion)
+    return loaded.version
+
+
+def _bundle(stored: StoredBundle) -> Bundle:
+    manifest = stored.manifest
+    return Bundle(
+        team=manifest.team,
+        name=manifest.name,
+        version=manifest.version,
+        digest=stored.manifest_sha256,
+        path=stored.path,
+        content=stored,
+    )
+
+
+def _progress(line: Mapping[str, Any]) -> Progress:
+    return Progress(
+        phase=str(line.get("event", "")),
+        version=str(line.get("version", "")),
+        digest=str(line.get("manifest_sha256", "")),
+        bytes_done=int(line.get("bytes_done", 0)),
+        bytes_total=int(line.get("bytes_total", 0)),
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -7,11 +7,11 @@ Every verb has a table for people and ``--json`` for programs. Exit codes: 0 don
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -275,16 +275,23 @@ def _follow(client: Client, deployment_id: str, *, quiet: bool) -> dict[str, Any
 
 @contextmanager
 def _client(socket_path: str) -> Iterator[Client]:
+    _require_daemon(socket_path)
     try:
-        with Client(Path(socket_path)) as client:
+        with Client(socket_path) as client:
             yield client
     except AgentError as error:
         click.echo(f"inferctl: {error.code}: {error}", err=True)
         sys.exit(1)
-    except (ConnectionError, FileNotFoundError, PermissionError) as error:
-        reason = error.strerror or str(error)
+
+
+def _require_daemon(socket_path: str) -> None:
+    """Leave with a hint when nobody answers at the socket: a person should not wait for the client's patience."""
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(socket_path)
+    except OSError as error:
         click.echo(
-            f"inferctl: cannot reach the daemon at {socket_path}: {reason}\n"
+            f"inferctl: cannot reach the daemon at {socket_path}: {error.strerror or error}\n"
             "Is it running (systemctl status inferd)? Another socket is named with --socket PATH.",
             err=True,
         )
@@ -342,3 +349,7 @@ def _duration(seconds: float) -> str:
 
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1))
+
+
+if __name__ == "__main__":
+    main()

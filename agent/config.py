@@ -202,6 +202,11 @@ class OutboxConfig(Section, frozen=True):
         _require(1 <= self.refusals_max <= 1000, "refusals_max: 1..1000")
         _require(1 <= self.drain_rows_per_s_max <= 100_000, "drain_rows_per_s_max: 1..100000")
 
+    @property
+    def message_bytes_max(self) -> int:
+        """The largest message kept: a small outbox takes small ones only, so that one cannot displace the rest."""
+        return min(self.row_bytes_max, self.size_bytes_max // 16)
+
 
 class TelemetryConfig(Section, frozen=True):
     """The MQTT link. An empty ``host`` means no link; events still fill the outbox."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from agent.errors import DiskFullError, StateError
+from agent.errors import DiskFullError, StateError, StoreError
 
 _DISK_FULL: Final = frozenset({28, 122})  # ENOSPC, EDQUOT
 
@@ -68,6 +70,21 @@ def set_aside(path: Path) -> Path | None:
         return None
     sync_directory(path.parent)
     return target
+
+
+def disk_error(what: object, error: OSError) -> StoreError:
+    """Return ``error`` as one of ours: ``DiskFullError`` if space or quota ran out; ``what`` begins the message."""
+    message = f"{what}: {error.strerror or error}"
+    return DiskFullError(message) if error.errno in _DISK_FULL else StoreError(message)
+
+
+@contextmanager
+def disk_errors(what: object) -> Iterator[None]:
+    """Turn each ``OSError`` of the block into ``disk_error``."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(what, error) from error
 
 
 def sync_directory(path: Path) -> None:

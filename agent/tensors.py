@@ -31,6 +31,7 @@ _NUMPY: Final[Mapping[str, np.dtype[Any]]] = {
         "float64",
     )
 }
+_NAMES: Final[Mapping[np.dtype[Any], str]] = {dtype: name for name, dtype in _NUMPY.items()}
 
 
 def dtype_name(array: Array) -> str:
@@ -39,6 +40,9 @@ def dtype_name(array: Array) -> str:
     Raises:
         TensorError: a dtype the wire does not carry.
     """
+    known = _NAMES.get(array.dtype)
+    if known is not None:
+        return known
     if array.dtype.kind in "OSU":
         return "bytes"
     name = array.dtype.newbyteorder("=").name
@@ -63,7 +67,7 @@ def pack(arrays: Mapping[str, Array]) -> tuple[list[dict[str, Any]], list[Buffer
             data = pack_bytes(array)
         else:
             plain = np.ascontiguousarray(array, dtype=_NUMPY[dtype])
-            data = plain.reshape(-1).view(np.uint8).data
+            data = plain.data.cast("B") if plain.size else b""
         rows.append((name, dtype, array.shape, len(data)))
         buffers.append(data)
     return tensor_entries(rows), buffers
@@ -89,7 +93,7 @@ def as_array(tensor: Tensor, body: memoryview) -> Array:
     if tensor.dtype == "bfloat16":
         wide = np.frombuffer(part, dtype="<u2").astype(np.uint32) << 16
         return wide.view(np.float32).reshape(tensor.shape)
-    return np.frombuffer(part, dtype=_NUMPY[tensor.dtype]).reshape(tensor.shape)
+    return np.ndarray(tensor.shape, _NUMPY[tensor.dtype], part)
 
 
 def pack_bytes(array: Array) -> bytes:

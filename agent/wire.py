@@ -33,6 +33,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
+from mmap import mmap
 from typing import Any, Final, NamedTuple
 
 import msgpack
@@ -52,7 +53,11 @@ DTYPES: Final[Mapping[str, int | None]] = {
 Buffer = bytes | bytearray | memoryview
 _RANK_MAX: Final = 16
 _ELEMENTS_MAX: Final = 1 << 40
+_EMPTY: Final = memoryview(b"")
 _IN_PLACE: Final = 1 << 18  # bodies above this are received straight into their own buffer
+# Larger ones get pages as bytes arrive, so that an announced length alone costs neither memory nor time. Smaller ones
+# reuse the heap: a fresh page costs more than the clearing of a warm one (measured: 6 MiB in 3.3 ms against 1.2 ms).
+_MAPPED: Final = 1 << 24
 
 
 class Kind(StrEnum):
@@ -126,13 +131,14 @@ class Decoder:
     that view and tell ``body_filled(n)``; feeding also stays correct.
     """
 
-    __slots__ = ("_body", "_broken", "_filled", "_header", "_limits", "_pending")
+    __slots__ = ("_body", "_broken", "_filled", "_header", "_limits", "_needed", "_pending")
 
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
         self._pending = bytearray()  # start of a frame whose rest has not arrived
+        self._needed = 0  # length of ``_pending`` below which looking at it again is in vain (bytes)
         self._header: dict[str, Any] | None = None  # header of the large body under way
-        self._body = bytearray()
+        self._body = _EMPTY
         self._filled = 0
         self._broken = False
 
@@ -158,7 +164,7 @@ class Decoder:
 
     def body_buffer(self) -> memoryview | None:
         """Return the unfilled rest of a large body, or ``None``."""
-        return memoryview(self._body)[self._filled :] if self._header is not None else None
+        return self._body[self._filled :] if self._header is not None else None
 
     def body_filled(self, count: int) -> Frame | None:
         """Record ``count`` bytes received into ``body_buffer()``; return the frame if that completed it."""
@@ -168,7 +174,7 @@ class Decoder:
         if self._filled < len(self._body):
             return None
         frame = Frame(self._header, self._body)
-        self._header, self._body, self._filled = None, bytearray(), 0
+        self._header, self._body, self._filled = None, _EMPTY, 0
         return frame
 
     def _feed(self, data: bytes) -> list[Frame]:
@@ -183,14 +189,17 @@ class Decoder:
             data = data[taken:]
         if self._pending:
             self._pending += data
+            if len(self._pending) < self._needed:
+                return frames
             data = bytes(self._pending)
             self._pending = bytearray()
-        offset, size = 0, len(data)
+        offset, size, needed = 0, len(data), PREFIX.size
         while size - offset >= PREFIX.size:
             magic, header_bytes, body_bytes = PREFIX.unpack_from(data, offset)
             self._check(magic, header_bytes, body_bytes)
             start = offset + PREFIX.size
             if size - start < header_bytes:
+                needed = PREFIX.size + header_bytes
                 break
             body_start = start + header_bytes
             end = body_start + body_bytes
@@ -198,18 +207,20 @@ class Decoder:
                 self._begin_body(self._unpack(data[start:body_start]), body_bytes, data[body_start:])
                 return frames
             if end > size:
+                needed = end - offset
                 break
             frames.append(Frame(self._unpack(data[start:body_start]), memoryview(data)[body_start:end]))
             offset = end
         if offset < size:
             self._pending = bytearray(data[offset:])
+            self._needed = needed if size - offset >= PREFIX.size else 0  # a bad magic is told at once
             if self._pending[:4] != MAGIC[: len(self._pending)]:
                 raise FrameError("bad magic: not an inferd frame")
         return frames
 
     def _begin_body(self, header: dict[str, Any], body_bytes: int, first: bytes) -> None:
         self._header = header
-        self._body = bytearray(body_bytes)
+        self._body = memoryview(bytearray(body_bytes) if body_bytes <= _MAPPED else mmap(-1, body_bytes))
         self._body[: len(first)] = first
         self._filled = len(first)
 
@@ -223,7 +234,7 @@ class Decoder:
 
     def _unpack(self, packed: bytes) -> dict[str, Any]:
         try:
-            header = msgpack.unpackb(packed, max_buffer_size=self._limits.header_bytes_max)
+            header = msgpack.unpackb(packed)
         except Exception as error:  # msgpack raises half a dozen unrelated types on bad bytes
             raise FrameError(f"header is not MessagePack: {type(error).__name__}") from error
         if not isinstance(header, dict) or not isinstance(header.get("kind"), str):

@@ -36,7 +36,7 @@ class TensorsHandler(Handler):
             raise InputError(f'expected {{"inputs": {{{", ".join(map(repr, declared))}: lists}}}}')
         if set(given) != set(declared):
             raise InputError(f"inputs {sorted(given)} given, the model takes {sorted(declared)}")
-        return {name: _array(name, declared[name]["dtype"], value) for name, value in given.items()}
+        return {name: _array(declared[name], value) for name, value in given.items()}
 
     def postprocess(self, outputs: Mapping[str, Array], rows: int) -> Json | Reply:
         """Return the outputs as nested lists; NaN and infinity become ``null``."""
@@ -44,16 +44,22 @@ class TensorsHandler(Handler):
         return {"outputs": {name: _listed(array) for name, array in outputs.items()}}
 
 
-def _array(name: str, dtype: str, value: object) -> Array:
+def _array(declared: Mapping[str, Any], value: object) -> Array:
+    name, dtype, shape = declared["name"], declared["dtype"], declared["shape"]
     try:
         array = np.array(value, dtype=object if dtype == "bytes" else None)
     except ValueError as error:
         raise InputError(f"input {name!r}: lists of unequal length") from error
+    fits = array.ndim == len(shape) and all(
+        size == given for size, given in zip(shape, array.shape, strict=True) if isinstance(size, int)
+    )
+    if not fits:
+        raise InputError(f"input {name!r}: shape {list(array.shape)}, expected {shape}")
     if dtype == "bytes":
         if not all(isinstance(item, str) for item in array.reshape(-1)):
             raise InputError(f"input {name!r}: expected texts")
         return array
-    wanted = np.dtype("float32" if dtype == "bfloat16" else dtype)
+    wanted = np.dtype(dtype)
     allowed = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[wanted.kind]
     if array.size and array.dtype.kind not in allowed:
         raise InputError(f"input {name!r}: expected {dtype}")

@@ -202,7 +202,7 @@ class Performer:
             if record.local:
                 return await self._obtain_local(record)
             return await self._obtain_remote(record)
-        except (BundleError, StoreError) as error:
+        except AgentError as error:
             return await self._obtain_failed(record, error)
 
     async def _obtain_local(self, record: Record) -> Record:
@@ -238,7 +238,7 @@ class Performer:
                 if self._superseded(record):
                     return await self._give_up(record)
             self._bundle = await fetch
-        except (BundleError, StoreError) as error:
+        except AgentError as error:
             return await self._obtain_failed(record, error)
         finally:
             if not fetch.done():
@@ -281,7 +281,7 @@ class Performer:
                 Stream.SECURITY, "bundle.refused", Severity.ERROR, slot=self.slot, wanted=record.wanted, **cause
             )
             return await self._step(record, Event.REJECT, **cause)
-        if not error.retryable or error.code == "disk_full":
+        if not isinstance(error, StoreError) or not error.retryable or error.code == "disk_full":
             return await self._step(record, Event.FAIL, **cause)
         if record.state is State.FETCH_WAIT:
             return record
@@ -298,7 +298,7 @@ class Performer:
             return record
         try:
             await self._store.resolve(team=record.team, name=record.slot, version=record.wanted, channel=record.channel)
-        except (BundleError, StoreError) as error:
+        except AgentError as error:
             return await self._obtain_failed(record, error)
         return await self._step(record, Event.DONE, code="", message="")
 
@@ -407,7 +407,8 @@ class Performer:
 
     def _tell(self, record: Record) -> None:
         severity = Severity.ERROR if record.state in _BAD - {State.FETCH_WAIT} else Severity.INFO
-        fields = {name: value for name, value in record.plain().items() if value not in ("", 0, False)}
+        plain = {name: value for name, value in record.plain().items() if name not in ("created", "updated")}
+        fields = {name: value for name, value in plain.items() if value not in ("", 0, False)}
         _log.info(
             "deployment",
             **{name: fields[name] for name in ("slot", "id", "state", "version", "message") if name in fields},

@@ -23,12 +23,13 @@ from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointers
 from agent.deploy.ports import Host, Store
 from agent.deploy.state import FINAL, Record, State
-from agent.errors import AgentError, BundleError, CommandError, NotFoundError, StoreError
+from agent.errors import AgentError, CommandError, NotFoundError
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 
 _log = get_logger("deploy")
 _REVIVE_S: Final = 30.0
+_FIRST_POLL_S: Final = 60.0  # for a configured model that has nothing to serve yet
 
 
 class Reconciler:
@@ -65,6 +66,7 @@ class Reconciler:
         self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
         self._change: asyncio.Future[None] | None = None
         self._new_slot = asyncio.Event()
+        self.fleet_changes = 0  # wishes of the fleet recorded by this process
 
     async def boot(self) -> None:
         """Serve what the pointers name: no network, no clock. Slots start side by side."""
@@ -107,6 +109,7 @@ class Reconciler:
         if wish.source == "fleet" and held is not None and held.source == "pin":
             raise CommandError(f"{wish.slot} is pinned on the box to {held.version or held.channel}; unpin it first")
         await self._journal.want(wish)
+        self.fleet_changes += wish.source == "fleet"
         await self._refresh_wishes()
         self._look(wish.slot)
         self._wake()
@@ -247,8 +250,11 @@ class Reconciler:
 
     async def _poll(self, performer: Performer, hint: asyncio.Event, wish: Desired, latest: Record) -> None:
         """Wait for a hint or the poll interval; begin when the channel offers something else."""
+        interval_s = self._poll_interval_s or None
+        if performer.pointer is None:
+            interval_s = min(_FIRST_POLL_S, interval_s or _FIRST_POLL_S)
         try:
-            await asyncio.wait_for(hint.wait(), self._poll_interval_s or None)
+            await asyncio.wait_for(hint.wait(), interval_s)
         except TimeoutError:
             pass
         else:
@@ -257,7 +263,7 @@ class Reconciler:
             version, digest = await self._store.resolve(
                 team=wish.team, name=wish.slot, version=wish.version, channel=wish.channel
             )
-        except (StoreError, BundleError) as error:
+        except AgentError as error:
             _log.info("poll failed", slot=wish.slot, code=error.code, reason=str(error))
             return
         retry = latest.state is not State.CONFIRMED and performer.pointer is None

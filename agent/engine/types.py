@@ -5,13 +5,11 @@ Values and protocols only. The composition root translates bundles into ``Versio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from agent.wire import Buffer
-
-Answer = Callable[[dict[str, Any], Sequence[Buffer]], None]
 
 # The Open Inference Protocol's names of the wire's dtypes.
 OIP_DATATYPES: Final[Mapping[str, str]] = {
@@ -46,8 +44,9 @@ class InferRequest(Protocol):
     body: Buffer
     deadline: float
     client: str
-    answer: Answer
     handle: Any
+
+    def answer(self, header: dict[str, Any], body: Sequence[Buffer], /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -251,15 +251,17 @@ def _texts(name: str, data: list[Any]) -> Array:
 
 
 def _numbers(name: str, dtype: str, data: list[Any]) -> Array:
-    if not data:
-        return np.empty(0, dtype)
+    wanted = np.dtype(dtype)
     try:
-        array = np.array(data)
+        # NumPy takes a mix of small and large unsigned integers for floats, so those stay Python integers.
+        array = np.array(data, dtype=object if wanted == np.uint64 else None)
     except (ValueError, OverflowError) as error:
         raise TensorError(f"input {name!r}: data is ragged or not numbers") from error
-    kind, wanted = array.dtype.kind, np.dtype(dtype)
     if not array.size:
         return array.astype(wanted)
+    kind = array.dtype.kind
+    if kind == "O" and wanted == np.uint64 and all(type(item) is int for item in array.reshape(-1)):
+        kind = "u"
     if kind not in {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[wanted.kind]:
         raise TensorError(f"input {name!r}: data is not all {TO_OIP[dtype]}")
     if wanted.kind in "iu":
@@ -267,7 +269,7 @@ def _numbers(name: str, dtype: str, data: list[Any]) -> Array:
         low, high = int(array.min()), int(array.max())
         if low < bounds.min or high > bounds.max:
             raise TensorError(f"input {name!r}: values from {low} to {high} do not fit {TO_OIP[dtype]}")
-    if wanted.kind == "f" and wanted.itemsize < 8 and float(np.abs(array).max()) > float(np.finfo(wanted).max):
+    if wanted == np.float32 and float(np.abs(array).max()) > float(np.finfo(wanted).max):
         raise TensorError(f"input {name!r}: a value does not fit {TO_OIP[dtype]}")
     return array.astype(wanted, copy=False)
 

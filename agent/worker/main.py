@@ -126,6 +126,8 @@ class Server:
     def _take(self, frame: Frame, now: float) -> None:
         header = frame.header
         kind = header["kind"]
+        if "id" not in header:
+            raise FrameError(f"a frame of kind {kind!r} without an id")
         if kind == "infer":
             try:
                 request = Request(header, frame.body, self._forms.of(header), now)

@@ -7,7 +7,7 @@ The three forms of a request, by ``content_type``:
 - any other: raw bytes, which the bundle's handler turns into tensors and back.
 
 Promises: what comes out of ``decode`` fits the signature; whatever a handler raises is a ``HandlerError`` naming it,
-or an ``InvalidInputError`` if the handler blames the input.
+or an ``InvalidInputError`` if the handler blames the input (or made more rows of it than the model takes).
 Leaves out: queueing, running, sending.
 """
 
@@ -195,7 +195,7 @@ class RawForm:
             raise InvalidInputError("this model has no handler for raw requests: send tensors")
         try:
             made = handler.preprocess(bytes(request.body), request.header["content_type"])
-        except Exception as error:  # foreign code: anything may come out of it
+        except (Exception, SystemExit) as error:  # foreign code: anything may come out of it
             raise _blamed(handler, "preprocess", error) from error
         prepared = made if isinstance(made, Prepared) else None
         given = made.tensors if isinstance(made, Prepared) else made
@@ -204,11 +204,13 @@ class RawForm:
                 f"{type(handler).__name__}.preprocess returned {type(made).__name__}, not tensors by name"
             )
         inputs = {name: np.asarray(array) for name, array in given.items()}
+        sizes: dict[str, int] = {}
         try:
-            rows = self._signature.check_arrays(inputs, dtype_name)
+            for name, array in inputs.items():
+                self._signature.check(name, dtype_name(array), array.shape, sizes)
         except TensorError as error:
             raise HandlerError(f"{type(handler).__name__}.preprocess: {error}") from error
-        return inputs, rows, prepared
+        return inputs, self._signature.rows(len(inputs), sizes), prepared
 
     def encode(self, request: Request, outputs: Mapping[str, Array]) -> Answer:
         """Return what the handler's ``postprocess`` makes of the outputs."""
@@ -222,12 +224,12 @@ class RawForm:
             if isinstance(made, Reply):
                 return {"content_type": made.content_type}, [made.body]
             text = json.dumps(made, separators=(",", ":"), allow_nan=False)
-        except Exception as error:  # as above
+        except (Exception, SystemExit) as error:  # as above
             raise _blamed(handler, "postprocess", error) from error
         return {"content_type": "application/json"}, [text.encode()]
 
 
-def _blamed(handler: Handler, step: str, error: Exception) -> AgentError:
+def _blamed(handler: Handler, step: str, error: BaseException) -> AgentError:
     if isinstance(error, InputError):
         return InvalidInputError(str(error)[:500])
     if isinstance(error, MemoryError):

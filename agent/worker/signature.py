@@ -105,13 +105,6 @@ class Signature:
             return (request,)
         return tuple(inputs[spec.name].shape[1:] for spec in self.inputs)
 
-    def check_arrays(self, inputs: Mapping[str, Array], dtype_of: Any) -> int:
-        """Return the rows of ``inputs`` after all checks; ``dtype_of`` names an array's dtype. Raises as above."""
-        sizes: dict[str, int] = {}
-        for name, array in inputs.items():
-            self.check(name, dtype_of(array), array.shape, sizes)
-        return self.rows(len(inputs), sizes)
-
     def takes(self) -> str:
         """Return the inputs as a phrase for messages."""
         return ", ".join(f"{spec.name!r} {spec}" for spec in self.inputs)
@@ -131,14 +124,7 @@ def parse(raw: Mapping[str, Any], *, batch_axis: str | None, rows_max: int) -> S
         LoadError: malformed; the message names the tensor.
     """
     inputs, outputs = (_tensors(raw.get(side), side) for side in ("inputs", "outputs"))
-    bounds = {}
-    dims = raw.get("dims") or {}
-    for name, bound in dims.items() if isinstance(dims, dict) else ():
-        low, high = bound.get("min", 0), bound.get("max", _SIZE_MAX)
-        if type(low) is not int or type(high) is not int or not 0 <= low <= high:
-            raise LoadError(f"signature.dims.{name}: min and max must be integers in order, got {bound}")
-        bounds[str(name)] = (low, high)
-    return Signature(inputs, outputs, bounds=bounds, batch_axis=batch_axis, rows_max=rows_max)
+    return Signature(inputs, outputs, bounds=_bounds(raw.get("dims")), batch_axis=batch_axis, rows_max=rows_max)
 
 
 def check_model(declared: Sequence[TensorSpec], found: Sequence[TensorSpec], side: str) -> None:
@@ -160,17 +146,30 @@ def check_model(declared: Sequence[TensorSpec], found: Sequence[TensorSpec], sid
             raise LoadError(f"signature {side}: {spec.name!r} is declared {spec}, the model has {model}")
 
 
+def _bounds(raw: object) -> dict[str, tuple[int, int]]:
+    bounds = {}
+    for name, bound in (raw if isinstance(raw, dict) else {}).items():
+        low, high = (bound.get("min", 0), bound.get("max", _SIZE_MAX)) if isinstance(bound, dict) else (None, None)
+        if type(low) is not int or type(high) is not int or not 0 <= low <= high:
+            raise LoadError(f"signature.dims.{name}: min and max must be integers in order, got {bound}")
+        bounds[str(name)] = (low, high)
+    return bounds
+
+
 def _tensors(raw: object, side: str) -> list[TensorSpec]:
     if not isinstance(raw, list) or not raw:
         raise LoadError(f"signature.{side} must be a list and not empty")
-    specs = []
-    for entry in raw:
-        name, dtype, shape = (entry.get(key) for key in ("name", "dtype", "shape"))
-        if not isinstance(name, str) or dtype not in DTYPES or not isinstance(shape, list):
-            raise LoadError(f"signature.{side}: an entry needs name, dtype and shape, got {entry}")
-        if not all(size is None or (type(size) in (int, str) and size != -1) for size in shape):
-            raise LoadError(f"signature.{side}: {name!r}: a dimension is an integer, a name or null, got {shape}")
-        specs.append(TensorSpec(name, dtype, tuple(shape)))
+    specs = [_tensor(entry, side) for entry in raw]
     if len({spec.name for spec in specs}) != len(specs):
         raise LoadError(f"signature.{side}: two tensors have the same name")
     return specs
+
+
+def _tensor(entry: object, side: str) -> TensorSpec:
+    fields = entry if isinstance(entry, dict) else {}
+    name, dtype, shape = (fields.get(key) for key in ("name", "dtype", "shape"))
+    if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(shape, list):
+        raise LoadError(f"signature.{side}: an entry needs name, dtype and shape, got {entry}")
+    if not all(size is None or isinstance(size, str) or (type(size) is int and size >= 0) for size in shape):
+        raise LoadError(f"signature.{side}: {name!r}: a dimension is an integer, a name or null, got {shape}")
+    return TensorSpec(name, dtype, tuple(shape))

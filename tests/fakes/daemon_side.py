@@ -5,7 +5,6 @@ It shares ``agent.wire`` with the worker and nothing else, so it checks the prot
 
 from __future__ import annotations
 
-import array
 import os
 import select
 import signal
@@ -109,6 +108,16 @@ class WorkerProcess:
         self._decoder = Decoder()
         self._frames: list[Frame] = []
         self._id = 0
+        self._corked: list[bytes] | None = None
+
+    def cork(self) -> None:
+        """Hold what is sent from here on."""
+        self._corked = []
+
+    def uncork(self) -> None:
+        """Send in one piece what was held."""
+        held, self._corked = self._corked or [], None
+        self.channel.sendall(b"".join(held))
 
     def receive(self) -> Frame:
         """Return the next frame; ``EOFError`` when the worker has closed."""
@@ -136,7 +145,11 @@ class WorkerProcess:
 
     def send(self, header: Mapping[str, Any], body: Sequence[Any] = ()) -> None:
         """Send one frame."""
-        self.channel.sendall(b"".join(bytes(part) for part in encode(header, body)))
+        frame = b"".join(bytes(part) for part in encode(header, body))
+        if self._corked is None:
+            self.channel.sendall(frame)
+        else:
+            self._corked.append(frame)
 
     def next_id(self) -> int:
         """Return an id not used before."""
@@ -205,8 +218,3 @@ def wait_until(condition: Any, what: str) -> None:
     while not condition():
         assert time.monotonic() < until, f"never happened: {what}"
         time.sleep(0.01)
-
-
-def descriptors_in(control: bytes) -> list[int]:
-    """Return the descriptors of one SCM_RIGHTS message's data."""
-    return list(array.array("i", control))

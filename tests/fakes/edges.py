@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from agent.serving.asgi import InferenceApp
 from agent.serving.budget import ReceiveBudget
 from agent.serving.frames import FrameServer
 from agent.serving.http import HttpServer
-from agent.serving.identity import AccessPolicy
+from agent.serving.identity import AccessPolicy, Caller, PeerCredentials
 from agent.serving.listeners import bind_tcp, bind_unix
 from agent.serving.routes import Routes
 from tests.fakes.engine import FakeControl, FakeEngine
@@ -49,7 +49,7 @@ async def edges(
     engine: FakeEngine | None = None,
     control: FakeControl | None = None,
     auth: AuthConfig | None = None,
-    own_uid: int | None = None,
+    policy: AccessPolicy | None = None,
     **bounds: Any,
 ) -> AsyncIterator[Edges]:
     """Serve on sockets in ``folder`` and on a free TCP port; ``bounds`` are fields of ``ServingConfig``."""
@@ -58,7 +58,7 @@ async def edges(
     fake, verbs = engine or FakeEngine(), control or FakeControl()
     budget = ReceiveBudget(config.receive_bytes_max)
     shared: dict[str, Any] = {
-        "policy": AccessPolicy(auth or AuthConfig(), own_uid=os.getuid() if own_uid is None else own_uid),
+        "policy": policy or AccessPolicy(auth or AuthConfig(), own_uid=os.getuid()),
         "budget": budget,
         "config": config,
         "metrics": metrics,
@@ -89,3 +89,14 @@ async def until(condition: Callable[[], bool]) -> None:
     """Return once ``condition`` holds."""
     while not condition():
         await asyncio.sleep(0.002)
+
+
+class RolesOnly(AccessPolicy):
+    """Every unix peer holds ``roles`` and no others, even root."""
+
+    def __init__(self, *roles: str) -> None:
+        super().__init__(AuthConfig(), own_uid=os.getuid())
+        self._roles = frozenset(roles)
+
+    def unix_caller(self, peer: PeerCredentials) -> Caller:
+        return replace(super().unix_caller(peer), roles=self._roles)

@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 
-from agent.config import AuthConfig
+from agent.config import AuthConfig, ServingConfig
 from agent.errors import OverloadedError
+from agent.metrics import Metrics
+from agent.serving.budget import ReceiveBudget
+from agent.serving.frames import FrameServer
+from agent.serving.identity import ROLES, AccessPolicy
 from agent.serving.listeners import bind_unix
 from agent.wire import encode
-from tests.fakes.edges import edges, run, until
-from tests.fakes.engine import FakeEngine
+from tests.fakes.edges import RolesOnly, edges, run, until
+from tests.fakes.engine import FakeControl, FakeEngine
 from tests.fakes.peer import FramePeer
 
 pytestmark = pytest.mark.integration
@@ -176,29 +180,24 @@ def test_a_wrong_request_is_answered_and_the_connection_goes_on(tmp_path: Path, 
 
 def test_hello_tells_protocol_roles_and_limits(tmp_path: Path) -> None:
     async def test() -> None:
-        async with edges(tmp_path, own_uid=os.getuid()) as served, FramePeer(served.frame_path) as peer:
+        async with edges(tmp_path) as served, FramePeer(served.frame_path) as peer:
             await peer.send({"kind": "hello", "client": "test", "protocol": 1})
             header = (await peer.frame()).header
             assert (header["kind"], header["protocol"]) == ("hello", 1)
-            assert header["roles"] == ["admin", "infer", "operate", "read"]
+            assert header["roles"] == sorted(ROLES)
             assert header["limits"]["body_bytes_max"] == 64 * 1024 * 1024
 
     run(test)
 
 
-def without_roles(tmp_path: Path) -> Any:
-    """Edges for which this process is nobody special."""
-    return edges(tmp_path, auth=AuthConfig(unix_default_roles=()), own_uid=os.getuid() + 1)
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="root holds every role")
 def test_a_peer_without_the_role_is_refused(tmp_path: Path) -> None:
     async def test() -> None:
-        async with without_roles(tmp_path) as served, FramePeer(served.frame_path) as peer:
+        async with edges(tmp_path, policy=RolesOnly()) as served, FramePeer(served.frame_path) as peer:
             await peer.send(infer(1), b"abc")
             assert (await peer.frame()).header["code"] == "forbidden"
             await peer.send({"kind": "call", "id": 2, "method": "status", "args": {}})
             assert (await peer.frame()).header["code"] == "forbidden"
+            assert served.engine.seen == []
 
     run(test)
 
@@ -291,8 +290,8 @@ def test_a_withdrawn_call_is_ended(tmp_path: Path) -> None:
             await peer.send({"kind": "cancel", "id": 1})
             assert (await peer.frame()).header["code"] == "canceled"
             await until(lambda: served.control.canceled == 1)
-            await peer.send({"kind": "call", "id": 1, "method": "wait"})
-            await peer.send({"kind": "cancel", "id": 1})  # in one read: before its task ever ran
+            call, cancel = {"kind": "call", "id": 1, "method": "wait"}, {"kind": "cancel", "id": 1}
+            await peer.send_raw(b"".join([*encode(call), *encode(cancel)]))  # withdrawn before its task ever ran
             assert (await peer.frame()).header["code"] == "canceled"
             await peer.send({"kind": "cancel", "id": 99})  # crossed its answer: no fault
             await peer.send({"kind": "call", "id": 2, "method": "status"})
@@ -381,13 +380,6 @@ def test_an_inherited_socket_keeps_its_backlog_between_two_daemons(tmp_path: Pat
         held = bind_unix(tmp_path / "held.sock")
 
         async def generation(work: Callable[[], Awaitable[None]]) -> None:
-            from agent.config import ServingConfig
-            from agent.metrics import Metrics
-            from agent.serving.budget import ReceiveBudget
-            from agent.serving.frames import FrameServer
-            from agent.serving.identity import AccessPolicy
-            from tests.fakes.engine import FakeControl
-
             server = FrameServer(
                 held.dup(),
                 engine=FakeEngine(),

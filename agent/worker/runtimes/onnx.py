@@ -58,11 +58,12 @@ class OnnxRuntime:
         self._texts = frozenset(spec.name for spec in self.inputs if spec.dtype == "bytes")
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See ``Runtime.run``."""
-        if self._texts:
-            inputs = {name: _as_text(name, a) if name in self._texts else a for name, a in inputs.items()}
+        """See ``Runtime.run``. A view into a received frame may be unaligned, which the runtime does not check."""
+        feed = {name: array if array.flags.aligned else array.copy() for name, array in inputs.items()}
+        for name in self._texts:
+            feed[name] = _as_text(name, feed[name])
         try:
-            return dict(zip(self._names, self._run(self._names, inputs), strict=True))
+            return dict(zip(self._names, self._run(self._names, feed), strict=True))
         except _FOREIGN as error:
             raise _translated(error) from error
 

@@ -1,0 +1,187 @@
+"""The trust child: a short-lived process that talks to the store and checks every signature.
+
+``python -m agent.bundles.child`` reads one JSON request from standard input, writes JSON lines to standard output and
+exits. Operations: ``resolve``, ``fetch``, ``check``, ``verify_command``. The last line is the answer: ``resolved``,
+``done``, ``command`` or ``error`` (``code``, ``message``, ``retryable``); ``resolved``, ``progress`` and ``verifying``
+may come before. Exit status 0 means that the last line is an answer, an error included.
+
+Here untrusted bytes meet parsers, away from the daemon; the process dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+
+from agent import __version__
+from agent.bundles import commands, pull, zstd
+from agent.bundles.fetcher import Transport
+from agent.bundles.floor import FloorFile
+from agent.bundles.layout import Layout
+from agent.bundles.resolve import Resolver
+from agent.bundles.variants import Box, Runtime
+from agent.config import PolicyConfig, StoreConfig
+from agent.errors import AgentError, CommandError, InvalidInputError, StateError, StoreError, TargetNotFoundError
+from agent.profile import Hardware
+
+REQUEST_BYTES_MAX: Final = 1024 * 1024
+_ASK_AGAIN_S: Final = 60  # an unknown signer makes the store be asked at most so often
+_PR_SET_PDEATHSIG: Final = 1
+_NICE: Final = 10  # inference goes first
+
+# How manifests call a runtime -> distributions that provide it, and those of them built with CUDA.
+_DISTRIBUTIONS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "onnxruntime": (("onnxruntime-gpu", "onnxruntime"), ("onnxruntime-gpu",)),
+    "torch": (("torch",), ("torch",)),
+}
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the daemon asks. Each operation reads the fields it needs."""
+
+    op: Literal["resolve", "fetch", "check", "verify_command"]
+    state_dir: str
+    store: StoreConfig = msgspec.field(default_factory=StoreConfig)
+    policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
+    hardware: Hardware | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    precisions: tuple[str, ...] = ()
+    team: str = ""
+    name: str = ""
+    version: str = ""
+    channel: str = "stable"
+    path: str = ""
+    envelope: str = ""
+
+
+def main() -> int:
+    """Serve one request."""
+    _die_with_parent()
+    os.nice(_NICE)
+    os.umask(0o022)
+    try:
+        answer = handle(_read_request(sys.stdin.buffer.read(REQUEST_BYTES_MAX + 1)))
+    except AgentError as error:
+        answer = {"event": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
+    emit(answer)
+    return 0
+
+
+def handle(request: Request) -> dict[str, Any]:
+    """Carry out ``request`` and return the answer line; ``AgentError`` if it fails."""
+    layout = Layout(Path(request.state_dir))
+    transport = Transport(stall_timeout_s=request.store.stall_timeout_s, connections=request.store.connections)
+    resolver = Resolver(layout, request.store, transport)
+    match request.op:
+        case "verify_command":
+            return verify_command(request.envelope.encode(), resolver, layout)
+        case "check":
+            return pull.check(Path(request.path), _box(request), emit)
+        case "resolve":
+            resolved = resolver.version(request.team, request.name, request.version, request.channel)
+            manifest = resolved.manifest
+            here = layout.version(manifest.team, manifest.name, manifest.version, resolved.manifest_sha256).exists()
+            return pull.resolved_line(resolved, manifest.total_size, 0 if here else manifest.total_size)
+        case "fetch":
+            resolved = resolver.version(request.team, request.name, request.version, request.channel)
+            return pull.fetch(resolved, _box(request), layout, request.store, transport, emit)
+
+
+def verify_command(envelope: bytes, resolver: Resolver, layout: Layout) -> dict[str, Any]:
+    """Return the ``command`` line for a signed command.
+
+    The operator keys on this box decide. Only a box that has none, or that meets an unknown signer and has not
+    refreshed for a minute, asks the store.
+
+    Raises:
+        CommandError: malformed, or not signed by a current operator key.
+        ExpiredError: the metadata on this box is too old to name operators.
+        UntrustedError: the files on this box do not hold.
+    """
+    parsed = commands.parse_envelope(envelope)
+    try:
+        payload, keyid = commands.verify_envelope(parsed, resolver.local_operators())
+    except (commands.UnknownSignerError, StateError, TargetNotFoundError) as error:
+        if not _may_ask(layout):
+            raise CommandError(str(error)) from error
+        try:
+            operators = resolver.operators()
+        except (StoreError, TargetNotFoundError):
+            raise CommandError(str(error)) from error
+        payload, keyid = commands.verify_envelope(parsed, operators)
+    return {"event": "command", "payload": payload, "keyid": keyid}
+
+
+def emit(line: dict[str, Any]) -> None:
+    """Write one line to standard output."""
+    sys.stdout.write(json.dumps(line, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+
+def installed_runtimes() -> dict[str, Runtime]:
+    """Return the runtimes installed in this environment, without importing them."""
+    found: dict[str, Runtime] = {}
+    for name, (distributions, with_cuda) in _DISTRIBUTIONS.items():
+        for distribution in distributions:
+            try:
+                version = metadata.version(distribution)
+            except metadata.PackageNotFoundError:
+                continue
+            found[name] = Runtime(version=version, cuda=distribution in with_cuda and "+cpu" not in version)
+            break
+    return found
+
+
+def _box(request: Request) -> Box:
+    if request.hardware is None:
+        raise InvalidInputError("the request names no hardware")
+    return Box(
+        hardware=request.hardware,
+        policy=request.policy,
+        devices=request.devices,
+        precisions=request.precisions,
+        runtimes=installed_runtimes(),
+        agent_version=__version__,
+        codecs=("zstd",) if zstd.available() else (),
+    )
+
+
+def _read_request(data: bytes) -> Request:
+    if len(data) > REQUEST_BYTES_MAX:
+        raise InvalidInputError(f"a request of more than {REQUEST_BYTES_MAX} bytes")
+    try:
+        return msgspec.json.decode(data, type=Request)
+    except msgspec.DecodeError as error:
+        raise InvalidInputError(f"request: {error}") from error
+
+
+def _may_ask(layout: Layout) -> bool:
+    try:
+        floor = FloorFile(layout.floors).read()
+    except StateError:
+        return False
+    return floor is None or abs(time.time() - floor.refreshed) > _ASK_AGAIN_S
+
+
+def _die_with_parent() -> None:
+    parent = os.getppid()
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != parent:
+        sys.exit(1)  # it died in between
+
+
+if __name__ == "__main__":
+    sys.exit(main())

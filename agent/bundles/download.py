@@ -1,0 +1,461 @@
+"""Bring a bundle's chunks into its staging folder: resumable, parallel, each byte hashed before it counts.
+
+Staging holds one preallocated ``<n>.part`` per file and a ``journal`` with one byte per chunk of the manifest; the
+byte is set only after the chunk's data is synced. After a cut only unset chunks are fetched again. Chunks found in
+versions already on this box are copied (and hashed) instead of fetched.
+
+Promises: nothing outside the staging folder is written; the disk's reserve is respected before the first byte; a chunk
+is written only if its hash holds, after at most ``tries`` per source. Absent on purpose: whole-file hashes and
+placement (``assemble.py``), trust in the manifest (``trust.py``). Child process only: uses threads and urllib3.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Final, Protocol
+
+from agent.backoff import Backoff
+from agent.bundles import zstd
+from agent.bundles.fetcher import Body, RefusedError
+from agent.bundles.manifest import Chunk, Manifest
+from agent.durable import disk_error, sync_directory
+from agent.errors import AgentError, ChunkMismatchError, DiskFullError, OfflineError, TransientError
+
+_COPY_BYTES: Final = 1 << 20
+_REPORT_S: Final = 0.5
+_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
+Report = Callable[[int, int, float], None]  # bytes in place, bytes in all, bytes per second from the store
+
+
+class Opener(Protocol):
+    """The part of ``fetcher.Transport`` used here."""
+
+    def open(self, url: str, *, offset: int = 0, validator: str = "") -> Body: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How hard a pull may try."""
+
+    connections: int = 4
+    tries: int = 3  # per chunk and source
+    disk_reserve_bytes: int = 0
+    retry_first_s: float = 0.25
+    retry_cap_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A chunk's place: file number in the manifest, byte offset in it, byte of the journal."""
+
+    file: int
+    offset: int
+    mark: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One distinct chunk and all the places it belongs to; the first is filled first."""
+
+    chunk: Chunk
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """Where on this box a chunk's raw bytes probably are."""
+
+    path: Path
+    offset: int
+
+
+class Staging:
+    """The files of one pull. ``wanted`` are the paths to bring, a subset of the manifest's."""
+
+    def __init__(self, folder: Path, manifest: Manifest, wanted: Sequence[str]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.numbers = tuple(n for n, item in enumerate(manifest.files) if item.path in set(wanted))
+        self._descriptors: dict[int, int] = {}
+        self._journal = -1
+        self._folder_lock = -1
+        self._done = bytearray()
+
+    @property
+    def bytes_total(self) -> int:
+        """Raw bytes of the wanted files."""
+        return sum(self.manifest.files[number].size for number in self.numbers)
+
+    def part(self, number: int) -> Path:
+        """Return the staging file of file ``number``."""
+        return self.folder / f"{number}.part"
+
+    def acquire(self) -> None:
+        """Create the folder and hold it for this process until ``close``.
+
+        Raises:
+            TransientError: another process pulls the same bundle.
+            DiskFullError: not even a folder can be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folder_lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise TransientError(f"{self.folder}: another process pulls this bundle") from error
+        except OSError as error:
+            raise disk_error(self.folder, error) from error
+
+    def open(self, *, disk_reserve_bytes: int) -> None:
+        """Create or reopen the files with all their space allocated; ``acquire`` comes first.
+
+        Raises:
+            DiskFullError: the reserve would be touched; nothing of this pull is left on disk that was not there.
+        """
+        marks = sum(len(item.chunks) for item in self.manifest.files)
+        try:
+            self._check_space(disk_reserve_bytes)
+            self._journal = os.open(self.folder / "journal", _FLAGS, 0o600)
+            os.ftruncate(self._journal, marks)
+            os.posix_fallocate(self._journal, 0, max(1, marks))
+            self._done = bytearray(os.pread(self._journal, marks, 0))
+            for number in self.numbers:
+                self._open_part(number)
+            os.fsync(self._journal)
+            sync_directory(self.folder)
+        except OSError as error:
+            self._give_back_space()
+            raise disk_error(self.folder, error) from error
+
+    def close(self) -> None:
+        """Close all files; what is journaled stays."""
+        for descriptor in (*self._descriptors.values(), self._journal, self._folder_lock):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptors, self._journal, self._folder_lock = {}, -1, -1
+
+    def jobs(self) -> list[Job]:
+        """Return the chunks still missing, each once."""
+        places: dict[str, list[Place]] = {}
+        chunks: dict[str, Chunk] = {}
+        mark = 0
+        wanted = set(self.numbers)
+        for number, item in enumerate(self.manifest.files):
+            offset = 0
+            for chunk in item.chunks:
+                if number in wanted and not self._done[mark]:
+                    chunks.setdefault(chunk.sha256, chunk)
+                    places.setdefault(chunk.sha256, []).append(Place(number, offset, mark))
+                offset += chunk.size
+                mark += 1
+        return [Job(chunks[key], tuple(found)) for key, found in places.items()]
+
+    def write(self, place: Place, offset: int, data: bytes | memoryview) -> None:
+        """Write ``data`` at ``offset`` within the chunk at ``place``; it does not count yet."""
+        descriptor = self._descriptors[place.file]
+        position = place.offset + offset
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(descriptor, view, position)
+            view, position = view[written:], position + written
+
+    def finish(self, job: Job) -> None:
+        """Copy the first place to the others, sync, and mark all of them done."""
+        first = job.places[0]
+        for other in job.places[1:]:
+            for offset in range(0, job.chunk.size, _COPY_BYTES):
+                size = min(_COPY_BYTES, job.chunk.size - offset)
+                self.write(other, offset, os.pread(self._descriptors[first.file], size, first.offset + offset))
+        for number in {place.file for place in job.places}:
+            os.fdatasync(self._descriptors[number])
+        for place in job.places:
+            os.pwrite(self._journal, b"\x01", place.mark)
+            self._done[place.mark] = 1
+
+    def forget(self, number: int) -> int:
+        """Hash the chunks of file ``number`` and unmark the bad ones; return how many those are."""
+        mark = sum(len(item.chunks) for item in self.manifest.files[:number])
+        offset = bad = 0
+        for chunk in self.manifest.files[number].chunks:
+            if _hash_range(self._descriptors[number], offset, chunk.size) != chunk.sha256:
+                os.pwrite(self._journal, b"\x00", mark)
+                self._done[mark] = 0
+                bad += 1
+            offset += chunk.size
+            mark += 1
+        os.fsync(self._journal)
+        return bad
+
+    def _check_space(self, reserve: int) -> None:
+        stats = os.statvfs(self.folder)
+        free = stats.f_bavail * stats.f_frsize
+        need = 0
+        for number in self.numbers:
+            path = self.part(number)
+            allocated = path.stat().st_blocks * 512 if path.exists() else 0
+            need += max(0, self.manifest.files[number].size - allocated)
+        if free < need + reserve:
+            raise DiskFullError(f"{need} bytes are needed beside the reserve of {reserve}, {free} are free")
+
+    def _open_part(self, number: int) -> None:
+        size = self.manifest.files[number].size
+        descriptor = os.open(self.part(number), _FLAGS, 0o600)
+        self._descriptors[number] = descriptor
+        if os.fstat(descriptor).st_size > size:
+            os.ftruncate(descriptor, size)
+        if size:
+            os.posix_fallocate(descriptor, 0, size)
+
+    def _give_back_space(self) -> None:
+        """Remove the parts that hold no finished chunk, after an allocation failed half way."""
+        mark = 0
+        for number, item in enumerate(self.manifest.files):
+            if number in self._descriptors and not any(self._done[mark : mark + len(item.chunks)]):
+                self.part(number).unlink(missing_ok=True)
+            mark += len(item.chunks)
+
+
+def download(
+    staging: Staging,
+    sources: Sequence[str],
+    opener: Opener,
+    seeds: Mapping[str, Seed],
+    limits: Limits,
+    report: Report,
+) -> int:
+    """Complete ``staging`` (which is open); return the bytes that came from the store.
+
+    Args:
+        sources: Base URLs of stores, tried in order.
+        seeds: Raw chunk hash to a place on this box that may hold it; hashed again before use.
+        report: Called every half second, and at the end, from this thread.
+
+    Raises:
+        ChunkMismatchError: every source keeps giving other bytes than were signed.
+        OfflineError, TransientError, StoreError: no source could give a chunk.
+        DiskFullError: the disk filled up meanwhile; finished chunks stay for the next try.
+    """
+    return _Pull(staging, sources, opener, seeds, limits, report).run()
+
+
+def find_seeds(manifests: Iterable[tuple[Path, Manifest]], wanted: Iterable[str]) -> dict[str, Seed]:
+    """Return where the raw chunks ``wanted`` probably are in local version folders; whether they are is not checked."""
+    missing = set(wanted)
+    found: dict[str, Seed] = {}
+    for folder, manifest in manifests:
+        for item in manifest.files:
+            path, offset = folder / item.path, 0
+            for chunk in item.chunks:
+                if chunk.sha256 in missing and chunk.sha256 not in found:
+                    found[chunk.sha256] = Seed(path, offset)
+                offset += chunk.size
+    return found
+
+
+class _Pull:
+    """One run of ``download``; the threads share it."""
+
+    def __init__(
+        self,
+        staging: Staging,
+        sources: Sequence[str],
+        opener: Opener,
+        seeds: Mapping[str, Seed],
+        limits: Limits,
+        report: Report,
+    ) -> None:
+        self._staging = staging
+        self._sources = tuple(source.rstrip("/") for source in sources)
+        self._opener = opener
+        self._seeds = seeds
+        self._limits = limits
+        self._report = report
+        self._stop = threading.Event()
+        self._count = threading.Lock()
+        self._fetched = 0
+        self._placed = 0
+
+    def run(self) -> int:
+        jobs = self._staging.jobs()
+        self._placed = self._staging.bytes_total - sum(job.chunk.size * len(job.places) for job in jobs)
+        with ThreadPoolExecutor(self._limits.connections, thread_name_prefix="chunk") as pool:
+            pending = {pool.submit(self._do, job) for job in jobs}
+            try:
+                self._watch(pending)
+            finally:
+                self._stop.set()
+                for future in pending:
+                    future.cancel()
+        self._report(self._placed, self._staging.bytes_total, 0.0)
+        return self._fetched
+
+    def _watch(self, pending: set[Future[None]]) -> None:
+        before, since = 0, time.monotonic()
+        while pending:
+            done, pending = wait(pending, timeout=_REPORT_S, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            now = time.monotonic()
+            self._report(self._placed, self._staging.bytes_total, (self._fetched - before) / max(now - since, 1e-3))
+            before, since = self._fetched, now
+
+    def _do(self, job: Job) -> None:
+        if self._stop.is_set():
+            return
+        try:
+            if not self._from_seed(job):
+                self._from_sources(job)
+            self._staging.finish(job)
+        except OSError as error:
+            raise disk_error(self._staging.folder, error) from error
+        with self._count:
+            self._placed += job.chunk.size * len(job.places)
+
+    def _from_seed(self, job: Job) -> bool:
+        seed = self._seeds.get(job.chunk.sha256)
+        if seed is None:
+            return False
+        hasher = sha256()
+        try:
+            descriptor = os.open(seed.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return False  # collected meanwhile: the store has it
+        try:
+            for offset in range(0, job.chunk.size, _COPY_BYTES):
+                data = os.pread(descriptor, min(_COPY_BYTES, job.chunk.size - offset), seed.offset + offset)
+                hasher.update(data)
+                self._staging.write(job.places[0], offset, data)
+        finally:
+            os.close(descriptor)
+        return hasher.hexdigest() == job.chunk.sha256
+
+    def _from_sources(self, job: Job) -> None:
+        failure: AgentError = OfflineError("no store is configured")
+        for source in self._sources:
+            url = f"{source}/blobs/sha256/{job.chunk.blob[:2]}/{job.chunk.blob}"
+            backoff = Backoff(first_s=self._limits.retry_first_s, cap_s=self._limits.retry_cap_s)
+            transfer = _Transfer(job, url, self._staging, self._opener, self._add_fetched, self._stop)
+            for _ in range(self._limits.tries):
+                try:
+                    transfer.run()
+                    return
+                except RefusedError as error:
+                    failure = _graver(failure, error)
+                    break
+                except (TransientError, OfflineError, ChunkMismatchError) as error:
+                    failure = _graver(failure, error)
+                    if self._stop.wait(backoff.next()):
+                        raise failure from None
+        raise failure
+
+    def _add_fetched(self, size: int) -> None:
+        with self._count:
+            self._fetched += size
+
+
+class _Transfer:
+    """One chunk from one source; a repeated ``run`` goes on where the last one was cut, if the store does ranges."""
+
+    def __init__(
+        self,
+        job: Job,
+        url: str,
+        staging: Staging,
+        opener: Opener,
+        add_fetched: Callable[[int], None],
+        stop: threading.Event,
+    ) -> None:
+        self._job = job
+        self._url = url
+        self._staging = staging
+        self._opener = opener
+        self._add_fetched = add_fetched
+        self._stop = stop
+        self._validator = ""
+        self._restart()
+
+    def run(self) -> None:
+        """Receive the rest and check it.
+
+        Raises:
+            ChunkMismatchError: too long, or the hash differs; the next run starts from nothing.
+            TransientError, OfflineError, RefusedError: as the transport.
+        """
+        chunk = self._job.chunk
+        with closing(self._open()) as body:
+            if body.offset != self._received:
+                self._restart()
+            self._validator = body.validator
+            while data := body.read():
+                if self._stop.is_set():
+                    raise TransientError(f"{self._url}: abandoned")
+                self._add_fetched(len(data))
+                if self._received + len(data) > chunk.blob_size:
+                    self._restart()
+                    raise ChunkMismatchError(f"{self._url}: more than the signed {chunk.blob_size} bytes")
+                self._take(data)
+        if self._received < chunk.blob_size:
+            raise TransientError(f"{self._url}: ended after {self._received} of {chunk.blob_size} bytes")
+        if self._hasher.hexdigest() != chunk.blob:
+            self._restart()
+            raise ChunkMismatchError(f"{self._url}: the bytes differ from the signed hash")
+        if chunk.codec:
+            self._unpack()
+
+    def _open(self) -> Body:
+        try:
+            return self._opener.open(self._url, offset=self._received, validator=self._validator)
+        except RefusedError as error:
+            if not self._received:
+                raise
+            self._restart()  # the rest alone is not to be had
+            raise TransientError(str(error)) from error
+
+    def _take(self, data: bytes) -> None:
+        self._hasher.update(data)
+        if self._job.chunk.codec:
+            self._stored += data
+        else:
+            self._staging.write(self._job.places[0], self._received, data)
+        self._received += len(data)
+
+    def _unpack(self) -> None:
+        chunk = self._job.chunk
+        raw = zstd.decompress(bytes(self._stored), size=chunk.size)
+        self._restart()
+        if sha256(raw).hexdigest() != chunk.sha256:
+            raise ChunkMismatchError(f"{self._url}: the unpacked bytes differ from the signed hash")
+        self._staging.write(self._job.places[0], 0, raw)
+
+    def _restart(self) -> None:
+        self._received = 0
+        self._hasher = sha256()
+        self._stored = bytearray()
+
+
+def _graver(before: AgentError, error: AgentError) -> AgentError:
+    """Return the one to report: wrong bytes tell more than no bytes."""
+    return before if isinstance(before, ChunkMismatchError) else error
+
+
+def _hash_range(descriptor: int, offset: int, size: int) -> str:
+    hasher = sha256()
+    end = offset + size
+    while offset < end:
+        data = os.pread(descriptor, min(_COPY_BYTES, end - offset), offset)
+        if not data:
+            break
+        hasher.update(data)
+        offset += len(data)
+    return hasher.hexdigest()

@@ -1,0 +1,208 @@
+"""Bring one resolved version to this box, or check one that is here.
+
+The steps and their order: choose variants, stage, download, hash whole files, check contents, rename into
+``versions/``. Promises: ``versions/`` changes by that one rename or not at all; nothing that cannot or may not run here
+is downloaded. Child process only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from agent.bundles.assemble import damaged_files, install, recover
+from agent.bundles.download import Limits, Staging, download, find_seeds
+from agent.bundles.fetcher import Transport
+from agent.bundles.layout import Layout
+from agent.bundles.manifest import Manifest
+from agent.bundles.resolve import Resolved
+from agent.bundles.variants import Box, Selection, files_needed, no_variant, select
+from agent.bundles.verify import VERIFIED_SCHEMA, Verified, check_version_directory
+from agent.bundles.versions import collect_staging, discard, empty_trash, local_manifests
+from agent.config import StoreConfig
+from agent.durable import disk_errors
+from agent.errors import AgentError, ChunkMismatchError, PolicyError, UnsafeBundleError, UntrustedError
+
+Emit = Callable[[dict[str, Any]], None]
+
+_REPAIR_ROUNDS: Final = 2  # downloads after which the parts still do not add up
+_REPORT_S: Final = 0.5
+
+
+def fetch(
+    resolved: Resolved, box: Box, layout: Layout, store: StoreConfig, transport: Transport, emit: Emit
+) -> dict[str, Any]:
+    """Bring ``resolved`` to this box and return the ``done`` line; a version that is here and whole is not fetched.
+
+    Raises:
+        NoVariantError, PolicyError: nothing of it can or may run here; nothing was downloaded.
+        DiskFullError: not enough space, before or during the pull; finished chunks stay for the next try.
+        ChunkMismatchError, UntrustedError, UnsafeBundleError: refused.
+        OfflineError, TransientError, StoreError: no source gave a chunk.
+    """
+    manifest = resolved.manifest
+    selection = select(manifest, box)
+    wanted = files_needed(manifest, selection.usable)
+    size = sum(manifest.file(path).size for path in wanted)
+    if size > store.bundle_bytes_max:
+        raise PolicyError(f"{size} bytes, and [store] bundle_bytes_max is {store.bundle_bytes_max}")
+    path = layout.version(manifest.team, manifest.name, manifest.version, resolved.manifest_sha256)
+    fetched = 0
+    with disk_errors(layout.root):
+        if _is_complete(path, wanted, emit):
+            emit(resolved_line(resolved, size, 0))
+        else:
+            collect_staging(layout, now=time.time())
+            staging = Staging(layout.staging / resolved.manifest_sha256, manifest, wanted)
+            fetched = _bring(staging, resolved, layout, store, transport, emit)
+    return _done_line(path, manifest, resolved.manifest_sha256, selection, fetched)
+
+
+def check(path: Path, box: Box, emit: Emit) -> dict[str, Any]:
+    """Verify a version directory again, without store, network or expiry; return the ``done`` line.
+
+    Raises:
+        StateError, UntrustedError, UnsafeBundleError: it is not what was activated.
+        NoVariantError, PolicyError: nothing of it can or may run here now.
+    """
+    with disk_errors(path):
+        manifest, record = check_version_directory(path, _Throttle(emit, 0).add)
+    selection = _on_disk(manifest, select(manifest, box), record.files)
+    return _done_line(path, manifest, record.manifest_sha256, selection, 0)
+
+
+def resolved_line(resolved: Resolved, bytes_total: int, bytes_missing: int) -> dict[str, Any]:
+    """Return the ``resolved`` line. ``bytes_missing`` are expected to come over the wire."""
+    manifest = resolved.manifest
+    return {
+        "event": "resolved",
+        "team": manifest.team,
+        "name": manifest.name,
+        "version": manifest.version,
+        "seq": manifest.seq,
+        "manifest_sha256": resolved.manifest_sha256,
+        "bytes_total": bytes_total,
+        "bytes_missing": bytes_missing,
+    }
+
+
+def _bring(
+    staging: Staging, resolved: Resolved, layout: Layout, store: StoreConfig, transport: Transport, emit: Emit
+) -> int:
+    """Download and install; return the bytes that came from the store."""
+    staging.acquire()
+    try:
+        recover(staging)
+        staging.open(disk_reserve_bytes=store.disk_reserve_bytes)
+        fetched = _complete(staging, resolved, layout, store, transport, emit)
+        paths = [resolved.manifest.files[number].path for number in staging.numbers]
+        install(staging, resolved.manifest_bytes, _record(resolved, paths), layout)
+    except (UnsafeBundleError, UntrustedError):
+        discard(layout, staging.folder)  # nothing of it is worth resuming
+        empty_trash(layout)
+        raise
+    finally:
+        staging.close()
+    return fetched
+
+
+def _complete(
+    staging: Staging, resolved: Resolved, layout: Layout, store: StoreConfig, transport: Transport, emit: Emit
+) -> int:
+    """Download until every part is what was signed; return the bytes that came from the store."""
+    manifest = resolved.manifest
+    limits = Limits(connections=store.connections, tries=store.tries)
+    fetched = 0
+    for number in range(_REPAIR_ROUNDS):
+        jobs = staging.jobs()
+        local = local_manifests(layout, team=manifest.team, name=manifest.name)
+        seeds = find_seeds(local, (job.chunk.sha256 for job in jobs))
+        if number == 0:
+            missing = sum(job.chunk.blob_size for job in jobs if job.chunk.sha256 not in seeds)
+            emit(resolved_line(resolved, staging.bytes_total, missing))
+        fetched += download(staging, store.urls, transport, seeds, limits, _progress(emit))
+        emit({"event": "verifying", "bytes_done": 0, "bytes_total": staging.bytes_total})
+        damaged = damaged_files(staging, _Throttle(emit, staging.bytes_total).add)
+        if not damaged:
+            return fetched
+        for file_number in damaged:
+            if not staging.forget(file_number):
+                path = manifest.files[file_number].path
+                raise UntrustedError(f"{path}: each chunk is as signed, the whole is not")
+    raise ChunkMismatchError("this disk does not keep what is written to it")
+
+
+def _is_complete(path: Path, wanted: Sequence[str], emit: Emit) -> bool:
+    if not path.exists():
+        return False
+    try:
+        _, record = check_version_directory(path, _Throttle(emit, 0).add)
+    except AgentError:
+        return False  # damaged: it is built anew, its good chunks serve as seeds
+    return set(wanted) <= set(record.files)
+
+
+def _on_disk(manifest: Manifest, selection: Selection, files: Sequence[str]) -> Selection:
+    """Drop the variants whose files were not fetched, as after a change of hardware."""
+    here = set(files)
+    usable = tuple(variant for variant in selection.usable if here.issuperset(variant.files))
+    absent = [(v.id, "its files are not on this box; deploy again") for v in selection.usable if v not in usable]
+    dropped = (*selection.dropped, *absent)
+    if not usable:
+        raise no_variant(manifest, dropped)
+    return Selection(usable=usable, dropped=dropped)
+
+
+def _record(resolved: Resolved, files: Sequence[str]) -> Verified:
+    manifest = resolved.manifest
+    return Verified(
+        schema=VERIFIED_SCHEMA,
+        team=manifest.team,
+        name=manifest.name,
+        version=manifest.version,
+        seq=manifest.seq,
+        manifest_sha256=resolved.manifest_sha256,
+        files=tuple(files),
+        timestamp=resolved.issued,
+        verified=resolved.trusted_time,
+    )
+
+
+def _done_line(
+    path: Path, manifest: Manifest, manifest_sha256: str, selection: Selection, fetched: int
+) -> dict[str, Any]:
+    return {
+        "event": "done",
+        "path": str(path.absolute()),
+        "manifest_sha256": manifest_sha256,
+        "version": manifest.version,
+        "bytes_fetched": fetched,
+        "variants": [variant.id for variant in selection.usable],
+        "dropped": [{"id": variant, "reason": reason} for variant, reason in selection.dropped],
+    }
+
+
+def _progress(emit: Emit) -> Callable[[int, int, float], None]:
+    def report(done: int, total: int, rate: float) -> None:
+        emit({"event": "progress", "bytes_done": done, "bytes_total": total, "rate_bps": round(rate)})
+
+    return report
+
+
+class _Throttle:
+    """Counts hashed bytes and reports them twice a second."""
+
+    def __init__(self, emit: Emit, total: int) -> None:
+        self._emit = emit
+        self._total = total
+        self._done = 0
+        self._next = time.monotonic() + _REPORT_S
+
+    def add(self, size: int) -> None:
+        """Count ``size`` more bytes."""
+        self._done += size
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _REPORT_S
+            self._emit({"event": "verifying", "bytes_done": self._done, "bytes_total": self._total})

@@ -1,0 +1,283 @@
+"""The daemon's side of the trust child: start it, follow its lines, map its errors, end it.
+
+Runs in the daemon, so nothing here may parse store bytes or import the trust libraries; manifests are read from version
+directories that the child has verified. Promises: no child outlives its call; what a child may write is bounded; a
+flood of commands starts a bounded number of processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from agent.bundles.layout import MANIFEST_FILE
+from agent.bundles.manifest import Manifest, Variant, parse_manifest
+from agent.config import PolicyConfig, StoreConfig
+from agent.errors import AgentError, CommandError, OverloadedError, StateError, TransientError, UntrustedError, by_code
+from agent.profile import Hardware, Profile
+
+ENVELOPE_BYTES_MAX: Final = 64 * 1024
+_LINE_BYTES_MAX: Final = 1024 * 1024
+_SILENCE_S: Final = 600.0  # a child that says nothing for so long is stuck: each of its own waits is far shorter
+_COMMAND_TIMEOUT_S: Final = 120.0
+
+OnProgress = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredBundle:
+    """A verified version on this box. ``variants`` are those that can run here, best first."""
+
+    path: Path
+    manifest: Manifest
+    manifest_sha256: str
+    variants: tuple[Variant, ...]
+    dropped: tuple[tuple[str, str], ...]  # (variant id, reason)
+    bytes_fetched: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedVersion:
+    """What the store offers. ``bytes_missing``: upper bound of what a fetch would bring."""
+
+    team: str
+    name: str
+    version: str
+    seq: int
+    manifest_sha256: str
+    bytes_total: int
+    bytes_missing: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifiedCommand:
+    """A command whose signature holds. Expiry, addressee and repetition are not judged yet."""
+
+    payload: dict[str, Any]
+    keyid: str
+
+
+class Puller:
+    """Runs one trust child per call.
+
+    Args:
+        state_dir: The box's state folder.
+        commands_per_s: Verifications that may be started per second, on average.
+        commands_burst: How many may be started at once after a quiet time.
+        now: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        policy: PolicyConfig,
+        state_dir: Path,
+        hardware: Hardware,
+        profile: Profile,
+        *,
+        commands_per_s: float = 0.5,
+        commands_burst: int = 8,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._request: dict[str, Any] = {
+            "state_dir": str(state_dir.absolute()),
+            "store": msgspec.to_builtins(config),
+            "policy": msgspec.to_builtins(policy),
+            "hardware": msgspec.to_builtins(hardware),
+            "devices": list(profile.devices),
+            "precisions": list(profile.precisions),
+        }
+        self._starts = _TokenBucket(commands_per_s, commands_burst, now)
+        self._one_command = asyncio.Lock()
+
+    async def fetch(
+        self,
+        team: str,
+        name: str,
+        version: str,
+        channel: str,
+        *,
+        on_progress: OnProgress = lambda line: None,
+    ) -> StoredBundle:
+        """Return the version asked for, or the one ``channel`` points to if ``version`` is empty.
+
+        ``on_progress`` gets the ``resolved``, ``progress`` and ``verifying`` lines as they are (``child.py``).
+
+        Raises:
+            BundleError, StoreError, StateError: by the child's code. Nothing that serves was touched.
+        """
+        answer = await self._ask(
+            {"op": "fetch", "team": team, "name": name, "version": version, "channel": channel}, "done", on_progress
+        )
+        return _stored(answer)
+
+    async def check(self, path: Path) -> StoredBundle:
+        """Return the bundle in ``path`` after every byte was hashed again; neither network nor expiry matter.
+
+        Raises:
+            BundleError, StateError: by the child's code.
+        """
+        return _stored(await self._ask({"op": "check", "path": str(path)}, "done"))
+
+    async def resolve(self, team: str, name: str, version: str, channel: str) -> ResolvedVersion:
+        """Return what the store offers now, two requests if that is nothing new.
+
+        Raises:
+            BundleError, StoreError, StateError: by the child's code.
+        """
+        answer = await self._ask(
+            {"op": "resolve", "team": team, "name": name, "version": version, "channel": channel}, "resolved"
+        )
+        del answer["event"]
+        return msgspec.convert(answer, ResolvedVersion)
+
+    async def verify_command(self, envelope: bytes) -> VerifiedCommand:
+        """Return the payload of a signed command.
+
+        Raises:
+            OverloadedError: too many were offered; no process was started.
+            CommandError: malformed or not signed by a current operator key.
+            ExpiredError: this box has not seen its store for too long.
+        """
+        if len(envelope) > ENVELOPE_BYTES_MAX:
+            raise CommandError(f"an envelope of {len(envelope)} bytes, at most {ENVELOPE_BYTES_MAX} are allowed")
+        try:
+            text = envelope.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CommandError("the envelope is not UTF-8") from error
+        if not self._starts.take():
+            raise OverloadedError("too many commands to verify; this one was not looked at")
+        async with self._one_command:
+            try:
+                async with asyncio.timeout(_COMMAND_TIMEOUT_S):
+                    answer = await self._ask({"op": "verify_command", "envelope": text}, "command")
+            except TimeoutError as error:
+                raise TransientError("verifying a command took too long") from error
+        return VerifiedCommand(payload=answer["payload"], keyid=answer["keyid"])
+
+    async def _ask(
+        self, request: dict[str, Any], wanted: str, on_line: OnProgress = lambda line: None
+    ) -> dict[str, Any]:
+        """Run one child and return its last line, which has the event ``wanted``."""
+        async with _child() as process:
+            await _send(process, json.dumps(self._request | request).encode())
+            last: dict[str, Any] = {}
+            while line := await _read_line(process):
+                if last:
+                    on_line(last)
+                last = _parse_line(line)
+            if last.get("event") == wanted:
+                return last
+            if last.get("event") == "error":
+                raise by_code(str(last.get("code")), str(last.get("message")))
+            raise AgentError(f"the trust child ended with {await process.wait()} and no answer; its log says why")
+
+
+class _TokenBucket:
+    """So many per second on average, so many at once."""
+
+    def __init__(self, rate: float, burst: int, now: Callable[[], float]) -> None:
+        self._rate = rate
+        self._burst = float(burst)
+        self._now = now
+        self._tokens = float(burst)
+        self._at = now()
+
+    def take(self) -> bool:
+        now = self._now()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True
+
+
+@asynccontextmanager
+async def _child() -> AsyncIterator[asyncio.subprocess.Process]:
+    """A trust child that does not outlive the block. Its standard error is ours."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",  # never import from the working directory
+        "-m",
+        "agent.bundles.child",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=_LINE_BYTES_MAX,
+        env={
+            key: value for key, value in os.environ.items() if not key.startswith(("NOTIFY_", "LISTEN_", "WATCHDOG_"))
+        },
+    )
+    try:
+        handle = os.pidfd_open(process.pid)
+    except ProcessLookupError:  # it has ended and was reaped
+        yield process
+        return
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)  # by handle: the event loop alone reaps
+        os.close(handle)
+        await asyncio.shield(process.wait())
+
+
+async def _send(process: asyncio.subprocess.Process, data: bytes) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError, ConnectionResetError):  # it died: its output says why
+        process.stdin.write(data)
+        await process.stdin.drain()
+        process.stdin.close()
+
+
+async def _read_line(process: asyncio.subprocess.Process) -> bytes:
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(_SILENCE_S):
+            return await process.stdout.readline()
+    except TimeoutError as error:
+        raise TransientError(f"the trust child was silent for {_SILENCE_S:.0f} s") from error
+    except ValueError as error:
+        raise AgentError(f"the trust child wrote a line of more than {_LINE_BYTES_MAX} bytes") from error
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(line)
+    except msgspec.DecodeError as error:
+        raise AgentError(f"the trust child wrote no JSON: {line[:80]!r}") from error
+    if not isinstance(value, dict):
+        raise AgentError(f"the trust child wrote no object: {line[:80]!r}")
+    return value
+
+
+def _stored(answer: Mapping[str, Any]) -> StoredBundle:
+    path = Path(answer["path"])
+    digest = answer["manifest_sha256"]
+    try:
+        data = (path / MANIFEST_FILE).read_bytes()
+    except OSError as error:
+        raise StateError(f"{path}: {error.strerror}") from error
+    if sha256(data).hexdigest() != digest:
+        raise UntrustedError(f"{path}: the manifest changed after it was verified")
+    manifest = parse_manifest(data)
+    return StoredBundle(
+        path=path,
+        manifest=manifest,
+        manifest_sha256=digest,
+        variants=tuple(manifest.variant(variant) for variant in answer["variants"]),
+        dropped=tuple((item["id"], item["reason"]) for item in answer["dropped"]),
+        bytes_fetched=int(answer["bytes_fetched"]),
+    )

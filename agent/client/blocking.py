@@ -1,0 +1,284 @@
+"""The blocking client: one connection, one request at a time, reconnecting by itself."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import count
+from os import PathLike
+from types import TracebackType
+from typing import Any, Final, Self
+
+from agent.backoff import Backoff
+from agent.client.messages import (
+    ANSWER_LIMITS,
+    DEFAULT_SOCKET,
+    Result,
+    call_frame,
+    error_of,
+    infer_frame,
+    predict_frame,
+    result_of,
+    value_of,
+)
+from agent.errors import DeadlineError, UnavailableError
+from agent.tensors import Array
+from agent.wire import Buffer, Decoder, Frame
+
+_TIMEVAL: Final = struct.Struct("ll")
+_READ_BYTES: Final = 64 * 1024
+_GRACE_S: Final = 5.0  # beyond a request's deadline: the daemon answers late requests too
+_SEND_BUFFER_BYTES: Final = 1 << 20
+_RETRY_FIRST_S: Final = 0.01
+_RETRY_CAP_S: Final = 0.25
+_NOT_THERE: Final = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.ECONNRESET})
+
+
+class Client:
+    """A connection to ``inferd``, opened at the first request and again when it broke.
+
+    Threads may share a client: their requests go one after the other. For parallel requests take one client per
+    thread, or ``AsyncClient``. After ``os.fork`` the child needs a client of its own.
+
+    A request whose connection breaks before it is answered is sent again, at most ``retries`` times: it may then run
+    twice. Set ``retries=0`` for a model where that matters.
+
+    Args:
+        socket_path: The daemon's frame socket.
+        connect_timeout_s: How long to wait for a daemon that is not there (restarting).
+        timeout_s: How long to wait for an answer when the request has no deadline of its own.
+        retries: Bound of repeated requests, see above.
+    """
+
+    def __init__(
+        self,
+        socket_path: str | PathLike[str] = DEFAULT_SOCKET,
+        *,
+        connect_timeout_s: float = 5.0,
+        timeout_s: float = 60.0,
+        retries: int = 2,
+    ) -> None:
+        self._path = str(socket_path)
+        self._connect_timeout_s = connect_timeout_s
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._lock = threading.Lock()
+        self._ids = count(1)
+        self._sock: socket.socket | None = None
+        self._decoder = Decoder(ANSWER_LIMITS)
+        self._wait_s = 0.0  # the socket's present timeout
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        *,
+        version: str | None = None,
+        deadline_ms: float | None = None,
+        outputs: Sequence[str] | None = None,
+        priority: int | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """Run ``model`` on tensors.
+
+        Args:
+            model: Its name on this box.
+            inputs: Arrays by input name; the worker checks them against the model's signature.
+            version: Only this version may answer; by default the active one does.
+            deadline_ms: Until the answer, queue time included (milliseconds); default: the daemon's.
+            outputs: Which outputs to return; default: all.
+            priority: Passed on to the model's queue.
+            params: Passed on to the model's handler.
+
+        Raises:
+            AgentError: the class of the daemon's error code, e.g. ``UnknownModelError``, ``TensorError``,
+                ``OverloadedError``.
+            UnavailableError: no daemon there, or the connection broke more than ``retries`` times.
+            DeadlineError: no answer in time.
+        """
+
+        def build(request_id: int) -> list[Buffer]:
+            return infer_frame(
+                request_id,
+                model,
+                inputs,
+                version=version,
+                deadline_ms=deadline_ms,
+                outputs=outputs,
+                priority=priority,
+                params=params,
+            )
+
+        return result_of(self._ask(build, deadline_ms, self._retries))
+
+    def predict(
+        self,
+        model: str,
+        body: Buffer,
+        content_type: str = "application/octet-stream",
+        *,
+        version: str | None = None,
+        deadline_ms: float | None = None,
+        priority: int | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """Let the model's handler decode ``body`` (a file, a text, …) and answer; raises as ``infer``."""
+
+        def build(request_id: int) -> list[Buffer]:
+            return predict_frame(
+                request_id,
+                model,
+                body,
+                content_type=content_type,
+                version=version,
+                deadline_ms=deadline_ms,
+                priority=priority,
+                params=params,
+            )
+
+        return result_of(self._ask(build, deadline_ms, self._retries))
+
+    def call(self, method: str, args: Mapping[str, Any] | None = None, *, deadline_ms: float | None = None) -> Any:
+        """Return the value of a management verb. It is not repeated when the connection breaks.
+
+        Raises:
+            AgentError: as ``infer``; ``ForbiddenError`` without the role the verb needs.
+        """
+        return value_of(self._ask(lambda request_id: call_frame(request_id, method, args, deadline_ms), deadline_ms, 0))
+
+    def status(self) -> Any:
+        """Return the daemon's status."""
+        return value_of(self._ask(lambda request_id: call_frame(request_id, "status", None, None), None, self._retries))
+
+    def close(self) -> None:
+        """Close the connection; the next request opens a new one."""
+        with self._lock:
+            self._disconnect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Inside
+
+    def _ask(self, build: Callable[[int], list[Buffer]], deadline_ms: float | None, retries: int) -> Frame:
+        wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
+        request_id = next(self._ids)
+        frame = build(request_id)
+        with self._lock:
+            while True:
+                reused = self._sock is not None
+                sock = self._connected(wait_s)
+                try:
+                    return self._exchange(sock, frame, request_id)
+                except BlockingIOError as error:  # the socket's timeout
+                    self._disconnect()
+                    raise DeadlineError(f"no answer within {wait_s} s") from error
+                except OSError as error:
+                    self._disconnect()
+                    if reused and isinstance(error, _UnsentError):
+                        continue  # it ended while it idled, and nothing ran: no retry is used up
+                    if not retries:
+                        raise UnavailableError(f"the connection to {self._path} broke: {error}") from error
+                    retries -= 1
+                except BaseException:  # also an interrupt: what arrives next would belong to this request
+                    self._disconnect()
+                    raise
+
+    def _exchange(self, sock: socket.socket, frame: list[Buffer], request_id: int) -> Frame:
+        try:
+            _send_all(sock, frame)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # the daemon closed on us: it may have said why
+            with suppress(OSError):
+                return self._receive(sock, request_id)
+            raise _UnsentError(*error.args) from error
+        return self._receive(sock, request_id)
+
+    def _receive(self, sock: socket.socket, request_id: int) -> Frame:
+        """Return the answer to ``request_id``; ``OSError`` if the connection ends before it is complete."""
+        while True:
+            for frame in self._read(sock):
+                if frame.header.get("id") == request_id:
+                    return frame
+                if frame.header["kind"] == "error" and "id" not in frame.header:
+                    self._disconnect()
+                    raise error_of(frame)
+
+    def _read(self, sock: socket.socket) -> Sequence[Frame]:
+        body = self._decoder.body_buffer()
+        if body is not None:
+            received = sock.recv_into(body)
+            if not received:
+                raise ConnectionResetError("closed by the daemon")
+            frame = self._decoder.body_filled(received)
+            return () if frame is None else (frame,)
+        data = sock.recv(_READ_BYTES)
+        if not data:
+            raise ConnectionResetError("closed by the daemon")
+        return self._decoder.feed(data)
+
+    def _connected(self, wait_s: float) -> socket.socket:
+        if self._sock is None:
+            self._sock = _connect(self._path, self._connect_timeout_s)
+            self._decoder = Decoder(ANSWER_LIMITS)
+            self._wait_s = 0.0
+        if wait_s != self._wait_s:
+            _set_timeout(self._sock, wait_s)
+            self._wait_s = wait_s
+        return self._sock
+
+    def _disconnect(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+
+class _UnsentError(OSError):
+    """The connection ended before the whole request had left: the daemon never saw it."""
+
+
+def _connect(path: str, timeout_s: float) -> socket.socket:
+    """Return a connected socket, waiting for a daemon that is (re)starting."""
+    give_up = time.monotonic() + timeout_s
+    backoff = Backoff(first_s=_RETRY_FIRST_S, cap_s=_RETRY_CAP_S)
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+            _set_timeout(sock, max(0.001, timeout_s))
+            sock.connect(path)
+        except OSError as error:
+            sock.close()
+            if error.errno not in _NOT_THERE or time.monotonic() >= give_up:
+                raise UnavailableError(f"cannot reach inferd at {path}: {error.strerror or error}") from error
+        else:
+            return sock
+        time.sleep(backoff.next())
+
+
+def _set_timeout(sock: socket.socket, seconds: float) -> None:
+    """Bound each send and receive in the kernel: Python's own timeouts cost a poll() before every call."""
+    value = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def _send_all(sock: socket.socket, parts: Sequence[Buffer]) -> None:
+    views = [memoryview(part).cast("B") for part in parts if len(part)]
+    while views:
+        sent = sock.sendmsg(views)
+        while views and sent >= len(views[0]):
+            sent -= len(views.pop(0))
+        if sent:
+            views[0] = views[0][sent:]

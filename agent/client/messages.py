@@ -1,0 +1,144 @@
+"""What clients say and hear, without sockets: requests as frames, answers as results or exceptions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from agent.errors import AgentError, FrameError, by_code
+from agent.tensors import Array, pack, unpack
+from agent.wire import Buffer, Frame, Limits, encode
+
+DEFAULT_SOCKET: Final = "/run/inferd/inferd.sock"
+
+# What we accept from the daemon, which we trust more than it trusts us: a reply's value lies in the header.
+ANSWER_LIMITS: Final = Limits(header_bytes_max=64 * 1024 * 1024, body_bytes_max=1 << 34, tensors_max=4096)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One answer. A tensor answer fills ``outputs``, any other ``body`` and ``content_type``."""
+
+    model: str
+    version: str
+    variant: str
+    outputs: Mapping[str, Array] = field(default_factory=dict)  # read-only arrays by name
+    body: bytes = b""
+    content_type: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def json(self) -> Any:
+        """Return the body parsed; ``ValueError`` if it is not JSON."""
+        return json.loads(self.body)
+
+
+def infer_frame(
+    request_id: int,
+    model: str,
+    inputs: Mapping[str, Array],
+    *,
+    version: str | None = None,
+    deadline_ms: float | None = None,
+    outputs: Sequence[str] | None = None,
+    priority: int | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> list[Buffer]:
+    """Return a request of tensors; contiguous arrays are sent from where they lie.
+
+    Raises:
+        TensorError: a dtype the wire does not carry.
+    """
+    tensors, body = pack(inputs)
+    header = _infer_header(request_id, model, version, deadline_ms, priority, params)
+    header["tensors"] = tensors
+    if outputs is not None:
+        header["outputs"] = list(outputs)
+    return encode(header, body)
+
+
+def predict_frame(
+    request_id: int,
+    model: str,
+    body: Buffer,
+    *,
+    content_type: str = "application/octet-stream",
+    version: str | None = None,
+    deadline_ms: float | None = None,
+    priority: int | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> list[Buffer]:
+    """Return a request of raw bytes, which the model's handler decodes."""
+    header = _infer_header(request_id, model, version, deadline_ms, priority, params)
+    header["content_type"] = content_type
+    return encode(header, (memoryview(body).cast("B"),))
+
+
+def call_frame(request_id: int, method: str, args: Mapping[str, Any] | None, deadline_ms: float | None) -> list[Buffer]:
+    """Return a management call."""
+    header: dict[str, Any] = {"kind": "call", "id": request_id, "method": method, "args": dict(args or {})}
+    if deadline_ms is not None:
+        header["deadline_ms"] = deadline_ms
+    return encode(header)
+
+
+def cancel_frame(request_id: int) -> list[Buffer]:
+    """Return the withdrawal of a request; it is answered with ``canceled`` unless its answer is on its way."""
+    return encode({"kind": "cancel", "id": request_id})
+
+
+def result_of(frame: Frame) -> Result:
+    """Return the result an answer carries.
+
+    Raises:
+        AgentError: the error the answer carries, as its class.
+        FrameError: not an answer to an ``infer``.
+    """
+    header = frame.header
+    if header["kind"] != "result":
+        raise error_of(frame)
+    outputs: Mapping[str, Array] = {}
+    body = b""
+    if "tensors" in header:
+        outputs = unpack(header["tensors"], frame.body, tensors_max=ANSWER_LIMITS.tensors_max)
+    else:
+        body = bytes(frame.body)
+    return Result(
+        model=str(header.get("model") or ""),
+        version=str(header.get("version") or ""),
+        variant=str(header.get("variant") or ""),
+        outputs=outputs,
+        body=body,
+        content_type=str(header.get("content_type") or ""),
+        params=header.get("params") or {},
+    )
+
+
+def value_of(frame: Frame) -> Any:
+    """Return the value a reply carries; raises as ``result_of``."""
+    if frame.header["kind"] != "reply":
+        raise error_of(frame)
+    return frame.header.get("value")
+
+
+def error_of(frame: Frame) -> AgentError:
+    """Return what an error frame means; anything but an error frame is a ``FrameError``."""
+    header = frame.header
+    if header["kind"] != "error":
+        return FrameError(f"unexpected answer of kind {header['kind']!r}")
+    return by_code(str(header.get("code")), str(header.get("message", "")))
+
+
+def _infer_header(
+    request_id: int,
+    model: str,
+    version: str | None,
+    deadline_ms: float | None,
+    priority: int | None,
+    params: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    header: dict[str, Any] = {"kind": "infer", "id": request_id, "model": model}
+    optional = {"version": version, "deadline_ms": deadline_ms, "priority": priority, "params": params}
+    header.update((name, value) for name, value in optional.items() if value is not None)
+    return header

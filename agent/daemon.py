@@ -1,0 +1,323 @@
+"""inferd: the composition root. The one module that knows every concrete class.
+
+Scopes nest in the order they may stop: telemetry around engine around listeners. Starting goes outside in, so a box
+serves what is on its disk before it speaks to any network; stopping goes inside out, so accepted requests are
+answered, workers leave, and the last events reach the outbox.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import os
+import random
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+
+from agent import __version__, sdnotify
+from agent.adapters import BundleStore, EngineHost, ReportedState, SpecMaker
+from agent.bundles.puller import Puller
+from agent.clock import SystemClock
+from agent.config import Config, ServingConfig, load
+from agent.control import Box, Control
+from agent.deploy.desired import Desired
+from agent.deploy.journal import Journal
+from agent.deploy.reconciler import Reconciler
+from agent.engine.engine import Engine
+from agent.engine.zygote import become_subreaper
+from agent.errors import AgentError, ConfigError, StateError
+from agent.events import EventBus, Severity, Stream
+from agent.log import get_logger, setup
+from agent.metrics import Metrics
+from agent.profile import choose, load_profiles, probe
+from agent.serving.asgi import InferenceApp
+from agent.serving.budget import ReceiveBudget
+from agent.serving.frames import FrameServer
+from agent.serving.http import HttpServer
+from agent.serving.identity import AccessPolicy
+from agent.serving.listeners import bind_tcp, bind_unix, remove_socket
+from agent.serving.routes import Routes
+from agent.supervisor import Component, Supervisor
+from agent.telemetry.commands import CommandInbox
+from agent.telemetry.link import MqttLink
+from agent.telemetry.outbox import Outbox
+from agent.telemetry.payloads import Stamper
+from agent.telemetry.presence import Presence
+from agent.telemetry.reporter import Reporter
+from agent.telemetry.status import TelemetryStatus
+from agent.telemetry.timesource import KernelClock, boot_id
+from agent.telemetry.topics import Topics
+from agent.wire import Limits
+
+_log = get_logger("daemon")
+_CONFIG: Final = Path("/etc/inferd/inferd.toml")
+_EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG: systemd need not try again at once
+_PROGRESS_TIMEOUT_S: Final = 10.0
+
+
+class Watchdog:
+    """Tell systemd that we are alive as long as the loop turns and the journal answers; a model is no part of it."""
+
+    name = "daemon.watchdog"
+
+    def __init__(self, interval_s: float, journal: Journal) -> None:
+        self._interval_s = interval_s
+        self._journal = journal
+
+    async def run(self) -> None:
+        """Feed until cancelled; raise when the journal's disk does not answer."""
+        while True:
+            async with asyncio.timeout(_PROGRESS_TIMEOUT_S):
+                await self._journal.wanted()
+            sdnotify.notify("WATCHDOG=1")
+            await asyncio.sleep(self._interval_s)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon; return the process's exit status."""
+    parser = argparse.ArgumentParser(prog="inferd", description="Edge inference daemon.")
+    parser.add_argument("--config", type=Path, default=_CONFIG, help=f"TOML file (default: {_CONFIG})")
+    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--version", action="version", version=f"inferd {__version__}")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load(arguments.config)
+        choose(config.device.profile, probe(), load_profiles())
+    except ConfigError as error:
+        print(f"inferd: {error.code}: {error}", file=sys.stderr)
+        return _EXIT_BAD_CONFIG
+    if arguments.check:
+        print(f"{arguments.config}: ok")
+        return 0
+    setup(level=config.log.level, style=config.log.style)
+    try:
+        uvloop.run(serve(config))
+    except (AgentError, BaseExceptionGroup) as error:
+        return _explain(error)
+    return 0
+
+
+async def serve(config: Config) -> None:
+    """Run until SIGTERM or SIGINT, then stop in order.
+
+    Raises:
+        StateError: another daemon uses the state folder, or it cannot be used.
+        ConfigError: a listener cannot be opened.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    inherited = sdnotify.inherited_sockets()
+    watchdog_s = sdnotify.watchdog_interval_s()
+    become_subreaper()
+    state_dir = Path(os.path.abspath(config.device.state_dir))
+    clock = SystemClock()
+    events, metrics = EventBus(clock), Metrics()
+    hardware = probe()
+    profile = choose(config.device.profile, hardware, load_profiles())
+    box = Box(
+        config=config,
+        hardware=hardware,
+        profile=profile,
+        started_wall_s=clock.wall(),
+        started_monotonic_s=clock.monotonic(),
+    )
+    limits = Limits(header_bytes_max=config.serving.header_bytes_max, body_bytes_max=config.serving.body_bytes_max)
+    supervisor = Supervisor(
+        clock,
+        on_restart=lambda name, error: events.emit(
+            Stream.HEALTH, "component.restarted", Severity.WARNING, component=name, reason=str(error)
+        ),
+    )
+    async with AsyncExitStack() as stack:
+        stack.callback(_lock(state_dir))
+        # Telemetry: outermost, so that it hears of everything until the end.
+        boot = boot_id()
+        stamper = Stamper(clock, boot_id=boot, synchronized=KernelClock().synchronized)
+        outbox = await stack.enter_async_context(
+            Outbox(state_dir / "outbox.db", config.telemetry.outbox, boot_id=boot, metrics=metrics).opened()
+        )
+        reporter = Reporter(
+            config.telemetry,
+            events=events,
+            outbox=outbox,
+            metrics=metrics,
+            stamper=stamper,
+            clock=clock,
+            rng=random.Random(),
+        )
+        stack.enter_context(reporter.listening())
+        events.emit(Stream.HEALTH, "daemon.started", version=__version__, profile=profile.name)
+        # Engine and what it serves.
+        engine = Engine(config.engine, scratch=state_dir / "scratch", wire=limits, events=events, metrics=metrics)
+        await stack.enter_async_context(engine.running())
+        puller = Puller(config.store, config.policy, state_dir, hardware, profile)
+        specs = SpecMaker(engine=config.engine, policy=config.policy, serving=config.serving, profile=profile)
+        journal = Journal(state_dir / "journal.db")
+        stack.push_async_callback(journal.close)
+        reconciler = Reconciler(
+            config.deploy,
+            store=BundleStore(puller, state_dir, keep_versions=config.deploy.keep_versions),
+            host=EngineHost(engine, specs.version_spec),
+            journal=journal,
+            events=events,
+            clock=clock,
+            state_dir=state_dir,
+            configured=[_configured(model) for model in config.models],
+            poll_interval_s=config.store.poll_interval_s,
+        )
+        await reconciler.boot()
+        # The fleet.
+        topics = Topics(config.device.tenant, config.device.effective_id)
+        presence = Presence(lambda: _birth(engine))
+        link, inbox = None, None
+        if config.telemetry.host:
+            link = MqttLink(
+                config.telemetry,
+                topics=topics,
+                outbox=outbox,
+                presence=presence,
+                stamper=stamper,
+                clock=clock,
+                metrics=metrics,
+                on_command=lambda message: inbox.offer(message) if inbox is not None else None,
+                rng=random.Random(),
+                new_sid=lambda: secrets.token_hex(8),
+            )
+        control = Control(
+            box,
+            engine=engine,
+            reconciler=reconciler,
+            events=events,
+            telemetry=TelemetryStatus(config.telemetry, outbox, link),
+        )
+        components: list[Component] = [engine, reconciler, reporter]
+        if link is not None:
+            inbox = await stack.enter_async_context(
+                CommandInbox(
+                    state_dir / "commands.db",
+                    config.telemetry,
+                    topics=topics,
+                    verifier=puller,
+                    commander=control,
+                    outbox=outbox,
+                    presence=presence,
+                    stamper=stamper,
+                    events=events,
+                    clock=clock,
+                    metrics=metrics,
+                ).opened()
+            )
+            reported = ReportedState(reconciler=reconciler, engine=engine, presence=presence, events=events)
+            components += [link, inbox, reported]
+        if watchdog_s is not None:
+            components.append(Watchdog(watchdog_s, journal))
+        await stack.enter_async_context(supervisor.running(*components))
+        # Listeners: innermost, so that intake stops first.
+        await _listen(stack, config, inherited, engine=engine, control=control, metrics=metrics)
+        sdnotify.notify("READY=1", f"STATUS=serving {', '.join(engine.models()) or 'no model yet'}")
+        _log.info("ready", models=engine.models(), state_dir=str(state_dir))
+        await stop.wait()
+        sdnotify.notify("STOPPING=1")
+        _log.info("stopping")
+        events.emit(Stream.HEALTH, "daemon.stopping")
+
+
+async def _listen(
+    stack: AsyncExitStack,
+    config: Config,
+    inherited: dict[str, socket.socket],
+    *,
+    engine: Engine,
+    control: Control,
+    metrics: Metrics,
+) -> None:
+    serving = config.serving
+    policy = AccessPolicy(config.auth, own_uid=os.getuid())
+    budget = ReceiveBudget(serving.receive_bytes_max)
+    routes = Routes(engine=engine, control=control, metrics=metrics, version=__version__)
+    app = InferenceApp(engine=engine, rest=routes.app(), config=serving)
+    common: dict[str, Any] = {"policy": policy, "budget": budget, "config": serving, "metrics": metrics}
+    frames = inherited.get("frames") or _bind(stack, serving.frame_socket)
+    await stack.enter_async_context(FrameServer(frames, engine=engine, control=control, **common).serving())
+    unix = inherited.get("http-unix") or _bind(stack, serving.http_socket)
+    await stack.enter_async_context(HttpServer(unix, app=app, name="http-unix", **common).serving())
+    tcp = inherited.get("http") or _bind_tcp(serving)
+    if tcp is not None:
+        await stack.enter_async_context(HttpServer(tcp, app=app, name="http", **common).serving())
+
+
+def _bind(stack: AsyncExitStack, path: str) -> socket.socket:
+    listener = bind_unix(Path(path))
+    stack.callback(remove_socket, Path(path))
+    return listener
+
+
+def _bind_tcp(serving: ServingConfig) -> socket.socket | None:
+    return bind_tcp(serving.http_host, serving.http_port) if serving.http_port else None
+
+
+def _lock(state_dir: Path) -> Callable[[], None]:
+    """Hold the state folder for this process; return what lets it go."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateError(f"{state_dir}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise StateError(f"{state_dir} is in use by another inferd") from error
+    return lambda: os.close(descriptor)
+
+
+def _configured(model: Any) -> Desired:
+    wanted = model.version or model.channel
+    return Desired(
+        id=f"file:{model.team}/{model.name}:{wanted}",
+        slot=model.name,
+        team=model.team,
+        version=model.version,
+        channel=model.channel,
+    )
+
+
+def _birth(engine: Engine) -> dict[str, Any]:
+    active = [
+        {
+            "slot": row["model"],
+            "version": row.get("version"),
+            "digest": row.get("digest"),
+            "variant": row.get("variant"),
+        }
+        for row in engine.status()
+        if "version" in row
+    ]
+    return {"agent": __version__, "active": active}
+
+
+def _explain(error: BaseException) -> int:
+    """Log why the daemon cannot run and return its exit status; a bug is raised again with its traceback."""
+    leaves = _leaves(error)
+    if not all(isinstance(leaf, AgentError) for leaf in leaves):
+        raise error
+    for leaf in leaves:
+        _log.error("cannot run", code=getattr(leaf, "code", "internal"), reason=str(leaf))
+    return _EXIT_BAD_CONFIG if any(isinstance(leaf, ConfigError) for leaf in leaves) else 1
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    return [leaf for inner in error.exceptions for leaf in _leaves(inner)]

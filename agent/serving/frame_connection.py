@@ -1,0 +1,375 @@
+"""One application's connection to the frame socket.
+
+Requests go to the engine as they arrive and answers leave in the order they come, so a client may keep many
+outstanding; ids are the client's own. A request-level fault is answered and the connection goes on; bytes that are not
+our protocol get an error frame naming the fault, then the connection closes. When the peer closes its side, even
+half-way, everything it had outstanding is canceled. Tensors are not looked at here: the worker checks them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from typing import Any, Final, Protocol
+
+from agent.config import ServingConfig
+from agent.errors import (
+    AgentError,
+    CanceledError,
+    DeadlineError,
+    FrameError,
+    InvalidInputError,
+    OverloadedError,
+    TooLargeError,
+)
+from agent.log import get_logger
+from agent.serving.budget import ReceiveBudget
+from agent.serving.identity import Caller, require
+from agent.serving.outbound import Outbound
+from agent.serving.ports import Control, Engine, InferRequest
+from agent.wire import PROTOCOL, Buffer, Decoder, Frame, Limits, encode, error_header
+
+_log = get_logger("serving.frames")
+
+_READ_BYTES: Final = 64 * 1024  # per turn; the rest of a large body goes straight to its own buffer
+_PAUSE_BYTES: Final = 1024 * 1024  # answers not taken yet; above it no new requests are read
+_CALLS_MAX: Final = 16  # at once per connection
+_NAME_CHARS_MAX: Final = 128
+DEADLINE_MS_MAX: Final = 3_600_000
+
+
+class Owner(Protocol):
+    """What a connection needs of its server."""
+
+    engine: Engine
+    control: Control
+    budget: ReceiveBudget
+    config: ServingConfig
+    limits: Limits
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Start a task that lives no longer than the server."""
+
+    def closed(self, connection: FrameConnection, reason: str) -> None:
+        """``connection`` is closed; a ``reason`` means that we ended it."""
+
+
+class FrameConnection:
+    """State of one connection. Open it once; it tells its server when it is closed."""
+
+    __slots__ = (
+        "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_loop",
+        "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_server", "_sock", "caller",
+    )  # fmt: skip
+
+    def __init__(self, server: Owner, sock: socket.socket, caller: Caller) -> None:
+        self._server = server
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._decoder = Decoder(server.limits)
+        self._out = Outbound()
+        self._outstanding: dict[int, InferRequest] = {}  # by the client's id
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._mid_since = 0.0  # when the frame under way began (loop seconds); 0: none is
+        self._blocked_since = 0.0  # since when the peer has taken nothing (loop seconds); 0: it is not behind
+        self._reserved = 0  # bytes of the shared receive budget
+        self._flush_due = False
+        self._paused = False
+        self._finishing = False  # no more is read; closes when everything is answered
+        self._failing = ""  # why an error frame is the last thing to be sent; empty: it is not
+        self._closed = False
+        self.caller = caller
+
+    def open(self) -> None:
+        """Start to read."""
+        self._loop.add_reader(self._sock.fileno(), self._readable)
+
+    def finish(self) -> None:
+        """Read no more, answer what was accepted, then close."""
+        if not self._closed and not self._finishing:
+            self._finishing = True
+            self._loop.remove_reader(self._sock.fileno())
+            self._close_if_done()
+
+    def close(self, reason: str = "") -> None:
+        """Close now; what is outstanding is canceled, what is unsent is lost. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+        self._release_budget()
+        self._withdraw()
+        self._server.closed(self, reason)
+
+    def enforce_deadlines(self, now: float) -> None:
+        """Cut a peer that left a frame unfinished, or does not take its answers; ``now`` in loop seconds."""
+        config = self._server.config
+        if self._blocked_since and now - self._blocked_since > config.write_timeout_s:
+            self.close("slow_reader")
+        elif self._mid_since and not self._paused and now - self._mid_since > config.read_timeout_s:
+            self._fail(FrameError(f"the frame was not completed within {config.read_timeout_s} s"), "half_sent")
+
+    # In
+
+    def _readable(self) -> None:
+        try:
+            frames = self._receive()
+            for frame in frames:
+                self._handle(frame)
+                if self._closed or self._failing:
+                    return
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.close()
+        except (FrameError, TooLargeError, OverloadedError) as error:
+            self._fail(error, error.code)
+        else:
+            if self._decoder.mid_frame:
+                self._mid_since = self._mid_since if self._mid_since and not frames else self._loop.time()
+            else:
+                self._mid_since = 0.0
+
+    def _receive(self) -> Sequence[Frame]:
+        """Return the frames that one read completed."""
+        body = self._decoder.body_buffer()
+        if body is not None:
+            count = self._sock.recv_into(body)
+            if not count:
+                raise ConnectionResetError("the peer closed")
+            frame = self._decoder.body_filled(count)
+            if frame is None:
+                return ()
+            self._release_budget()
+            return (frame,)
+        data = self._sock.recv(_READ_BYTES)
+        if not data:
+            raise ConnectionResetError("the peer closed")
+        frames = self._decoder.feed(data)
+        body = self._decoder.body_buffer()
+        if body is not None:
+            if not self._server.budget.take(len(body)):
+                raise OverloadedError("too many large bodies are being received")
+            self._reserved = len(body)
+        return frames
+
+    def _handle(self, frame: Frame) -> None:
+        header = frame.header
+        kind = header["kind"]
+        request_id = header.get("id")
+        if kind == "hello":
+            self._hello(header)
+        elif request_id is None:
+            raise FrameError(f"{kind!r} needs an 'id'")
+        elif kind == "infer":
+            self._infer(request_id, header, frame.body)
+        elif kind == "cancel":
+            self._cancel(request_id)
+        elif kind == "call":
+            self._call(request_id, header)
+        else:
+            raise FrameError(f"kind {kind[:32]!r} is not for a server")
+
+    def _infer(self, request_id: int, header: dict[str, Any], body: Buffer) -> None:
+        self._check_unused(request_id)
+        try:
+            require(self.caller, "infer")
+            request = InferRequest(
+                model=_text(header, "model"),
+                version=_text(header, "version", optional=True) or None,
+                header=header,
+                body=body,
+                deadline=self._loop.time() + self._deadline_s(header, self._server.config.deadline_ms_default),
+                client=self.caller.key,
+                answer=partial(self._answer, header),
+            )
+        except AgentError as error:
+            self._send_error(request_id, error)
+            return
+        self._outstanding[request_id] = request
+        self._server.engine.submit(request)
+
+    def _answer(self, asked: dict[str, Any], header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        """Pass the engine's answer on, unless nobody waits for it: withdrawn, or its id used anew since."""
+        request_id = asked["id"]
+        request = self._outstanding.get(request_id)
+        if request is None or request.header is not asked:
+            return
+        del self._outstanding[request_id]
+        header["id"] = request_id
+        self._send(encode(header, body))
+
+    def _cancel(self, request_id: int) -> None:
+        """Withdraw a request or call; an id that is already answered is no fault, the frames crossed."""
+        request = self._outstanding.pop(request_id, None)
+        task = self._calls.pop(request_id, None)
+        if request is not None:
+            self._server.engine.cancel(request)
+        elif task is not None:
+            task.cancel()
+        else:
+            return
+        self._send_error(request_id, CanceledError("canceled by the client"))
+
+    def _call(self, request_id: int, header: dict[str, Any]) -> None:
+        self._check_unused(request_id)
+        try:
+            method = _text(header, "method")
+            args = header.get("args", {})
+            if not isinstance(args, dict) or not all(isinstance(name, str) for name in args):
+                raise InvalidInputError("'args' must be a map with text keys")
+            if len(self._calls) >= _CALLS_MAX:
+                raise OverloadedError(f"{_CALLS_MAX} calls are running on this connection")
+            timeout_s = self._deadline_s(header, DEADLINE_MS_MAX)
+        except AgentError as error:
+            self._send_error(request_id, error)
+            return
+        work = self._run_call(request_id, method, args, timeout_s)
+        self._calls[request_id] = self._server.spawn(work, f"call {method}")
+
+    async def _run_call(self, request_id: int, method: str, args: dict[str, Any], timeout_s: float) -> None:
+        reply: Sequence[Buffer]
+        try:
+            async with asyncio.timeout(timeout_s):
+                value = await self._server.control.call(method, args, self.caller.roles, self.caller.detail)
+            reply = encode({"kind": "reply", "id": request_id, "value": value})
+        except AgentError as error:
+            reply = _error(request_id, error)
+        except TimeoutError:
+            reply = _error(request_id, DeadlineError(f"{method} took longer than {timeout_s} s"))
+        except Exception:  # noqa: BLE001  a fault in one verb must not end the listener with all its clients
+            _log.exception("call failed", method=method, peer=self.caller.detail)
+            reply = _error(request_id, AgentError(f"{method} failed; the daemon's log has the cause"))
+        if self._calls.get(request_id) is asyncio.current_task():  # else withdrawn: whoever did it told the client
+            del self._calls[request_id]
+            self._send(reply)
+            self._close_if_done()
+
+    def _hello(self, header: dict[str, Any]) -> None:
+        if header.get("protocol", PROTOCOL) != PROTOCOL:
+            raise FrameError(f"this server speaks protocol {PROTOCOL}")
+        limits = self._server.limits
+        answer: dict[str, Any] = {
+            "kind": "hello",
+            "server": "inferd",
+            "protocol": PROTOCOL,
+            "roles": sorted(self.caller.roles),
+            "limits": {
+                "header_bytes_max": limits.header_bytes_max,
+                "body_bytes_max": limits.body_bytes_max,
+                "tensors_max": limits.tensors_max,
+            },
+        }
+        if "id" in header:
+            answer["id"] = header["id"]
+        self._send(encode(answer))
+
+    def _check_unused(self, request_id: int) -> None:
+        if request_id in self._outstanding or request_id in self._calls:
+            raise FrameError(f"id {request_id} is still outstanding")
+
+    @staticmethod
+    def _deadline_s(header: dict[str, Any], default_ms: int) -> float:
+        value = header.get("deadline_ms")
+        if value is None:
+            return default_ms / 1000
+        if type(value) not in (int, float) or not 0 < value <= DEADLINE_MS_MAX:
+            raise InvalidInputError(f"'deadline_ms' must be a number above 0, at most {DEADLINE_MS_MAX}")
+        return float(value) / 1000
+
+    # Out
+
+    def _send_error(self, request_id: int | None, error: AgentError) -> None:
+        self._send(_error(request_id, error))
+
+    def _send(self, frame: Sequence[Buffer]) -> None:
+        if self._closed or self._failing:
+            return
+        if self._out.size > self._server.config.output_bytes_max:
+            self.close("slow_reader")
+            return
+        self._out.add(frame)
+        if not self._flush_due and not self._blocked_since:
+            self._flush_due = True  # once per turn of the loop, so that answers of one turn leave together
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if self._closed:
+            return
+        try:
+            sent = self._out.send(self._sock)
+        except OSError:
+            self.close()
+            return
+        if self._out.size:
+            if not self._blocked_since:
+                self._loop.add_writer(self._sock.fileno(), self._flush)
+            if sent or not self._blocked_since:
+                self._blocked_since = self._loop.time()
+        elif self._blocked_since:
+            self._loop.remove_writer(self._sock.fileno())
+            self._blocked_since = 0.0
+        self._pause_or_resume()
+        self._close_if_done()
+
+    def _pause_or_resume(self) -> None:
+        """Who does not take answers may not ask on."""
+        if self._finishing or self._failing or self._paused == (self._out.size > _PAUSE_BYTES):
+            return
+        self._paused = not self._paused
+        if self._paused:
+            self._loop.remove_reader(self._sock.fileno())
+        else:
+            self._mid_since = self._mid_since and self._loop.time()
+            self._loop.add_reader(self._sock.fileno(), self._readable)
+
+    # The end
+
+    def _fail(self, error: AgentError, reason: str) -> None:
+        """Say what was wrong, then close; nothing else is answered on this connection."""
+        if self._closed or self._failing:
+            return
+        _log.debug("connection failed", peer=self.caller.detail, error=str(error))
+        self._mid_since = 0.0
+        self._loop.remove_reader(self._sock.fileno())
+        self._withdraw()
+        self._send_error(None, error)
+        self._failing = reason
+
+    def _withdraw(self) -> None:
+        outstanding, self._outstanding = self._outstanding, {}
+        for request in outstanding.values():
+            self._server.engine.cancel(request)
+        calls, self._calls = self._calls, {}
+        for task in calls.values():
+            task.cancel()
+
+    def _close_if_done(self) -> None:
+        if self._closed or self._out.size:
+            return
+        if self._failing:
+            self.close(self._failing)
+        elif self._finishing and not self._outstanding and not self._calls:
+            self.close()
+
+    def _release_budget(self) -> None:
+        self._server.budget.give_back(self._reserved)
+        self._reserved = 0
+
+
+def _error(request_id: int | None, error: AgentError) -> list[Buffer]:
+    return encode(error_header(request_id, error.code, str(error), retryable=error.retryable))
+
+
+def _text(header: dict[str, Any], name: str, *, optional: bool = False) -> str:
+    value = header.get(name)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str) or len(value) > _NAME_CHARS_MAX or not (value or optional):
+        raise InvalidInputError(f"{name!r} must be a text of 1..{_NAME_CHARS_MAX} characters")
+    return value

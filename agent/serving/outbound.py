@@ -1,0 +1,68 @@
+"""Bytes on their way to one peer of the frame socket: small ones joined, large ones sent from where they lie.
+
+Leaves out: the event loop. Who owns the socket says when to try.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+from typing import Final
+
+from agent.wire import Buffer
+
+_JOIN_BYTES_MAX: Final = 64 * 1024  # below it one copy is cheaper than another iovec
+_IOVECS_MAX: Final = 512  # of the kernel's 1024
+
+
+class Outbound:
+    """A queue of buffers. ``size`` is what has not been handed to the kernel yet, in bytes."""
+
+    __slots__ = ("_buffers", "size")
+
+    def __init__(self) -> None:
+        self._buffers: deque[Buffer] = deque()
+        self.size = 0
+
+    def add(self, parts: Sequence[Buffer]) -> None:
+        """Queue one frame. Its buffers must not change until they are sent."""
+        sizes = [memoryview(part).nbytes for part in parts]
+        size = sum(sizes)
+        self.size += size
+        if size <= _JOIN_BYTES_MAX:
+            self._buffers.append(b"".join(parts))
+        else:
+            self._buffers.extend(
+                memoryview(part).cast("B") for part, nbytes in zip(parts, sizes, strict=True) if nbytes
+            )
+
+    def send(self, sock: socket.socket) -> int:
+        """Hand over as much as the kernel takes at once; return how many bytes that was.
+
+        Raises:
+            OSError: the peer is gone.
+        """
+        total = 0
+        while self._buffers:
+            chunk = list(islice(self._buffers, _IOVECS_MAX))
+            try:
+                sent = sock.sendmsg(chunk) if len(chunk) > 1 else sock.send(chunk[0])
+            except (BlockingIOError, InterruptedError):
+                break
+            total += sent
+            if not self._drop(sent, len(chunk)):
+                break  # the kernel took less than offered: it is full
+        self.size -= total
+        return total
+
+    def _drop(self, count: int, offered: int) -> bool:
+        for _ in range(offered):
+            first = self._buffers[0]
+            if len(first) > count:
+                self._buffers[0] = memoryview(first)[count:]
+                return False
+            count -= len(first)
+            self._buffers.popleft()
+        return True

@@ -1,0 +1,133 @@
+"""How answers and errors look over HTTP: the one table from error class to status, and the bodies of each dialect.
+
+Values in, status, headers and bytes out; no server, no sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from agent.errors import (
+    AgentError,
+    BundleError,
+    CanceledError,
+    CommandError,
+    DeadlineError,
+    DiskFullError,
+    ForbiddenError,
+    InvalidInputError,
+    NotFoundError,
+    OfflineError,
+    OutOfMemoryError,
+    OverloadedError,
+    PolicyError,
+    StoreError,
+    TargetNotFoundError,
+    TooLargeError,
+    TransientError,
+    UnauthenticatedError,
+    UnavailableError,
+    WorkerDiedError,
+    by_code,
+)
+
+# The nearest ancestor in the table counts. A full queue is 503, as both protocols we speak have it.
+STATUS: Final[Mapping[type[AgentError], int]] = {
+    AgentError: 500,
+    InvalidInputError: 400,
+    TooLargeError: 413,
+    NotFoundError: 404,
+    UnauthenticatedError: 401,
+    ForbiddenError: 403,
+    OverloadedError: 503,
+    UnavailableError: 503,
+    DeadlineError: 504,
+    CanceledError: 400,
+    WorkerDiedError: 503,
+    OutOfMemoryError: 507,
+    BundleError: 422,
+    PolicyError: 403,
+    TargetNotFoundError: 404,
+    StoreError: 502,
+    OfflineError: 503,
+    TransientError: 503,
+    DiskFullError: 507,
+    CommandError: 409,
+}
+_RETRY_AFTER_S: Final = b"1"
+_JSON: Final = b"application/json"
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Dialect(StrEnum):
+    """Whose error bodies a route speaks."""
+
+    INFERENCE = "oip"  # Open Inference Protocol and everything of our own: {"error": text, "code": code}
+    TORCHSERVE = "torchserve"  # {"code": status, "type": class, "message": text}, and our code under "error"
+
+
+class Reply(NamedTuple):
+    """One HTTP answer, whole."""
+
+    status: int
+    headers: Headers  # content-length included
+    body: bytes
+
+
+def status_of(error: type[AgentError]) -> int:
+    """Return the HTTP status of an error class."""
+    return next(STATUS[base] for base in error.__mro__ if base in STATUS)
+
+
+def json_reply(value: Any, *, status: int = 200) -> Reply:
+    """Return ``value`` as JSON."""
+    return _reply(status, _JSON, msgspec.json.encode(value))
+
+
+def error_reply(error: AgentError, dialect: Dialect = Dialect.INFERENCE, *, status: int = 0) -> Reply:
+    """Return the answer to a failed request.
+
+    Args:
+        error: What went wrong.
+        dialect: Whose body.
+        status: Overrides the table, for faults of HTTP itself (408, 405, 431, …).
+    """
+    status = status or status_of(type(error))
+    message = str(error)
+    body: dict[str, Any] = {"error": message, "code": error.code}
+    if dialect is Dialect.TORCHSERVE:
+        body = {"code": status, "type": type(error).__name__, "message": message, "error": error.code}
+    reply = json_reply(body, status=status)
+    if status in (429, 503):
+        reply.headers.append((b"retry-after", _RETRY_AFTER_S))
+    if status == 401:
+        reply.headers.append((b"www-authenticate", b"Bearer"))
+    return reply
+
+
+def engine_reply(header: Mapping[str, Any], body: bytes, dialect: Dialect) -> Reply:
+    """Return the engine's ``result`` or ``error`` as an HTTP answer."""
+    if header["kind"] != "result":
+        return error_reply(by_code(str(header.get("code")), str(header.get("message", ""))), dialect)
+    reply = _reply(200, _latin(header.get("content_type") or "application/octet-stream"), body)
+    for name, key in ((b"x-model-version", "version"), (b"x-model-variant", "variant")):
+        if header.get(key):
+            reply.headers.append((name, _latin(header[key])))
+    json_bytes = (header.get("params") or {}).get("oip_header_bytes")
+    if json_bytes is not None:
+        reply.headers.append((b"inference-header-content-length", b"%d" % json_bytes))
+    return reply
+
+
+def _reply(status: int, content_type: bytes, body: bytes) -> Reply:
+    return Reply(status, [(b"content-type", content_type), (b"content-length", b"%d" % len(body))], body)
+
+
+def _latin(value: object) -> bytes:
+    """Text from a worker on its way into a header: one line of printable characters."""
+    return "".join(c for c in str(value) if " " <= c <= "~").encode("ascii")

@@ -1,0 +1,137 @@
+"""A publisher in memory and on a temporary folder: keys, a store, sources of a tiny model, a disk that fails on cue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from securesystemslib.signer import CryptoSigner
+
+from agent.bundles.manifest import OPERATORS_TARGET
+from tests.fakes.models import WEIGHTS, linear
+from tools.hub import safetensors
+from tools.hub.bundle import Bundle
+from tools.hub.description import Description, load
+from tools.hub.objects import Folder
+from tools.hub.publish import Published, Publisher, operators_document
+from tools.hub.repository import Repository
+
+X = np.arange(8, dtype=np.float32).reshape(2, 4) / 8
+
+MODEL_TOML = """
+team = "vision"
+name = "linear"
+version = "1.0.0"
+seq = 1
+handler = { id = "tensors/v1" }
+batching = { axis = "N", max_batch = 8 }
+
+[[variants]]
+id = "cpu-fp32"
+entry = "fp32/model.onnx"
+precision = "fp32"
+priority = 10
+
+[[golden]]
+id = "g1"
+inputs = "golden/g1.in.safetensors"
+outputs = "golden/g1.out.safetensors"
+compare = [{ output = "y", metric = "allclose", rtol = 1e-4, atol = 1e-5 }]
+"""
+
+
+class Clock:
+    """Unix seconds that only a test moves. Near the real time, since python-tuf's client reads that one."""
+
+    def __init__(self, start: float) -> None:
+        self.seconds = start
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class PowerCutError(Exception):
+    """The machine stopped here."""
+
+
+class FailingFolder(Folder):
+    """Stops at the write number ``left``; everything before it is on disk."""
+
+    def __init__(self, root: Path, left: int) -> None:
+        super().__init__(root)
+        self.left = left
+
+    def _step(self) -> None:
+        if self.left == 0:
+            raise PowerCutError
+        self.left -= 1
+
+    def put(self, name: str, data: bytes) -> bool:
+        self._step()
+        return super().put(name, data)
+
+    def put_file(self, name: str, source: Path) -> bool:
+        self._step()
+        return super().put_file(name, source)
+
+    def replace(self, name: str, data: bytes) -> None:
+        self._step()
+        super().replace(name, data)
+
+
+class Centre:
+    """A store with fresh keys: root 2 of 3, one team."""
+
+    def __init__(self, folder: Path, clock: Clock, *, team: str = "vision") -> None:
+        self.root = folder
+        self.clock = clock
+        self.team = team
+        self.root_signers = [CryptoSigner.generate_ed25519() for _ in range(3)]
+        self.targets, self.online, self.team_signer, self.operator = (CryptoSigner.generate_ed25519() for _ in range(4))
+        self.anchor = b""
+
+    def repository(self, objects: Folder | None = None) -> Repository:
+        """Return the repository, over ``objects`` if the test has its own."""
+        return Repository(objects or Folder(self.root), self.clock)
+
+    def initialise(self, objects: Folder | None = None, *, signers: int = 3, threshold: int = 2) -> bytes:
+        """Create the store with so many of the three root keys signing."""
+        self.anchor = self.repository(objects).initialise(
+            root_keys=[signer.public_key for signer in self.root_signers],
+            root_signers=self.root_signers[:signers],
+            threshold=threshold,
+            targets_signer=self.targets,
+            online_signer=self.online,
+            teams={self.team: self.team_signer.public_key},
+            top_targets={OPERATORS_TARGET: operators_document("default", [self.operator.public_key])},
+        )
+        return self.anchor
+
+    def publish(self, bundle: Bundle, *channels: str, objects: Folder | None = None, **signers: Any) -> Published:
+        """Publish ``bundle``; ``team_signer`` and ``online_signer`` may be replaced."""
+        objects = objects or Folder(self.root)
+        publisher = Publisher(objects, self.repository(objects), self.clock)
+        keys = {"team_signer": self.team_signer, "online_signer": self.online} | signers
+        return publisher.publish(bundle, channels=channels, **keys)
+
+
+def make_source(folder: Path, *, text: str = MODEL_TOML) -> Path:
+    """Write the sources of ``y = x @ WEIGHTS`` to ``folder``."""
+    (folder / "fp32").mkdir(parents=True)
+    (folder / "golden").mkdir()
+    onnx.save(linear(), folder / "fp32/model.onnx")
+    (folder / "golden/g1.in.safetensors").write_bytes(safetensors.dump({"x": X}))
+    (folder / "golden/g1.out.safetensors").write_bytes(safetensors.dump({"y": X @ WEIGHTS}))
+    (folder / "model.toml").write_text(text)
+    return folder
+
+
+def description(source: Path, old: str = "", new: str = "") -> Description:
+    """Return the description in ``source`` after replacing the text ``old`` by ``new``."""
+    path = source / "model.toml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new) if old else text)
+    return load(path)

@@ -1,0 +1,157 @@
+"""Built-in handlers, their registry, and the tool that tries a handler without a daemon."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from handlers import registry, testing
+from handlers.base import Context, Handler, InputError, Prepared, Reply
+from handlers.tensors import TensorsHandler
+from tests.fakes import models
+
+SIGNATURE = {
+    "inputs": [
+        {"name": "a", "dtype": "float32", "shape": ["N", 2]},
+        {"name": "n", "dtype": "uint8", "shape": ["N"]},
+        {"name": "t", "dtype": "bytes", "shape": ["N"]},
+    ],
+    "outputs": [{"name": "y", "dtype": "float32", "shape": ["N"]}],
+}
+GOOD = {"a": [[1, 2.5]], "n": [7], "t": ["text"]}
+
+
+def context(signature: Any = SIGNATURE, **fields: Any) -> Context:
+    return Context(**{"bundle_dir": Path("/b"), "params": {}, "classes": None, "signature": signature} | fields)
+
+
+def ask(document: Any, content_type: str = "application/json", signature: Any = SIGNATURE) -> Any:
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return TensorsHandler(context(signature)).preprocess(body, content_type)
+
+
+def test_json_becomes_arrays_of_the_signatures_dtypes() -> None:
+    arrays = ask({"inputs": GOOD}, "application/json; charset=utf-8")
+    assert arrays["a"].dtype == np.float32
+    assert arrays["a"].tolist() == [[1.0, 2.5]]
+    assert arrays["n"].dtype == np.uint8
+    assert arrays["t"].tolist() == ["text"]
+
+
+def test_bare_lists_are_the_one_input() -> None:
+    assert ask([[1, 2]], signature={"inputs": SIGNATURE["inputs"][:1]})["a"].tolist() == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"inputs": NaN}', "not JSON"),
+        ([[1, 2]], "expected"),
+        ({}, "expected"),
+        ({"inputs": {"a": [[1, 2]]}}, "inputs ['a'] given, the model takes ['a', 'n', 't']"),
+        ({"inputs": GOOD | {"a": [[1, 2], [3]]}}, "input 'a': lists of unequal length"),
+        ({"inputs": GOOD | {"a": [[1, 2, 3]]}}, "input 'a': shape [1, 3], expected ['N', 2]"),
+        ({"inputs": GOOD | {"a": [1, 2]}}, "input 'a': shape [2]"),
+        ({"inputs": GOOD | {"a": [["1", "2"]]}}, "input 'a': expected float32"),
+        ({"inputs": GOOD | {"n": [256]}}, "input 'n': a value does not fit uint8"),
+        ({"inputs": GOOD | {"n": [1.5]}}, "input 'n': expected uint8"),
+        ({"inputs": GOOD | {"t": [1]}}, "input 't': expected texts"),
+    ],
+)
+def test_bad_json_is_refused_with_what_was_expected(document: Any, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ask(document)
+    assert words in str(caught.value)
+
+
+def test_only_json_is_taken() -> None:
+    with pytest.raises(InputError, match="takes application/json, not 'image/png'"):
+        ask(GOOD, "image/png")
+
+
+def test_outputs_become_lists_and_what_json_lacks_becomes_null() -> None:
+    answer = TensorsHandler(context()).postprocess({"y": np.array([1.5, np.nan, np.inf], np.float32)}, 3)
+    assert answer == {"outputs": {"y": [1.5, None, None]}}
+    json.dumps(answer, allow_nan=False)
+
+
+@pytest.mark.parametrize("handler_id", registry.BUILT_IN)
+def test_every_built_in_handler_can_be_found(handler_id: str) -> None:
+    assert issubclass(registry.find(handler_id), Handler)
+
+
+def test_an_unknown_id_is_refused_with_the_known() -> None:
+    with pytest.raises(KeyError, match="tensors/v1"):
+        registry.find("nothing/v1")
+
+
+def test_a_context_gives_paths_inside_the_bundle_only(tmp_path: Path) -> None:
+    assert context(bundle_dir=tmp_path).path("a/b") == tmp_path.resolve() / "a" / "b"
+    with pytest.raises(ValueError, match="outside the bundle"):
+        context(bundle_dir=tmp_path).path("../x")
+
+
+# handlers.testing
+
+
+class Stateful(Handler):
+    """Answers with what it remembered."""
+
+    def preprocess(self, body: bytes, content_type: str) -> Any:
+        if body == b"list":
+            return [1]
+        if body == b"names":
+            return {"q": np.zeros((1, 4), np.float32)}
+        if body == b"rows":
+            return {"x": np.zeros((0, 4), np.float32)}
+        return Prepared({"x": np.ones((1, 4), np.float32)}, body)
+
+    def postprocess(self, outputs: Any, rows: int) -> Any:
+        raise AssertionError("not for prepared requests")
+
+    def postprocess_with(self, outputs: Any, rows: int, state: Any) -> Any:
+        return Reply(state, "text/plain") if state == b"reply" else {"rows": rows, "state": state.decode()}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    onnx.save(models.linear(), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def test_a_handler_can_be_tried_on_a_real_model(model: Path) -> None:
+    run, signature = testing.load_model(model)
+    assert signature["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["N", 4]}]
+    handler = Stateful(context(signature))
+    assert testing.answer(handler, run, b"hello", "text/plain") == {"rows": 1, "state": "hello"}
+    assert testing.answer(handler, run, b"reply", "text/plain") == Reply(b"reply", "text/plain")
+    for body in (b"list", b"names", b"rows"):
+        with pytest.raises(ValueError, match="preprocess returned"):
+            testing.answer(handler, run, body, "text/plain")
+
+
+def test_the_command_answers_each_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = model.parent / "good.json", model.parent / "bad.json"
+    good.write_text('{"inputs": {"x": [[0, 0, 0, 0]]}}')
+    bad.write_text("{")
+    command = ["--model", str(model), "--handler", "tensors/v1"]
+    assert testing.main([*command, str(good)]) == 0
+    assert '{"outputs": {"y": [[0.0, 0.0, 0.0]]}}' in capsys.readouterr().out
+    assert testing.main([*command, str(good), str(bad)]) == 1
+    assert "refused: not JSON" in capsys.readouterr().out
+
+
+def test_a_handler_file_is_loaded_by_path(tmp_path: Path) -> None:
+    file = tmp_path / "handler.py"
+    file.write_text("from handlers.tensors import TensorsHandler\nclass Mine(TensorsHandler): pass\nOther = 3\n")
+    assert type(testing.load_handler(f"{file}:Mine", context())).__name__ == "Mine"
+    for name in (f"{file}:Other", f"{file}:Absent", "absent.py:X", "nothing"):
+        with pytest.raises(ValueError, match="handler"):
+            testing.load_handler(name, context())

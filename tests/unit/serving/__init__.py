@@ -1,0 +1,1 @@
+"""Edges, piece by piece."""

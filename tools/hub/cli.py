@@ -1,0 +1,245 @@
+"""What the verbs of ``inferhub`` share: keys and passwords, the store option, ``--json``, progress and errors.
+
+Every verb answers with one JSON object under ``--json`` (an error too, as ``{"error": {code, message, hint}}``), else
+with a few lines for a person. Progress goes to standard error, and only to a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from securesystemslib.signer import CryptoSigner
+
+from agent.errors import AgentError
+from tools.hub import keys
+from tools.hub.errors import SigningKeyError
+from tools.hub.listener import Listener, Unit
+from tools.hub.objects import Folder, folder_of
+from tools.hub.publish import Publisher
+from tools.hub.repository import Repository
+
+PASSWORD_VARIABLE: Final = "INFERHUB_KEY_PASSWORD"
+_JSON: Final = "inferhub.json"
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+class LazyGroup(click.Group):
+    """A group whose verbs are imported when they are asked for, and whose errors have a code and a hint."""
+
+    def __init__(self, *args: Any, verbs: Mapping[str, str], **kwargs: Any) -> None:
+        """``verbs`` maps a verb to ``module:attribute``."""
+        super().__init__(*args, **kwargs)
+        self._verbs = verbs
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._verbs)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._verbs:
+            return None
+        module, _, attribute = self._verbs[cmd_name].partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AgentError as error:
+            report_error(error, as_json=bool(ctx.meta.get(_JSON)))
+            ctx.exit(1)
+
+
+def report_error(error: AgentError, *, as_json: bool) -> None:
+    """Print ``error`` with its code and hint."""
+    hint = str(getattr(error, "hint", ""))
+    if as_json:
+        click.echo(json.dumps({"error": {"code": error.code, "message": str(error), "hint": hint}}))
+        return
+    click.secho(f"error [{error.code}]: {error}", fg="red", err=True)
+    if hint:
+        click.echo(f"  {hint}", err=True)
+
+
+def json_option(verb: Verb) -> Verb:
+    """Add ``--json``; read by ``emit`` and by the group."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.meta[_JSON] = value
+
+    return click.option(
+        "--json",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=remember,
+        help="Answer with one JSON object.",
+    )(verb)
+
+
+def wants_json() -> bool:
+    """Tell whether the running verb was given ``--json``."""
+    return bool(click.get_current_context().meta.get(_JSON))
+
+
+def emit(value: Mapping[str, Any], *lines: str) -> None:
+    """Answer with ``value`` as JSON, or with ``lines``."""
+    click.echo(json.dumps(value) if wants_json() else "\n".join(lines))
+
+
+def store_option(verb: Verb) -> Verb:
+    """Add ``--store DIR``."""
+    return click.option(
+        "--store",
+        "store",
+        required=True,
+        metavar="DIR",
+        help="The store: a folder or file:// URL.",
+        envvar="INFERHUB_STORE",
+    )(verb)
+
+
+def key_option(name: str, help_text: str) -> Callable[[Verb], Verb]:
+    """Add a required option for a private key file."""
+    return click.option(
+        name, required=True, metavar="KEY", type=click.Path(path_type=Path, dir_okay=False), help=help_text
+    )
+
+
+def password_option(verb: Verb) -> Verb:
+    """Add ``--password-file``, which with the environment and a prompt makes up ``Passwords``."""
+    option = click.option(
+        "--password-file",
+        "passwords",
+        metavar="FILE",
+        type=click.Path(path_type=Path, dir_okay=False),
+        callback=lambda _ctx, _parameter, value: Passwords(value),
+        help=f"First line: the keys' password. Else {PASSWORD_VARIABLE}, else a prompt for each key.",
+    )
+    hidden = click.option("--key-password", envvar=PASSWORD_VARIABLE, hidden=True, expose_value=False, is_eager=True,
+                          callback=_remember_password)  # fmt: skip
+    return option(hidden(verb))
+
+
+class Passwords:
+    """Opens key files, asking as seldom as possible."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._signers: dict[Path, CryptoSigner] = {}
+
+    def signer(self, path: Path) -> CryptoSigner:
+        """Return the signer of ``path``.
+
+        Raises:
+            SigningKeyError: see ``keys.load_signer``.
+        """
+        if path not in self._signers:
+            self._signers[path] = self._open(path)
+        return self._signers[path]
+
+    def new(self, path: Path) -> str:
+        """Return the password that the new key ``path`` shall have.
+
+        Raises:
+            SigningKeyError: none is given and nobody can be asked.
+        """
+        password = self._given()
+        if password is not None:
+            return password
+        if not sys.stdin.isatty():
+            hint = f"Set {PASSWORD_VARIABLE}, give --password-file, or say --unencrypted."
+            raise SigningKeyError("no password was given", hint=hint)
+        return str(click.prompt(f"New password of {path}", hide_input=True, confirmation_prompt=True, err=True))
+
+    def _given(self) -> str | None:
+        if self._file is not None:
+            try:
+                return self._file.read_text().partition("\n")[0]
+            except OSError as error:
+                raise SigningKeyError(f"{self._file}: {error.strerror}") from error
+        remembered = click.get_current_context().meta.get(PASSWORD_VARIABLE)
+        return str(remembered) if remembered else None
+
+    def _open(self, path: Path) -> CryptoSigner:
+        if not keys.is_encrypted(path):
+            return keys.load_signer(path, None)
+        password = self._given()
+        if password is None and sys.stdin.isatty():
+            password = click.prompt(f"Password of {path}", hide_input=True, err=True)
+        return keys.load_signer(path, password)
+
+
+def open_repository(store: str) -> tuple[Folder, Repository]:
+    """Return the store's folder and repository with the system clock."""
+    folder = folder_of(store)
+    return folder, Repository(folder, time.time)
+
+
+@contextmanager
+def publisher(store: str) -> Iterator[tuple[Publisher, Repository]]:
+    """Yield a publisher that holds the store's lock."""
+    folder, repository = open_repository(store)
+    with folder.lock():
+        yield Publisher(folder, repository, time.time), repository
+
+
+@contextmanager
+def progress() -> Iterator[RichListener]:
+    """Yield a listener that draws bars on standard error, if that is a terminal and nobody wants JSON."""
+    bars = Progress(
+        TextColumn("{task.description:16}"),
+        BarColumn(),
+        TextColumn("{task.fields[done]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=wants_json() or not sys.stderr.isatty(),
+    )
+    with bars:
+        yield RichListener(bars)
+
+
+class RichListener(Listener):
+    """Draws each stage as a bar."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._task: TaskID | None = None
+        self._unit: Unit = "steps"
+        self._total = 0
+        self._done = 0
+
+    def stage(self, title: str, total: int, unit: Unit) -> None:
+        self._unit, self._total, self._done = unit, total, 0
+        self._task = self._bars.add_task(title, total=total, done="")
+
+    def advance(self, amount: int) -> None:
+        if self._task is None:
+            return
+        self._done += amount
+        show = human_bytes if self._unit == "bytes" else str
+        self._bars.update(self._task, completed=self._done, done=f"{show(self._done)} of {show(self._total)}")
+
+
+def human_bytes(size: float) -> str:
+    """Return ``size`` bytes for a person: ``3.2 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("the loop returns")
+
+
+def _remember_password(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    ctx.meta[PASSWORD_VARIABLE] = value

@@ -1,0 +1,297 @@
+"""One state of the TUF repository, and the next one, staged in memory until it is written.
+
+``Edition.write`` stores what was staged in the one order that keeps every reader right at every moment::
+
+    targets, team roles, the targets role, snapshot, and last of all timestamp.json
+
+Promises: nothing but timestamp.json is ever replaced; a cut before the timestamp leaves the old state in force, and
+doing the same again succeeds (a number taken by a file of the cut attempt is skipped); each signature is checked
+against its delegator before anything is written; ``timestamp.version`` is Unix seconds and only grows.
+Absent on purpose: the root, which only ``repository.py`` writes, and blobs, which are no TUF targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
+
+from securesystemslib.signer import Key, Signer
+from tuf.api.exceptions import UnsignedMetadataError
+from tuf.api.metadata import (
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+from tuf.api.serialization.json import JSONSerializer
+
+from tools.hub.errors import ConflictError, KeyNotAllowedError, StoreStateError
+from tools.hub.objects import Objects
+
+Now = Callable[[], float]  # Unix seconds
+Signed = TypeVar("Signed", Root, Targets, Snapshot, Timestamp)
+
+# Days until each role has to be signed again.
+ROOT_DAYS: Final = 365
+TARGETS_DAYS: Final = 365
+TEAM_DAYS: Final = 180
+SNAPSHOT_DAYS: Final = 90
+TIMESTAMP_DAYS: Final = 7
+SNAPSHOT_RENEW_DAYS: Final = 30  # with so much left the snapshot is signed again, by the key that signs timestamps
+ALERT_DAYS: Final = 30  # roles that need an offline key are named this long before they expire
+
+TIMESTAMP: Final = "metadata/timestamp.json"
+_CLOCK_TOLERANCE_S: Final = 3600
+_ROLE_PREFIX: Final = "team-"
+
+
+def team_role(team: str) -> str:
+    """Return the name of the role that signs for ``team``."""
+    return _ROLE_PREFIX + team
+
+
+def team_of(role: str) -> str:
+    """Return the team that ``team_role`` made ``role`` from."""
+    return role.removeprefix(_ROLE_PREFIX)
+
+
+def target_object(path: str, data_sha256: str) -> str:
+    """Return where the target ``path`` is stored: its file name carries its hash (consistent snapshots)."""
+    folder, _, name = path.rpartition("/")
+    return f"targets/{folder}/{data_sha256}.{name}" if folder else f"targets/{data_sha256}.{name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """One published state. ``teams`` holds the roles that have been published, by team."""
+
+    root: Metadata[Root]
+    targets: Metadata[Targets]
+    snapshot: Metadata[Snapshot]
+    timestamp: Metadata[Timestamp]
+    teams: Mapping[str, Metadata[Targets]]
+
+    def team_names(self) -> list[str]:
+        """Return every team that holds a delegation, published or not."""
+        held = self.targets.signed.delegations
+        return sorted(team_of(name) for name in (held.roles if held else None) or {})
+
+    def expiring(self, now: float) -> dict[str, datetime]:
+        """Return the roles that only an offline key can renew and that expire within ``ALERT_DAYS`` of ``now``."""
+        offline: dict[str, Metadata[Any]] = {"root": self.root, "targets": self.targets}
+        offline |= {team_role(team): metadata for team, metadata in self.teams.items()}
+        limit = expiry(now, ALERT_DAYS)
+        return {role: metadata.signed.expires for role, metadata in offline.items() if metadata.signed.expires < limit}
+
+
+@dataclass(slots=True)
+class Edition:
+    """The next state of a repository. Use once: add, sign what was added to, seal, write."""
+
+    _objects: Objects
+    _now: Now
+    _state: State
+    _target_objects: dict[str, bytes] = field(default_factory=dict)
+    _team_roles: dict[str, Metadata[Targets]] = field(default_factory=dict)
+    _top: Metadata[Targets] | None = None
+    _snapshot: Metadata[Snapshot] | None = None
+    _timestamp: Metadata[Timestamp] | None = None
+
+    def add_team_target(self, team: str, path: str, data: bytes) -> None:
+        """Stage ``data`` as the target ``path`` of ``team``.
+
+        Raises:
+            KeyNotAllowedError: the team has no delegation, or it does not cover ``path``.
+        """
+        delegation = _delegation(self._top or self._state.targets, team)
+        if not delegation.is_delegated_path(path):
+            raise KeyNotAllowedError(f"team {team} may not sign {path}")
+        self._stage(self._editable_team(team), path, data)
+
+    def add_top_target(self, path: str, data: bytes) -> None:
+        """Stage ``data`` as a target of the top-level role."""
+        self._stage(self._editable_top(), path, data)
+
+    def add_team(self, team: str, key: Key) -> None:
+        """Delegate ``models/<team>/*/*`` to ``key``.
+
+        Raises:
+            ConflictError: the team has a delegation already.
+        """
+        top = self._editable_top().signed
+        held, fresh = top.delegations or delegations({}), delegations({team: key})
+        roles = held.roles or {}
+        if team_role(team) in roles:
+            raise ConflictError(f"team {team} exists already")
+        top.delegations = Delegations(held.keys | fresh.keys, roles | (fresh.roles or {}))
+
+    def sign_team(self, team: str, signer: Signer) -> None:
+        """Sign the team's role as a new version.
+
+        Raises:
+            KeyNotAllowedError: the team has no delegation, or ``signer`` is not its key.
+        """
+        delegator, role = self._top or self._state.targets, team_role(team)
+        _delegation(delegator, team)
+        metadata = self._editable_team(team)
+        self._renew(metadata, role, TEAM_DAYS, signer)
+        require_signed(delegator, role, metadata)
+
+    def sign_top(self, signer: Signer) -> None:
+        """Sign the top-level targets role as a new version; raises ``KeyNotAllowedError`` for another key."""
+        top = self._editable_top()
+        self._renew(top, "targets", TARGETS_DAYS, signer)
+        require_signed(self._state.root, "targets", top)
+
+    def seal(self, signer: Signer) -> None:
+        """Sign the timestamp, and before it the snapshot if a role changed or the snapshot grows old.
+
+        Raises:
+            KeyNotAllowedError: ``signer`` is not the online key.
+            StoreStateError: the store's timestamp is far ahead of this machine's clock.
+        """
+        changed = {team_role(team): metadata for team, metadata in self._team_roles.items()}
+        if self._top is not None:
+            changed["targets"] = self._top
+        timestamp = deepcopy(self._state.timestamp)
+        if changed or self._state.snapshot.signed.expires < expiry(self._now(), SNAPSHOT_RENEW_DAYS):
+            self._snapshot = deepcopy(self._state.snapshot)
+            for role, metadata in changed.items():
+                self._snapshot.signed.meta[f"{role}.json"] = _meta(metadata)
+            self._renew(self._snapshot, "snapshot", SNAPSHOT_DAYS, signer)
+            require_signed(self._state.root, "snapshot", self._snapshot)
+            timestamp.signed.snapshot_meta = _meta(self._snapshot)
+        timestamp.signed.version = self._timestamp_version(timestamp.signed.version)
+        timestamp.signed.expires = expiry(self._now(), TIMESTAMP_DAYS)
+        sign(timestamp, [signer])
+        require_signed(self._state.root, "timestamp", timestamp)
+        self._timestamp = timestamp
+
+    def write(self) -> int:
+        """Store everything, the timestamp last; return its version.
+
+        Raises:
+            ConflictError: an object of that name exists with other content.
+        """
+        if self._timestamp is None:
+            raise AssertionError("an edition is sealed before it is written")
+        for name, data in self._target_objects.items():
+            self._objects.put(name, data)
+        for team, metadata in self._team_roles.items():
+            self._put(team_role(team), metadata)
+        if self._top is not None:
+            self._put("targets", self._top)
+        if self._snapshot is not None:
+            self._put("snapshot", self._snapshot)
+        self._objects.replace(TIMESTAMP, serialise(self._timestamp))
+        return self._timestamp.signed.version
+
+    def _editable_top(self) -> Metadata[Targets]:
+        if self._top is None:
+            self._top = deepcopy(self._state.targets)
+        return self._top
+
+    def _editable_team(self, team: str) -> Metadata[Targets]:
+        if team not in self._team_roles:
+            published = self._state.teams.get(team)
+            self._team_roles[team] = deepcopy(published) if published else unsigned(Targets())
+        return self._team_roles[team]
+
+    def _stage(self, role: Metadata[Targets], path: str, data: bytes) -> None:
+        file = TargetFile.from_data(path, data, ["sha256"])
+        role.signed.targets[path] = file
+        self._target_objects[target_object(path, file.hashes["sha256"])] = data
+
+    def _renew(self, metadata: Metadata[Targets] | Metadata[Snapshot], role: str, days: int, signer: Signer) -> None:
+        version = metadata.signed.version + 1
+        while self._objects.size(metadata_object(role, version)) is not None:  # left by a cut attempt, never in force
+            version += 1
+        metadata.signed.version = version
+        metadata.signed.expires = expiry(self._now(), days)
+        sign(metadata, [signer])
+
+    def _timestamp_version(self, previous: int) -> int:
+        now = int(self._now())
+        if previous > now + _CLOCK_TOLERANCE_S:
+            raise StoreStateError(
+                f"the store was signed {previous - now} s in the future of this machine's clock",
+                hint="Set this machine's clock; if the store is wrong, rotate the online key.",
+            )
+        return max(now, previous + 1)
+
+    def _put(self, role: str, metadata: Metadata[Targets] | Metadata[Snapshot]) -> None:
+        self._objects.put(metadata_object(role, metadata.signed.version), serialise(metadata))
+
+
+def unsigned(signed: Signed) -> Metadata[Signed]:
+    """Return metadata that was never published; its first signature makes it version 1."""
+    signed.version = 0  # not valid in a file
+    return Metadata(signed)
+
+
+def metadata_object(role: str, version: int) -> str:
+    """Return where a version of a role is stored (the timestamp has a place of its own)."""
+    return f"metadata/{version}.{role}.json"
+
+
+def delegations(teams: Mapping[str, Key]) -> Delegations:
+    """Return one terminating role per team, each for ``models/<team>/*/*``."""
+    roles = {
+        team_role(team): DelegatedRole(
+            team_role(team), [key.keyid], threshold=1, terminating=True, paths=[f"models/{team}/*/*"]
+        )
+        for team, key in teams.items()
+    }
+    return Delegations(keys={key.keyid: key for key in teams.values()}, roles=roles)
+
+
+def _delegation(targets: Metadata[Targets], team: str) -> DelegatedRole:
+    held = targets.signed.delegations
+    role = ((held.roles if held else None) or {}).get(team_role(team))
+    if role is None:
+        raise KeyNotAllowedError(
+            f"the store has no team {team}",
+            hint=f"The holder of the targets key adds it with: inferhub add-team {team} KEY.pub ...",
+        )
+    return role
+
+
+def expiry(now: float, days: int) -> datetime:
+    """Return the time ``days`` after ``now`` (Unix seconds)."""
+    return datetime.fromtimestamp(int(now), UTC) + timedelta(days=days)
+
+
+def _meta(metadata: Metadata[Targets] | Metadata[Snapshot]) -> MetaFile:
+    return MetaFile.from_data(metadata.signed.version, serialise(metadata), ["sha256"])
+
+
+def serialise(metadata: Metadata[Any]) -> bytes:
+    """Return the bytes that are stored and hashed."""
+    return metadata.to_bytes(JSONSerializer(compact=True))
+
+
+def sign(metadata: Metadata[Any], signers: Iterable[Signer]) -> None:
+    """Replace all signatures."""
+    metadata.signatures.clear()
+    for signer in signers:
+        metadata.sign(signer, append=True)
+
+
+def require_signed(delegator: Metadata[Root] | Metadata[Targets], role: str, metadata: Metadata[Any]) -> None:
+    """Raise ``KeyNotAllowedError`` unless ``metadata`` is signed as ``delegator`` demands of ``role``."""
+    try:
+        delegator.signed.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+    except UnsignedMetadataError as error:
+        given = ", ".join(keyid[:12] for keyid in metadata.signatures) or "no key"
+        raise KeyNotAllowedError(
+            f"{role}: {given} does not fulfil what this role demands: {error}",
+            hint="Give the private key file whose public half the store names for this role.",
+        ) from error

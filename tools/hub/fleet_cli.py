@@ -1,0 +1,148 @@
+"""``inferhub deploy`` and ``inferhub rollback``: one signed command to one device, followed to its end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+from rich.console import Console
+
+from tools.hub import commands
+from tools.hub.cli import Passwords, emit, human_bytes, json_option, key_option, password_option, wants_json
+from tools.hub.errors import HubError
+
+_PASSWORD_VARIABLE: Final = "INFERHUB_BROKER_PASSWORD"
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def _delivery_options(verb: Verb) -> Verb:
+    """Add where to send, as whom, and how long to wait."""
+    options = (
+        click.option("--device", required=True, metavar="ID", help="The box, as `inferctl status` names it."),
+        click.option("--tenant", default="default", show_default=True),
+        click.option(
+            "--broker", required=True, metavar="HOST:PORT", envvar="INFERHUB_BROKER", help="The fleet's MQTT broker."
+        ),
+        click.option(
+            "--username", default="", metavar="NAME", help=f"At the broker; password in {_PASSWORD_VARIABLE}."
+        ),
+        click.option("--broker-password", default="", envvar=_PASSWORD_VARIABLE, hidden=True),
+        click.option("--ca-file", default="", metavar="FILE", help="Speak TLS, trusting this authority."),
+        key_option("--key", "An operator's private key, named in the store's fleet/operators.json."),
+        password_option,
+        click.option(
+            "--wait", "wait_s", default=120.0, show_default=True, metavar="S", help="For the end; 0: only send."
+        ),
+        click.option(
+            "--expires",
+            "lifetime_s",
+            default=3600,
+            show_default=True,
+            metavar="S",
+            type=click.IntRange(1, 30 * 86_400),
+            help="A box that comes online later refuses the command.",
+        ),
+        json_option,
+    )
+    for option in reversed(options):
+        verb = option(verb)
+    return verb
+
+
+@click.command()
+@click.argument("model", metavar="MODEL[@VERSION]")
+@click.option("--team", required=True, help="Whose model it is; the team signs its bundles.")
+@click.option("--channel", default="stable", show_default=True, help="Followed when no VERSION is given.")
+@click.option("--force", is_flag=True, help="Although this version failed on the box before.")
+@_delivery_options
+def deploy(model: str, team: str, channel: str, force: bool, **delivery: Any) -> None:
+    """Make a box serve MODEL.
+
+    \b
+    Example:
+      inferhub deploy magika@2.0.0 --team files --device box-1 --broker mqtt.example:1883 --key keys/operator
+    """
+    name, _, version = model.partition("@")
+    args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel}
+    _carry_out("deploy", args | ({"force": True} if force else {}), **delivery)
+
+
+@click.command()
+@click.argument("model")
+@_delivery_options
+def rollback(model: str, **delivery: Any) -> None:
+    """Make a box serve the version of MODEL that it served before.
+
+    \b
+    Example:
+      inferhub rollback magika --device box-1 --broker mqtt.example:1883 --key keys/operator
+    """
+    _carry_out("rollback", {"model": model}, **delivery)
+
+
+def _carry_out(
+    name: str,
+    args: dict[str, Any],
+    *,
+    device: str,
+    tenant: str,
+    broker: str,
+    username: str,
+    broker_password: str,
+    ca_file: str,
+    key: Path,
+    passwords: Passwords,
+    wait_s: float,
+    lifetime_s: int,
+) -> None:
+    command = commands.make_command(
+        name,
+        args,
+        tenant=tenant,
+        device=device,
+        signer=passwords.signer(key),
+        now_s=time.time(),
+        lifetime_s=lifetime_s,
+    )
+    host, port = _host_and_port(broker)
+    address = commands.Broker(host=host, port=port, username=username, password=broker_password, ca_file=ca_file)
+    with _shown(f"{name} {args['model']} on {device}") as show:
+        reply = commands.send(address, command, wait_s=wait_s, on_reply=show)
+    emit(reply, _sentence(name, args, device, reply))
+
+
+def _host_and_port(broker: str) -> tuple[str, int]:
+    host, _, port = broker.rpartition(":")
+    if not host or not port.isdigit():
+        raise HubError(f"--broker {broker!r} is not HOST:PORT", hint="For example --broker mqtt.example:1883")
+    return host.strip("[]"), int(port)
+
+
+@contextmanager
+def _shown(title: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a listener that shows replies as one changing line, if a person looks on."""
+    if wants_json() or not sys.stderr.isatty():
+        yield lambda reply: None
+        return
+    with Console(stderr=True).status(f"{title}: sent") as line:
+        yield lambda reply: line.update(f"{title}: {_progress_text(reply)}")
+
+
+def _progress_text(reply: dict[str, Any]) -> str:
+    progress = reply.get("progress") or {}
+    state = str(progress.get("state") or reply["status"])
+    done, total = progress.get("bytes_done"), progress.get("bytes_total")
+    return f"{state} {human_bytes(done or 0)} of {human_bytes(total)}" if total else state
+
+
+def _sentence(name: str, args: dict[str, Any], device: str, reply: dict[str, Any]) -> str:
+    if reply["status"] == "sent":
+        return f"{name} {args['model']}: the broker has it for {device} (command {reply['id']})"
+    result = reply.get("result") or {}
+    version = result.get("version") or args.get("version") or ""
+    return f"{device}: {name} {args['model']}{f' {version}' if version else ''}: {result.get('state', reply['status'])}"
