@@ -91,6 +91,7 @@ class SpecMaker:
             ],
             "warmup": {"runs": manifest.warmup.runs, "max_ms": manifest.warmup.max_ms},
             "batching": {"max_batch": batching.max_batch, "max_delay_ms": batching.max_delay_ms, "axis": batching.axis},
+            "session": _plain(variant.session),
             "threads": {
                 "intra": variant.threads.intra or self._profile.intra_op_threads,
                 "inter": variant.threads.inter or 1,

@@ -44,7 +44,7 @@ from agent.serving.budget import ReceiveBudget
 from agent.serving.frames import FrameServer
 from agent.serving.http import HttpServer
 from agent.serving.identity import AccessPolicy
-from agent.serving.listeners import bind_tcp, bind_unix, remove_socket
+from agent.serving.listeners import bind_tcp, bind_unix
 from agent.serving.routes import Routes
 from agent.supervisor import Component, Supervisor
 from agent.telemetry.commands import CommandInbox
@@ -100,14 +100,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     setup(level=config.log.level, style=config.log.style)
     try:
-        uvloop.run(serve(config))
+        uvloop.run(serve(config, Path(os.path.abspath(config.device.state_dir))))
     except (AgentError, BaseExceptionGroup) as error:
         return _explain(error)
     return 0
 
 
-async def serve(config: Config) -> None:
-    """Run until SIGTERM or SIGINT, then stop in order.
+async def serve(config: Config, state_dir: Path) -> None:
+    """Run on ``state_dir`` (absolute) until SIGTERM or SIGINT, then stop in order.
 
     Raises:
         StateError: another daemon uses the state folder, or it cannot be used.
@@ -120,7 +120,6 @@ async def serve(config: Config) -> None:
     inherited = sdnotify.inherited_sockets()
     watchdog_s = sdnotify.watchdog_interval_s()
     become_subreaper()
-    state_dir = Path(os.path.abspath(config.device.state_dir))
     clock = SystemClock()
     events, metrics = EventBus(clock), Metrics()
     hardware = probe()
@@ -248,19 +247,13 @@ async def _listen(
     routes = Routes(engine=engine, control=control, metrics=metrics, version=__version__)
     app = InferenceApp(engine=engine, rest=routes.app(), config=serving)
     common: dict[str, Any] = {"policy": policy, "budget": budget, "config": serving, "metrics": metrics}
-    frames = inherited.get("frames") or _bind(stack, serving.frame_socket)
+    frames = inherited.get("frames") or bind_unix(Path(serving.frame_socket))
     await stack.enter_async_context(FrameServer(frames, engine=engine, control=control, **common).serving())
-    unix = inherited.get("http-unix") or _bind(stack, serving.http_socket)
+    unix = inherited.get("http-unix") or bind_unix(Path(serving.http_socket))
     await stack.enter_async_context(HttpServer(unix, app=app, name="http-unix", **common).serving())
     tcp = inherited.get("http") or _bind_tcp(serving)
     if tcp is not None:
         await stack.enter_async_context(HttpServer(tcp, app=app, name="http", **common).serving())
-
-
-def _bind(stack: AsyncExitStack, path: str) -> socket.socket:
-    listener = bind_unix(Path(path))
-    stack.callback(remove_socket, Path(path))
-    return listener
 
 
 def _bind_tcp(serving: ServingConfig) -> socket.socket | None:

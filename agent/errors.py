@@ -44,7 +44,7 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     ├── StateError (bad_state)                      a state file or journal cannot be read
     └── IllegalTransitionError (illegal_transition) a broken invariant, never expected
 
-Absent on purpose: HTTP. ``serving/routes.py`` holds the one table from class to status.
+Absent on purpose: HTTP. ``serving/replies.py`` holds the one table from class to status.
 """
 
 from __future__ import annotations

@@ -170,18 +170,16 @@ class Puller:
     async def _ask(
         self, request: dict[str, Any], wanted: str, on_line: OnProgress = lambda line: None
     ) -> dict[str, Any]:
-        """Run one child and return its last line, which has the event ``wanted``."""
+        """Run one child and return the line with the event ``wanted``; the lines before go to ``on_line``."""
         async with _child() as process:
             await _send(process, json.dumps(self._request | request).encode())
-            last: dict[str, Any] = {}
             while line := await _read_line(process):
-                if last:
-                    on_line(last)
-                last = _parse_line(line)
-            if last.get("event") == wanted:
-                return last
-            if last.get("event") == "error":
-                raise by_code(str(last.get("code")), str(last.get("message")))
+                answer = _parse_line(line)
+                if answer.get("event") == wanted:
+                    return answer
+                if answer.get("event") == "error":
+                    raise by_code(str(answer.get("code")), str(answer.get("message")))
+                on_line(answer)
             raise AgentError(f"the trust child ended with {await process.wait()} and no answer; its log says why")
 
 

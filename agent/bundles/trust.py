@@ -271,6 +271,10 @@ class _DurableUpdater(Updater):
         self._check_role(Snapshot.type)
 
     def _load_targets(self, role: str, parent_role: str) -> Targets:
+        if f"{role}.json" not in self._trusted_set.snapshot.meta:
+            if role in self.floor.roles:
+                raise RollbackDetectedError(f"{role} has vanished from the snapshot")
+            raise TargetNotFoundError(f"{role} has published nothing yet")
         targets = super()._load_targets(role, parent_role)
         self._check_role(role)
         return targets

@@ -84,6 +84,7 @@ def collect(layout: Layout, keep: Collection[Path], *, newest: int) -> list[Path
             discard(layout, item.path)
             removed.append(item.path)
     empty_trash(layout)
+    _collect_manifests(layout)
     return removed
 
 
@@ -127,6 +128,14 @@ def remove_tree(path: Path) -> None:
             if not os.path.islink(child):
                 os.chmod(child, stat.S_IRWXU)
     shutil.rmtree(path)
+
+
+def _collect_manifests(layout: Layout) -> None:
+    """Delete cached manifests of versions that are neither here nor on their way."""
+    needed = {item.digest for item in list_versions(layout)} | {path.name[:12] for path in _folders(layout.staging)}
+    for path in layout.root.glob("manifests/*.json"):
+        if path.name[:12] not in needed:
+            path.unlink(missing_ok=True)
 
 
 def _folders(path: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from agent.wire import Buffer
 
 _log = get_logger("version")
 # Faults of the model, not of the caller: what probation counts.
-_FAULTS = frozenset({"worker_died", "handler_failed", "out_of_memory", "worker_failed", "internal"})
+_FAULTS = frozenset({"worker_died", "handler_failed", "inference_failed", "out_of_memory", "worker_failed", "internal"})
 
 PoolMaker = Callable[[VariantSpec, PoolOwner], Pool]
 Spawn = Callable[[Coroutine[Any, Any, None], str], None]

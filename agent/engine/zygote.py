@@ -195,6 +195,8 @@ class Zygote:
             self.runtime_version = str(message.get("version", ""))
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(None)
+        elif op == "failed":
+            self._fail_start(LoadError(f"zygote {self.runtime}: {message.get('message', 'could not start')}"))
         elif op == "exited":
             self._note_exit(int(message["pid"]), Exit(code=message.get("code"), signal=message.get("signal")))
         else:
@@ -215,6 +217,10 @@ class Zygote:
         self._exits[pid] = ended
         while len(self._exits) > 256:
             self._exits.pop(next(iter(self._exits)))
+
+    def _fail_start(self, error: LoadError) -> None:
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(error)
 
     def _lose(self, error: WorkerDiedError) -> None:
         control, self._control = self._control, None

@@ -23,7 +23,7 @@ from agent.config import ServingConfig
 from agent.errors import AgentError, InvalidInputError, TooLargeError
 from agent.serving.http_protocol import Connection
 from agent.serving.identity import require
-from agent.serving.ports import Engine, InferRequest
+from agent.serving.ports import DEADLINE_MS_MAX, Engine, InferRequest
 from agent.serving.replies import Dialect, Reply, engine_reply, error_reply
 from agent.wire import Buffer
 
@@ -34,7 +34,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OIP_CONTENT_TYPE: Final = "application/vnd.oip+json"
-_DEADLINE_MS_MAX: Final = 3_600_000
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,128}")
 _INFLATE_STEP_BYTES: Final = 256 * 1024  # of output between two turns of the loop: under a millisecond
 _WINDOW_BITS: Final = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
@@ -104,7 +103,7 @@ class InferenceApp:
         encoding = asked.get(b"content-encoding", b"identity").strip().lower()
         if encoding != b"identity":
             body = await inflate(body, encoding, bytes_max=self._body_bytes_max)
-        deadline_ms = _integer(asked, b"x-deadline-ms", 1, _DEADLINE_MS_MAX) or self._deadline_ms_default
+        deadline_ms = _integer(asked, b"x-deadline-ms", 1, DEADLINE_MS_MAX) or self._deadline_ms_default
         request = InferRequest(
             model=target.model,
             version=target.version,

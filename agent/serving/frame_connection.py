@@ -28,7 +28,7 @@ from agent.log import get_logger
 from agent.serving.budget import ReceiveBudget
 from agent.serving.identity import Caller, require
 from agent.serving.outbound import Outbound
-from agent.serving.ports import Control, Engine, InferRequest
+from agent.serving.ports import DEADLINE_MS_MAX, Control, Engine, InferRequest
 from agent.wire import PROTOCOL, Buffer, Decoder, Frame, Limits, encode, error_header
 
 _log = get_logger("serving.frames")
@@ -37,7 +37,6 @@ _READ_BYTES: Final = 64 * 1024  # per turn; the rest of a large body goes straig
 _PAUSE_BYTES: Final = 1024 * 1024  # answers not taken yet; above it no new requests are read
 _CALLS_MAX: Final = 16  # at once per connection
 _NAME_CHARS_MAX: Final = 128
-DEADLINE_MS_MAX: Final = 3_600_000
 
 
 class Owner(Protocol):

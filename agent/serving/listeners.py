@@ -1,6 +1,7 @@
 """Listening sockets that nobody handed us: bound here with the right mode, stale files removed.
 
-Sockets inherited from systemd need nothing of this. A live daemon's socket is never taken over.
+Sockets inherited from systemd need nothing of this. A live daemon's socket is never taken over. Nothing is removed at
+the end: between two daemons a stale file refuses connections, and removing it could hit the successor's.
 """
 
 from __future__ import annotations
@@ -61,15 +62,6 @@ def bind_tcp(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     listener.setblocking(False)
     return listener
-
-
-def remove_socket(path: Path) -> None:
-    """Remove the file of a socket that ``bind_unix`` made; a missing file is fine."""
-    try:
-        if stat.S_ISSOCK(path.lstat().st_mode):
-            path.unlink(missing_ok=True)
-    except FileNotFoundError:
-        return
 
 
 def _remove_stale(path: Path) -> None:

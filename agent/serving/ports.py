@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from agent.wire import Buffer
+
+DEADLINE_MS_MAX: Final = 3_600_000  # what a client may ask for
 
 Answer = Callable[[dict[str, Any], Sequence[Buffer]], None]
 

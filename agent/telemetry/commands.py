@@ -165,9 +165,9 @@ class CommandInbox:
                 self._begin(group, entry)
             while True:
                 while self._arrived:
-                    message, arrived = self._arrived[0]
+                    # Taken out first: whatever breaks on it, the broker still has it, and the next one has its turn.
+                    message, arrived = self._arrived.popleft()
                     await self._take(group, message, arrived)
-                    self._arrived.popleft()
                 self._arrival.clear()
                 await self._arrival.wait()
 

@@ -8,6 +8,7 @@ Leaves out: every decision (``batcher.py``) and every byte (``channel.py``, ``re
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import socket
 import time
@@ -62,8 +63,7 @@ def run(packed_spec: bytes, sock: socket.socket) -> int:
         channel.post(error_header(None, failure.code, str(failure), retryable=failure.retryable))
         _flush_all(channel)
         return 1
-    gc.collect()
-    gc.freeze()
+    _give_back_memory()
     channel.post(loaded.hello)
     try:
         Server(loaded, channel).serve()
@@ -242,6 +242,15 @@ def _load_failure(error: BaseException) -> AgentError:
     if isinstance(error, MemoryError):
         return OutOfMemoryError("memory did not suffice to load the model")
     return LoadError(f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def _give_back_memory() -> None:
+    """Return what loading left over to the kernel: 6 MB of 29 for a 3 MB model. glibc keeps it otherwise."""
+    gc.collect()
+    gc.freeze()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent in other C libraries
+    if trim is not None:
+        trim(0)
 
 
 def _flush_all(channel: Channel) -> None:

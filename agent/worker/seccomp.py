@@ -5,7 +5,8 @@ process; everything refused answers EPERM, or ENOSYS where a library is to fall 
 the list below). Threads stay possible, processes do not. It closes what Landlock leaves open: every kind of socket,
 process creation, signals and tracing, and file metadata (mode, owner, times, attributes), which Landlock never
 governs and which matters because a worker may run as root.
-Leaves out: files and directories (``landlock.py``); names and sizes of files elsewhere, which ``stat`` still tells; the decision whether a worker may run without (``sandbox.py``).
+Leaves out: files and directories (``landlock.py``); names and sizes of files elsewhere, which ``stat`` still tells;
+the decision whether a worker may run without (``sandbox.py``).
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ UNKNOWN: Final = 0x0005_0000 | errno.ENOSYS
 _NEWEST: Final = 462  # mseal; later calls have the same numbers everywhere and were not reviewed
 _X32_BIT: Final = 0x4000_0000
 _CLONE_THREAD: Final = 0x0001_0000
-_OWNER_COMMANDS: Final = (8, 10, 15)  # fcntl F_SETOWN, F_SETSIG, F_SETOWN_EX: a signal to anyone by way of an fd
+_FCNTLS_REFUSED: Final = (8, 10, 15)  # fcntl F_SETOWN, F_SETSIG, F_SETOWN_EX: a signal to anyone by way of an fd
 # ioctl TIOCSTI, TIOCLINUX: typing into the terminal; FIOSETOWN, SIOCSPGRP: as above; FS_IOC_SETFLAGS (two widths),
 # FS_IOC_FSSETXATTR, FS_IOC_ENABLE_VERITY: attributes of files that are only open for reading
-_DEVICE_COMMANDS: Final = (0x5412, 0x541C, 0x8901, 0x8902, 0x4008_6602, 0x4004_6602, 0x401C_5820, 0x4080_6685)
+_IOCTLS_REFUSED: Final = (0x5412, 0x541C, 0x8901, 0x8902, 0x4008_6602, 0x4004_6602, 0x401C_5820, 0x4080_6685)
 _SET_FILTER: Final = 1
 _ALL_THREADS: Final = 1  # SECCOMP_FILTER_FLAG_TSYNC
 
@@ -153,8 +154,8 @@ def program(machine: Machine, *, pid: int, refuse_truncate: bool) -> bytes:
         code += _when(number, _only_if_argument_in((pid,)))
     for number in _numbers(SELF_OR_ZERO, column):
         code += _when(number, _only_if_argument_in((0, pid)))
-    code += _when(_FCNTL[column], _unless_command_in(_OWNER_COMMANDS))
-    code += _when(_IOCTL[column], _unless_command_in(_DEVICE_COMMANDS))
+    code += _when(_FCNTL[column], _unless_command_in(_FCNTLS_REFUSED))
+    code += _when(_IOCTL[column], _unless_command_in(_IOCTLS_REFUSED))
     code.append(_step(_RETURN, ALLOW))
     return b"".join(code)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from agent.bundles import child
 from agent.bundles.fetcher import Transport
 from agent.bundles.layout import Layout
 from agent.bundles.puller import Puller, StoredBundle
@@ -90,6 +91,10 @@ class DeviceWorld:
             return await self.puller().check(path)
 
         return asyncio.run(run())
+
+    def here(self, op: str, **fields: Any) -> dict[str, Any]:
+        """Run the child's code in this process: quicker, for steps that a test only needs done."""
+        return child.handle(msgspec.json.decode(self.request(op, **fields), type=child.Request))
 
     def command(self, envelope: bytes) -> tuple[dict[str, Any], str]:
         """Verify a command through a trust child."""

@@ -42,7 +42,7 @@ class StoreWorld:
         self.root = folder / "store"
         self.anchor = folder / "anchor.json"
         self._folder = folder
-        self._now = now
+        self.now = now
         self._objects = Folder(self.root)
         self._repository = Repository(self._objects, now)
         self.root_signers = [CryptoSigner.generate_ed25519() for _ in range(3)]
@@ -77,7 +77,7 @@ class StoreWorld:
     ) -> Bundle:
         """Pack and publish a version of ``vision/tiny`` (or what ``changes`` says)."""
         bundle = self.pack(version, files, zstd=zstd, **changes)
-        Publisher(self._objects, self._repository, self._now).publish(
+        Publisher(self._objects, self._repository, self.now).publish(
             bundle,
             team_signer=self.teams[bundle.manifest.team],
             online_signer=self.online,
@@ -93,10 +93,10 @@ class StoreWorld:
         files = bundles.plain_files() if files is None else files
         return bundles.pack(folder, files, zstd=zstd, **({"version": version, "seq": _seq(version)} | changes))
 
-    def publish_unchecked(self, manifest: dict[str, Any]) -> None:
-        """Sign a manifest that no publisher would: its bytes as they are, its index entry beside it."""
+    def publish_unchecked(self, manifest: dict[str, Any], *, name: str = "tiny", version: str = "2.0.0") -> None:
+        """Sign a manifest that no publisher would, its bytes as they are, as that of ``vision/<name>``."""
         data = msgspec.json.encode(manifest)
-        team, name, version = manifest["team"], manifest["name"], manifest["version"]
+        team = "vision"
         state = self._repository.state()
         index = read_index(self._repository, state, team, name) or Index(
             schema="edge-model-index/1", team=team, name=name, generated=""
@@ -126,7 +126,7 @@ class StoreWorld:
         """Sign the timestamp anew, dated ``age_s`` ago or as ``version``, valid for ``valid_s`` from that date."""
         path = self.root / "metadata" / "timestamp.json"
         metadata = Metadata[Timestamp].from_bytes(path.read_bytes())
-        date = self._now() - age_s
+        date = self.now() - age_s
         metadata.signed.version = int(date) if version is None else version
         metadata.signed.expires = datetime.fromtimestamp(int(date + valid_s), UTC)
         metadata.sign(self.online)
@@ -178,7 +178,7 @@ class StoreWorld:
         (self.root / "metadata" / f"{old + 1}.snapshot.json").write_bytes(data)
         meta = timestamp.signed.snapshot_meta
         meta.version, meta.length, meta.hashes = old + 1, len(data), {"sha256": _sha256(data)}
-        timestamp.signed.version = int(self._now())
+        timestamp.signed.version = int(self.now())
         timestamp.signed.expires = datetime.now(UTC).replace(microsecond=0) + timedelta(days=7)
         timestamp.sign(self.online)
         (self.root / "metadata" / "timestamp.json").write_bytes(timestamp.to_bytes(JSONSerializer()))

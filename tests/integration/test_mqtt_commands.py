@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from securesystemslib.dsse import Envelope
+from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner
 
-from agent.bundles.commands import verify_envelope
-from agent.bundles.manifest import parse_operators
 from agent.bundles.puller import Puller
 from agent.config import PolicyConfig, StoreConfig, TelemetryConfig
-from agent.errors import CommandExpiredError, CommandReplayError, LoadError
-from agent.profile import Hardware, Profile
+from agent.errors import CommandError, CommandExpiredError, CommandReplayError, LoadError
+from agent.profile import load_profiles, probe
 from tests.fakes.broker import black_hole, refusing
 from tests.fakes.store import StoreWorld
 from tests.fakes.telemetry import Device, FakeVerified, until
@@ -34,7 +34,6 @@ from tools.hub.commands import (
     make_command,
     send,
 )
-from tools.hub.publish import operators_document
 from tools.inferhub import main as inferhub
 
 needs_mosquitto = pytest.mark.skipif(
@@ -50,11 +49,16 @@ DEPLOY_ARGS = {"team": "files", "model": "magika", "version": "2.0.0"}
 class EnvelopeVerifier:
     """Checks real signatures in this process, as the trust child does in its own."""
 
-    def __init__(self) -> None:
-        self._operators = parse_operators(operators_document("default", [OPERATOR.public_key]))
+    def __init__(self, key: Any = OPERATOR.public_key) -> None:
+        self._key = key
 
     async def verify_command(self, envelope: bytes) -> FakeVerified:
-        return FakeVerified(*verify_envelope(envelope, self._operators))
+        try:
+            parsed = Envelope.from_dict(json.loads(envelope))
+            (keyid,) = parsed.verify([self._key], 1)
+        except (KeyError, VerificationError) as error:
+            raise CommandError("not signed by a current operator key") from error
+        return FakeVerified(json.loads(parsed.payload), keyid)
 
 
 @pytest.fixture
@@ -200,9 +204,9 @@ def test_a_restart_in_the_middle_of_a_command_finishes_it_under_the_same_id(brok
             await until(lambda: device.inbox.carrying_out)
         async with a_device(tmp_path, broker).running() as device:
             await until(lambda: device.commander.done)
-            assert device.commander.done == [("deploy", DEPLOY_ARGS, order.id)]
             reply, _ = await sent(broker, order)
-            assert reply["status"] == "duplicate"
+            assert reply["status"] in ("done", "duplicate"), "the first answer, or one from the record"
+            assert device.commander.done == [("deploy", DEPLOY_ARGS, order.id)]
 
     asyncio.run(main())
 
@@ -246,8 +250,8 @@ def test_the_real_trust_child_verifies_a_command(broker: Mosquitto, tmp_path: Pa
         StoreConfig(urls=(f"file://{world.root}",), anchor=str(world.anchor)),
         PolicyConfig(),
         tmp_path / "state",
-        Hardware(),
-        Profile(name="test"),
+        probe(),
+        load_profiles()[0],
     )
     (tmp_path / "state").mkdir()
 
@@ -267,17 +271,14 @@ def test_the_real_trust_child_verifies_a_command(broker: Mosquitto, tmp_path: Pa
 def test_the_verbs_of_inferhub_send_and_explain(broker: Mosquitto, tmp_path: Path) -> None:
     keys.generate(tmp_path / "operator", role="operator", password=None)
 
-    class OneKey(EnvelopeVerifier):
-        def __init__(self) -> None:
-            public = keys.load_public(tmp_path / "operator.pub")
-            self._operators = parse_operators(operators_document("default", [public]))
+    verifier = EnvelopeVerifier(keys.load_public(tmp_path / "operator.pub"))
 
     def call(*args: str) -> Any:
         common = ["--device", "box-1", "--broker", f"{broker.host}:{broker.port}", "--key", str(tmp_path / "operator")]
         return CliRunner().invoke(inferhub, [*args, *common], env={"INFERHUB_KEY_PASSWORD": ""})
 
     async def main() -> None:
-        async with a_device(tmp_path, broker, verifier=OneKey()).running() as device:
+        async with a_device(tmp_path, broker, verifier=verifier).running() as device:
             await until(lambda: device.link.connected)
             told = await asyncio.to_thread(call, "deploy", "magika@2.0.0", "--team", "files", "--json")
             assert told.exit_code == 0, told.output

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.fakes.hub import MODEL_TOML, X, make_source
+from tests.fakes.store import serving
 from tools.hub import safetensors
 from tools.inferhub import main
 
@@ -99,6 +100,25 @@ def test_from_nothing_to_a_device_that_holds_the_version(centre: Path) -> None:
     assert lines[-1]["manifest_sha256"] == packed["manifest_sha256"]
     installed = Path(lines[-1]["path"])
     assert (installed / "fp32/model.onnx").read_bytes() == (centre / "source/fp32/model.onnx").read_bytes()
+
+
+def test_a_store_behind_http_is_seen_as_the_same(centre: Path) -> None:
+    hub("pack", "source", "--out", "bundle")
+    hub("publish", "bundle", "--store", "store", *SIGNING, "--channel", "stable")
+    with serving(centre / "store") as server:
+        for depth in ([], ["--deep"]):
+            near = hub("verify", "--store", "store", "--anchor", "anchor/root.json", *depth)
+            far = hub("verify", "--store", server.url, "--anchor", "anchor/root.json", *depth)
+            assert near == far
+        lines = pull(server.url, centre / "anchor/root.json", centre / "state")
+    assert lines[-1]["event"] == "done", lines[-1]
+
+
+def test_a_store_that_cannot_be_written_is_an_error_not_a_traceback(centre: Path) -> None:
+    hub("pack", "source", "--out", "bundle")
+    (centre / "store/blobs").write_text("in the way")
+    hub("publish", "bundle", "--store", "store", *SIGNING, fails="store_failed")
+    assert hub("verify", "--store", "store", "--anchor", "anchor/root.json")["manifests"] == 0
 
 
 def test_each_verb_speaks_to_a_person_too(centre: Path) -> None:

@@ -155,10 +155,11 @@ REFUSED = {
     "userfaultfd": "syscall(323 if os.uname().machine == 'x86_64' else 282, 0)",
     "keyring": "syscall(250 if os.uname().machine == 'x86_64' else 219, 0, -3, 0)",
     "memory beside the limit": "os.memfd_create('x')",
-    "watching a directory": "fd = libc.inotify_init(); libc.inotify_add_watch(fd, b'/', 2) < 0 and raise_errno('watch')",
+    "watching a directory": "libc.inotify_add_watch(libc.inotify_init(), b'/', 2) < 0 and raise_errno('')",
     "flags of its own model": """
         import fcntl
-        fcntl.ioctl(os.open(os.path.join(os.path.dirname(os.getcwd()), 'bundle/fp32/model.onnx'), 0), 0x40086602, b'x' * 8)
+        model = os.path.join(os.path.dirname(os.getcwd()), 'bundle/fp32/model.onnx')
+        fcntl.ioctl(os.open(model, os.O_RDONLY), 0x40086602, b'x' * 8)
     """,
     "system v memory": "libc.shmget(1, 4096, 0o1666) < 0 and raise_errno('shmget')",
     "calls newer than reviewed": "syscall(463, 0, 0, 0, 0, 0, 0)",

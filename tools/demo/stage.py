@@ -145,8 +145,10 @@ class Stage:
 
     # Box
 
-    def write_config(self, *, store_url: str, broker_port: int | None, models: Sequence[str] = (magika.NAME,)) -> None:
-        """Write the daemon's configuration."""
+    def write_config(
+        self, *, store_url: str, broker_port: int | None, models: Sequence[str] = (magika.NAME,), more: str = ""
+    ) -> None:
+        """Write the daemon's configuration; ``more`` is TOML of further sections."""
         lines = [
             *("[device]", f'id = "{DEVICE}"', f'state_dir = "{self.state}"', ""),
             *("[serving]", f'frame_socket = "{self.socket}"', f'http_socket = "{self.http_socket}"'),
@@ -161,7 +163,7 @@ class Stage:
             ]
         for model in models:
             lines += ["[[models]]", f'name = "{model}"', f'team = "{magika.TEAM}"', ""]
-        self.config.write_text("\n".join(lines))
+        self.config.write_text("\n".join([*lines, more, ""]))
 
     def start_daemon(self) -> None:
         """Start ``inferd``; its log goes to a file."""
@@ -186,12 +188,12 @@ class Stage:
         """Return the daemon's status."""
         with self.client() as client:
             value: dict[str, Any] = client.status()
-        return value
+            return value
 
     def worker_pids(self) -> list[int]:
         """Return the pids of the model's workers."""
-        row = next((row for row in self.status()["models"] if row["model"] == magika.NAME), {})
-        return [int(pid) for pid in row.get("workers", [])]
+        rows: list[dict[str, Any]] = self.status()["models"]
+        return [int(pid) for row in rows if row["model"] == magika.NAME for pid in row.get("workers", [])]
 
     def until(self, condition: Callable[[], Any], *, what: str, timeout_s: float = 60.0) -> Any:
         """Return ``condition``'s first true value.

@@ -137,9 +137,8 @@ def outage(stage: Stage, broker: Mosquitto, receiver: Receiver) -> str:
     body = Path(sys.executable).resolve().read_bytes()[:65536]
     with Load(stage.socket, body, clients=2) as load:
         stage.until(lambda: load.seen.asked >= _OUTAGE_REQUESTS, what="answers during the outage")
-        waiting = stage.until(
-            lambda: (rows := _telemetry(stage)["outbox_rows"]) >= 10 and rows, what="telemetry piles up in the outbox"
-        )
+        stage.until(lambda: _telemetry(stage)["outbox_rows"] >= 10, what="telemetry piles up in the outbox")
+        waiting = _telemetry(stage)["outbox_rows"]
     _no_errors(load.seen)
     broker.start()
     stage.until(lambda: _telemetry(stage)["connected"] and receiver.connected, what="the link came back")
@@ -222,15 +221,13 @@ def kill_worker(stage: Stage) -> str:
     killed: list[int] = []
     with Load(stage.socket, body) as load:
         for _ in range(3):
-            goal = load.seen.asked + 30
-            stage.until(lambda goal=goal: load.seen.asked >= goal, what="the load runs")
+            _await_answers(stage, load, 30)
             pid = stage.until(
                 lambda: next((pid for pid in stage.worker_pids() if pid not in killed), None), what="a worker runs"
             )
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
-        goal = load.seen.asked + 30
-        stage.until(lambda: load.seen.asked >= goal, what="answers after the last kill")
+        _await_answers(stage, load, 30)
     _no_errors(load.seen)
     return f"{len(killed)} kills, {load.seen.asked} requests, 0 lost; slowest {max(load.seen.seconds) * 1e3:.0f} ms"
 
@@ -311,6 +308,12 @@ def _slot(stage: Stage) -> dict[str, Any]:
 def _telemetry(stage: Stage) -> dict[str, Any]:
     value: dict[str, Any] = stage.status()["telemetry"]
     return value
+
+
+def _await_answers(stage: Stage, load: Load, count: int) -> None:
+    """Wait for ``count`` more answers."""
+    goal = load.seen.asked + count
+    stage.until(lambda: load.seen.asked >= goal, what=f"{count} more answers")
 
 
 def _no_errors(seen: Seen) -> None:

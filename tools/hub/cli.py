@@ -6,6 +6,7 @@ with a few lines for a person. Progress goes to standard error, and only to a te
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from securesystemslib.signer import CryptoSigner
 
-from agent.errors import AgentError
+from agent.errors import AgentError, DiskFullError, StoreError
 from tools.hub import keys
 from tools.hub.errors import SigningKeyError
 from tools.hub.listener import Listener, Unit
@@ -30,6 +31,7 @@ from tools.hub.repository import Repository
 
 PASSWORD_VARIABLE: Final = "INFERHUB_KEY_PASSWORD"
 _JSON: Final = "inferhub.json"
+_DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -57,8 +59,13 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except AgentError as error:
-            report_error(error, as_json=bool(ctx.meta.get(_JSON)))
-            ctx.exit(1)
+            failure = error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # click ends quietly when the reader of our output has gone
+            failure = DiskFullError(str(error)) if error.errno in _DISK_FULL else StoreError(str(error))
+        report_error(failure, as_json=bool(ctx.meta.get(_JSON)))
+        raise click.exceptions.Exit(1)
 
 
 def report_error(error: AgentError, *, as_json: bool) -> None:

@@ -49,6 +49,17 @@ def test_collecting_keeps_what_is_named_and_the_newest(layout: Layout) -> None:
     assert list(layout.trash.iterdir()) == []
 
 
+def test_collecting_drops_manifests_of_versions_that_are_gone(layout: Layout) -> None:
+    stored(layout, "1.0.0")
+    (layout.staging / ("cd" * 32)).mkdir(parents=True)
+    for digest in ("ab", "cd", "ef"):
+        path = layout.manifest(digest * 32)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"{}")
+    versions.collect(layout, [], newest=1)
+    assert sorted(path.name[:2] for path in layout.root.glob("manifests/*")) == ["ab", "cd"]
+
+
 def test_collecting_without_versions_does_nothing(layout: Layout) -> None:
     assert versions.collect(layout, [], newest=0) == []
 

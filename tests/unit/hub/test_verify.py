@@ -10,7 +10,6 @@ import pytest
 from agent.errors import AgentError, ChunkMismatchError, TargetNotFoundError, UntrustedError
 from tests.fakes import bundles
 from tests.fakes.hub import Centre, Clock
-from tests.fakes.store import serving
 from tools.hub.edition import TIMESTAMP
 from tools.hub.verify import verify
 
@@ -27,12 +26,6 @@ def centre(tmp_path: Path) -> Centre:
 
 def largest_blob(centre: Centre) -> Path:
     return max((path for path in (centre.root / "blobs").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
-
-
-@pytest.mark.parametrize("deep", [True, False])
-def test_a_store_behind_http_is_seen_as_the_same(centre: Centre, deep: bool) -> None:
-    with serving(centre.root) as server:
-        assert verify(server.url, centre.anchor, deep=deep) == verify(str(centre.root), centre.anchor, deep=deep)
 
 
 def test_a_flipped_byte_is_found_by_a_deep_look_only(centre: Centre) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import stat
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import ConfigError
-from agent.serving.listeners import bind_tcp, bind_unix, remove_socket
+from agent.serving.listeners import bind_tcp, bind_unix
 
 pytestmark = pytest.mark.unit
 
@@ -51,14 +50,6 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError):
         bind_unix(tmp_path / "file" / "a.sock")
-
-
-def test_only_sockets_are_removed(tmp_path: Path) -> None:
-    bind_unix(tmp_path / "a.sock").close()
-    (tmp_path / "b").write_text("")
-    for name in ("a.sock", "b", "c"):
-        remove_socket(tmp_path / name)
-    assert os.listdir(tmp_path) == ["b"]
 
 
 def test_a_taken_port_is_told() -> None:

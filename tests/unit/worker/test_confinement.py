@@ -13,7 +13,7 @@ from agent.worker.landlock import Right
 
 PID = 4242
 X86, ARM = seccomp.MACHINES["x86_64"], seccomp.MACHINES["aarch64"]
-HEADER = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+HEADERS = (Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm-generic/unistd.h"))
 
 
 def judge(
@@ -92,7 +92,7 @@ def test_descriptor_commands_that_act_on_others_are_refused(machine: seccomp.Mac
         assert judge(machine, fcntl, 3, command) == seccomp.REFUSE
     for command in (1, 2, 3, 4, 1030):
         assert judge(machine, fcntl, 8, command) == seccomp.ALLOW
-    for command in (0x5412, 0x541C, 0x8901, 0x8902):
+    for command in (0x5412, 0x541C, 0x8901, 0x8902, 0x40086602):
         assert judge(machine, ioctl, 2, command) == seccomp.REFUSE
     assert judge(machine, ioctl, 2, 0x5401) == seccomp.ALLOW
 
@@ -122,12 +122,18 @@ def test_what_a_worker_lives_on_is_allowed() -> None:
         assert judge(X86, number) == seccomp.ALLOW, name
 
 
-@pytest.mark.skipif(not HEADER.exists(), reason="the kernel's header files are not installed")
-def test_the_table_agrees_with_the_kernels_header() -> None:
-    known = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+)\s+(\d+)", HEADER.read_text())}
+@pytest.mark.parametrize("machine", [X86, ARM], ids=["x86_64", "aarch64"])
+def test_the_tables_agree_with_the_kernels_headers(machine: seccomp.Machine) -> None:
+    header = HEADERS[machine.column]
+    if not header.exists():
+        pytest.skip("the kernel's header files are not installed")
+    pattern = r"#define __NR(?:3264)?_(\w+)\s+(\d+)"
+    known = {name: int(number) for name, number in re.findall(pattern, header.read_text())}
     for table in (seccomp.REFUSED, seccomp.SELF_ONLY, seccomp.SELF_OR_ZERO):
-        for name, (number, _) in table.items():
-            assert number == known.get(name, number), name
+        for name, numbers in table.items():
+            number = numbers[machine.column]
+            if number is not None and name != "fchmodat2":  # newer than Debian 12's headers
+                assert number == known[name], name
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,5 @@
+"""Settings for all tests."""
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before anything imports ONNX Runtime

@@ -1,0 +1,329 @@
+"""The daemon as a process: a real signed store, real workers, real sockets, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from agent.client import Client
+from agent.errors import AgentError, TensorError, UnknownModelError
+from tests.box import MODEL, Box, copy_box
+from tests.models import FEATURES
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with scale 1.0.0 (x 2, stable) and 2.0.0 (x 3), made once."""
+    folder = tmp_path_factory.mktemp("store") / "box"
+    with Box(folder, fresh=True) as box:
+        box.make_store()
+        box.publish_scale("1.0.0", factor=2.0)
+        box.publish_scale("2.0.0", factor=3.0, channel="")
+    return folder
+
+
+@pytest.fixture
+def box(template: Path, tmp_path: Path) -> Iterator[Box]:
+    with copy_box(template, tmp_path / "box") as box:
+        box.configure()
+        yield box
+
+
+def http(box: Box, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
+    request = urllib.request.Request(f"http://127.0.0.1:{box.http_port}{path}", body, headers)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_an_empty_box_pulls_serves_and_starts_again_without_its_store(box: Box) -> None:
+    box.start()
+    box.until_serving("1.0.0")
+    assert box.ask(2.0) == (4.0, "1.0.0")
+    assert box.stop_daemon() == 0
+    shutil.rmtree(box.store)
+    box.start()
+    box.until(lambda: box.ask(1.5) == (3.0, "1.0.0"), what="an answer without the store")
+
+
+def test_bad_configuration_is_refused_with_its_key(box: Box) -> None:
+    box.config.write_text("[serving]\nhttp_prot = 1\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "agent", "--config", str(box.config)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 78
+    assert "bad_config" in done.stderr
+    assert "http_prot" in done.stderr
+
+
+def test_a_second_daemon_on_the_same_state_is_refused(box: Box) -> None:
+    box.start()
+    box.until_serving()
+    done = subprocess.run(
+        [sys.executable, "-m", "agent", "--config", str(box.config)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "in use by another inferd" in done.stderr
+    assert box.ask()[0] == 2.0
+
+
+def test_sigterm_answers_what_was_accepted(template: Path, tmp_path: Path) -> None:
+    with copy_box(template, tmp_path / "box") as box:
+        box.configure()
+        box.start()
+        box.until_serving()
+        answers: list[Any] = []
+        started = threading.Event()
+
+        def ask() -> None:
+            with Client(box.socket, retries=0, connect_timeout_s=1.0) as client:
+                while True:
+                    try:
+                        client.infer(MODEL, {"x": np.ones((1, FEATURES), dtype=np.float32)})
+                        answers.append("ok")
+                    except AgentError as error:
+                        answers.append(error)
+                        return
+                    if len(answers) > 200:
+                        started.set()
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        assert started.wait(30)
+        assert box.stop_daemon() == 0
+        for thread in threads:
+            thread.join(30)
+        # Each client ends with one error: the connection was closed between two requests, none was lost within one.
+        errors = [answer for answer in answers if answer != "ok"]
+        assert len(errors) == 4
+        assert {error.code for error in errors} <= {"unavailable"}, errors
+
+
+def test_systemd_hears_ready_watchdog_and_stopping_and_hands_over_sockets(box: Box) -> None:
+    notify_path = box.folder / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, socket.socket(socket.AF_UNIX) as frames:
+        notify.bind(str(notify_path))
+        notify.settimeout(30)
+        box.socket.parent.mkdir(parents=True, exist_ok=True)
+        frames.bind(str(box.socket))
+        frames.listen()
+        # A shell gives the descriptor its number and the variables the daemon's own pid, as systemd does.
+        script = (
+            f"exec 3<&{frames.fileno()}; export LISTEN_PID=$$ WATCHDOG_PID=$$; "
+            f'exec "{sys.executable}" -m agent --config "{box.config}"'
+        )
+        environment = {
+            **os.environ,
+            "NOTIFY_SOCKET": str(notify_path),
+            "WATCHDOG_USEC": "1000000",
+            "LISTEN_FDS": "1",
+            "LISTEN_FDNAMES": "frames",
+        }
+        with box.log.open("ab") as log:
+            box.daemon = subprocess.Popen(
+                ["/bin/bash", "-c", script], pass_fds=[frames.fileno()], env=environment, stdout=log, stderr=log
+            )
+        heard = b""
+        while not (b"READY=1" in heard and heard.count(b"WATCHDOG=1") >= 2):
+            heard += notify.recv(4096) + b"\n"
+        assert b"READY=1" in heard.partition(b"WATCHDOG=1")[0] or b"READY=1" in heard
+        box.until_serving()
+        assert box.ask()[0] == 2.0
+        assert box.stop_daemon() == 0
+        while b"STOPPING=1" not in heard:
+            heard += notify.recv(4096) + b"\n"
+    assert box.socket.exists(), "an inherited socket belongs to systemd"
+
+
+@pytest.mark.parametrize("name", ["active/scale.json", "journal.db", "outbox.db"])
+def test_an_unreadable_state_file_is_set_aside_and_the_box_serves(box: Box, name: str) -> None:
+    box.start()
+    box.until_serving()
+    assert box.stop_daemon() == 0
+    (box.state / name).write_bytes(b"\x00garbage\xff" * 400)
+    box.start()
+    box.until(lambda: box.ask() == (2.0, "1.0.0"), what="an answer")
+    assert list((box.state / name).parent.glob(Path(name).name + "*broken*"))
+
+
+def test_deploy_rollback_and_history_by_inferctl(box: Box) -> None:
+    box.start()
+    box.until_serving()
+    deployed = box.control("deploy", f"{MODEL}@2.0.0")
+    assert deployed.returncode == 0, deployed.stderr
+    assert box.ask() == (3.0, "2.0.0")
+    shutil.rmtree(box.store)
+    rolled_back = box.control("rollback", MODEL, "--json")
+    assert rolled_back.returncode == 0, rolled_back.stderr
+    assert json.loads(rolled_back.stdout)["version"] == "1.0.0"
+    assert box.ask() == (2.0, "1.0.0")
+    history = json.loads(box.control("deployments", "--json").stdout)
+    assert [(row["version"], row["state"]) for row in history] == [
+        ("1.0.0", "confirmed"),
+        ("2.0.0", "confirmed"),
+        ("1.0.0", "confirmed"),
+    ]
+    models = json.loads(box.control("models", "--json").stdout)
+    assert (models[0]["active"], models[0]["previous"], models[0]["source"]) == ("1.0.0", "2.0.0", "pin")
+
+
+def test_every_verb_prints_for_people_and_for_programs(box: Box) -> None:
+    box.start()
+    box.until_serving()
+    for verb in (["status"], ["models"], ["deployments"], ["events"], ["selftest", MODEL]):
+        for form in ([], ["--json"]):
+            done = box.control(*verb, *form)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.strip()
+    unreachable = subprocess.run(
+        [sys.executable, "-m", "agent.cli", "--socket", "/nowhere/x.sock", "status"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert unreachable.returncode == 3
+    assert "Is it running" in unreachable.stderr
+
+
+def test_a_version_that_is_not_there_is_rejected_and_nothing_changes(box: Box) -> None:
+    box.start()
+    box.until_serving()
+    done = box.control("deploy", f"{MODEL}@9.9.9", "--json")
+    record = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert (record["state"], record["code"]) == ("rejected", "bundle_not_found")
+    assert box.ask() == (2.0, "1.0.0")
+
+
+def test_a_missing_store_waits_and_heals(box: Box) -> None:
+    hidden = box.store.with_name("hidden")
+    box.store.rename(hidden)
+    box.start()
+    box.until(lambda: any(event["type"] == "deployment.fetch_wait" for event in box.events()), what="it waits")
+    status, answer = http(box, f"/v2/models/{MODEL}/infer", b"{}")
+    assert (status, answer["code"]) == (503, "unavailable")
+    hidden.rename(box.store)
+    box.until_serving("1.0.0")
+
+
+def test_policy_never_refuses_handler_code(box: Box) -> None:
+    box.publish_scale("3.0.0", handler="odd")
+    box.configure(more='[policy]\nhandler_code = "never"\n')
+    box.start()
+    box.until(
+        lambda: any(event["data"].get("code") == "policy_refused" for event in box.events()), what="it is refused"
+    )
+
+
+def test_a_variant_for_other_hardware_is_dropped_with_its_reason(box: Box) -> None:
+    cuda = """
+[[variants]]
+id = "gpu"
+entry = "first/model.onnx"
+precision = "fp32"
+priority = 1
+device = { kind = "cuda", providers = ["CUDAExecutionProvider"] }
+"""
+    box.publish_scale("3.0.0", factor=5.0, extra_variant=cuda)
+    box.start()
+    box.until_serving("3.0.0")
+    row = next(row for row in box.status()["models"] if row["model"] == MODEL)
+    assert row["variant"] == "first"
+    assert [(skip["variant"], bool(skip["reason"])) for skip in row["fallbacks"]] == [("gpu", True)]
+
+
+def test_a_black_holed_broker_is_not_felt(box: Box) -> None:
+    with socket.socket() as hole:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(1)  # accepts in the kernel and never answers
+        box.configure(broker_port=hole.getsockname()[1])
+        box.start()
+        box.until_serving()
+        for _ in range(50):
+            assert box.ask()[0] == 2.0
+        link = box.status()["telemetry"]
+        assert not link["connected"]
+        assert link["outbox_rows"] > 0
+        assert box.stop_daemon() == 0
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        ({"x": np.ones((1, FEATURES), dtype=np.float64)}, "float64"),
+        ({"x": np.ones((1, FEATURES + 1), dtype=np.float32)}, "x"),
+        ({"wrong": np.ones((1, FEATURES), dtype=np.float32)}, "wrong"),
+        ({}, "x"),
+    ],
+)
+def test_wrong_tensors_are_named_over_the_socket(serving: Box, inputs: dict[str, Any], text: str) -> None:
+    with serving.client() as client, pytest.raises(TensorError, match=text):
+        client.infer(MODEL, inputs)
+    assert serving.ask()[0] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"not json", 400),
+        (b'{"inputs": []}', 400),
+        (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "INT64", "data": [1, 2, 3, 4]}]}', 400),
+        (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3]}]}', 400),
+        (b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}', 200),
+    ],
+)
+def test_open_inference_protocol_bodies_are_checked_in_the_worker(serving: Box, body: bytes, status: int) -> None:
+    got, answer = http(serving, f"/v2/models/{MODEL}/infer", body)
+    assert got == status, answer
+    assert ("outputs" in answer) == (status == 200)
+
+
+def test_unknown_models_and_versions_are_told(serving: Box) -> None:
+    with serving.client() as client, pytest.raises(UnknownModelError):
+        client.infer("nobody", {})
+    assert http(serving, "/v2/models/nobody/infer", b"{}")[0] == 404
+    assert http(serving, f"/v2/models/{MODEL}/versions/7/infer", b"{}")[0] == 404
+    assert http(serving, f"/v2/models/{MODEL}/ready")[0] == 200
+
+
+@pytest.fixture(scope="module")
+def serving(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    """A box that serves scale 1.0.0; tests leave it as they find it."""
+    with copy_box(template, tmp_path_factory.mktemp("serving") / "box") as box:
+        box.configure()
+        box.start()
+        box.until_serving()
+        yield box
+
+
+def test_kill_9_of_the_daemon_takes_its_workers_along_and_the_next_start_serves(box: Box) -> None:
+    box.start()
+    box.until_serving()
+    assert box.daemon is not None
+    children = psutil.Process(box.daemon.pid).children(recursive=True)
+    os.kill(box.daemon.pid, signal.SIGKILL)
+    box.daemon.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    box.start()
+    box.until(lambda: box.ask() == (2.0, "1.0.0"), what="an answer")
