@@ -60,7 +60,7 @@ def status(socket_path: str, as_json: bool) -> None:
     if as_json:
         _print_json(value)
         return
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     agent, device, link = value["agent"], value["device"], value["telemetry"]
     gpus = ", ".join(device["gpus"]) or f"none ({device['gpu_reason']})"
     console.print(
@@ -68,7 +68,7 @@ def status(socket_path: str, as_json: bool) -> None:
         f"profile {device['profile']}, {device['cores']} cores, {device['memory_bytes'] / 2**30:.1f} GiB, GPU: {gpus}"
     )
     console.print(f"telemetry: {_link_text(link)}")
-    console.print(_models_table(value["models"]))
+    _print_models(console, value["models"])
     processes = Table("process", "pid", "PSS", box=None, header_style="bold")
     for row in value["processes"]:
         processes.add_row(row["role"], str(row["pid"]), f"{row['pss_bytes'] / 1e6:.1f} MB")
@@ -85,7 +85,11 @@ def models(socket_path: str, as_json: bool) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("model", "ready", "active", "previous", "wanted", "source", "inputs", "outputs", header_style="bold")
+    table = Table(
+        *("model", "ready", "active", "previous", "wanted", "source", "inputs", "outputs"),
+        box=None,
+        header_style="bold",
+    )
     for row in rows:
         metadata = row["metadata"] or {"inputs": [], "outputs": []}
         table.add_row(
@@ -192,9 +196,9 @@ def deployments(socket_path: str, limit: int, as_json: bool) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("when", "model", "version", "from", "state", "reason", "source", "id", header_style="bold")
+    table = Table("when", "model", "version", "from", "state", "source", "reason", box=None, header_style="bold")
     for row in rows:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["updated"]))
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["updated"]))
         reason = f"{row['code']}: {row['message']}" if row["code"] else row["message"]
         version = row["version"] or row["wanted"] or f"({row['channel']})"
         table.add_row(
@@ -298,30 +302,26 @@ def _require_daemon(socket_path: str) -> None:
         sys.exit(3)
 
 
-def _models_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        "model", "version", "variant", "device", "ready", "sandbox", "ok", "faults", "p50", "p99", header_style="bold"
-    )
+def _print_models(console: Console, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "version" not in row:
-            table.add_row(row["model"], "-", "-", "-", f"no: {row['reason']}", "-", "-", "-", "-", "-")
+            console.print(f"[bold]{row['model']}[/]: not ready: {row['reason']}")
             continue
         latency, answers = row["latency_s"], row["answers"]
-        table.add_row(
-            row["model"],
-            row["version"],
-            row["variant"] or "-",
-            row["device"] or "-",
-            "yes" if row["ready"] else f"no: {row['reason']}",
-            (row["sandbox"] or {}).get("level", "-"),
-            str(answers["good"]),
-            str(answers["faults"]),
-            f"≤ {latency['p50'] * 1e3:g} ms",
-            f"≤ {latency['p99'] * 1e3:g} ms",
+        state = "[green]ready[/]" if row["ready"] else f"[red]not ready: {row['reason']}[/]"
+        console.print(
+            f"[bold]{row['model']} {row['version']}[/] {state}, {row['variant']} on {row['device']}, "
+            f"sandbox {(row['sandbox'] or {}).get('level', 'unknown')}; {answers['good']} good answers, "
+            f"{answers['faults']} faults" + _latency_text(latency)
         )
         for skip in row["fallbacks"]:
-            table.add_row("", "", f"[dim]not {skip['variant']}[/]", "", f"[dim]{skip['reason']}[/]", "", "", "", "", "")
-    return table
+            console.print(f"  not {skip['variant']}: {skip['reason']}")
+
+
+def _latency_text(latency: dict[str, float]) -> str:
+    if not latency["p50"]:
+        return ""
+    return f"; p50 ≤ {latency['p50'] * 1e3:g} ms, p99 ≤ {latency['p99'] * 1e3:g} ms"
 
 
 def _tensors_text(tensors: list[dict[str, Any]]) -> str:

@@ -16,8 +16,8 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -223,7 +223,8 @@ async def serve(config: Config, state_dir: Path) -> None:
             components.append(Watchdog(watchdog_s, journal))
         await stack.enter_async_context(supervisor.running(*components))
         # Listeners: innermost, so that intake stops first.
-        await _listen(stack, config, inherited, engine=engine, control=control, metrics=metrics)
+        servers = _servers(config, inherited, engine=engine, control=control, metrics=metrics)
+        await stack.enter_async_context(_listening(servers))
         sdnotify.notify("READY=1", f"STATUS=serving {', '.join(engine.models()) or 'no model yet'}")
         _log.info("ready", models=engine.models(), state_dir=str(state_dir))
         await stop.wait()
@@ -232,15 +233,35 @@ async def serve(config: Config, state_dir: Path) -> None:
         events.emit(Stream.HEALTH, "daemon.stopping")
 
 
-async def _listen(
-    stack: AsyncExitStack,
+@asynccontextmanager
+async def _listening(servers: Sequence[FrameServer | HttpServer]) -> AsyncIterator[None]:
+    """All servers accept as long as the body runs; afterwards they stop intake together and drain side by side."""
+    leave = asyncio.Event()
+
+    async def hold(server: FrameServer | HttpServer, accepting: asyncio.Event) -> None:
+        async with server.serving():
+            accepting.set()
+            await leave.wait()
+
+    async with asyncio.TaskGroup() as group:
+        try:
+            for server in servers:
+                accepting = asyncio.Event()
+                group.create_task(hold(server, accepting))
+                await accepting.wait()
+            yield
+        finally:
+            leave.set()
+
+
+def _servers(
     config: Config,
     inherited: dict[str, socket.socket],
     *,
     engine: Engine,
     control: Control,
     metrics: Metrics,
-) -> None:
+) -> list[FrameServer | HttpServer]:
     serving = config.serving
     policy = AccessPolicy(config.auth, own_uid=os.getuid())
     budget = ReceiveBudget(serving.receive_bytes_max)
@@ -248,12 +269,15 @@ async def _listen(
     app = InferenceApp(engine=engine, rest=routes.app(), config=serving)
     common: dict[str, Any] = {"policy": policy, "budget": budget, "config": serving, "metrics": metrics}
     frames = inherited.get("frames") or bind_unix(Path(serving.frame_socket))
-    await stack.enter_async_context(FrameServer(frames, engine=engine, control=control, **common).serving())
     unix = inherited.get("http-unix") or bind_unix(Path(serving.http_socket))
-    await stack.enter_async_context(HttpServer(unix, app=app, name="http-unix", **common).serving())
     tcp = inherited.get("http") or _bind_tcp(serving)
+    servers: list[FrameServer | HttpServer] = [
+        FrameServer(frames, engine=engine, control=control, **common),
+        HttpServer(unix, app=app, name="http-unix", **common),
+    ]
     if tcp is not None:
-        await stack.enter_async_context(HttpServer(tcp, app=app, name="http", **common).serving())
+        servers.append(HttpServer(tcp, app=app, name="http", **common))
+    return servers
 
 
 def _bind_tcp(serving: ServingConfig) -> socket.socket | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -69,6 +70,8 @@ def main() -> int:
     _die_with_parent()
     os.nice(_NICE)
     os.umask(0o022)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a bundle may have 4,096 files, all open in a pull
     try:
         answer = handle(_read_request(sys.stdin.buffer.read(REQUEST_BYTES_MAX + 1)))
     except AgentError as error:

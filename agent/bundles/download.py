@@ -85,7 +85,8 @@ class Staging:
     def __init__(self, folder: Path, manifest: Manifest, wanted: Sequence[str]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.numbers = tuple(n for n, item in enumerate(manifest.files) if item.path in set(wanted))
+        paths = frozenset(wanted)
+        self.numbers = tuple(number for number, item in enumerate(manifest.files) if item.path in paths)
         self._descriptors: dict[int, int] = {}
         self._journal = -1
         self._folder_lock = -1
@@ -111,7 +112,9 @@ class Staging:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._folder_lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(self._folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            if not os.path.samestat(os.fstat(self._folder_lock), os.stat(self.folder)):
+                raise FileNotFoundError  # replaced while we waited
+        except (BlockingIOError, FileNotFoundError) as error:  # held, or removed by the process that held it
             self.close()
             raise TransientError(f"{self.folder}: another process pulls this bundle") from error
         except OSError as error:

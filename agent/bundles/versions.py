@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -119,15 +120,14 @@ def empty_trash(layout: Layout) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a directory whose files and folders may be read-only; nothing is done if it is gone."""
-    if not path.exists():
-        return
-    for folder, folders, _ in os.walk(path):
-        for name in (".", *folders):
-            child = os.path.join(folder, name)
-            if not os.path.islink(child):
-                os.chmod(child, stat.S_IRWXU)
-    shutil.rmtree(path)
+    """Delete a directory whose files and folders may be read-only; what another process deletes meanwhile is fine."""
+    with suppress(FileNotFoundError):
+        for folder, folders, _ in os.walk(path):
+            for name in (".", *folders):
+                child = os.path.join(folder, name)
+                if not os.path.islink(child):
+                    os.chmod(child, stat.S_IRWXU)
+        shutil.rmtree(path)
 
 
 def _collect_manifests(layout: Layout) -> None:

@@ -105,7 +105,7 @@ class OutboxStore:
         self._boot_id = boot_id
         self._new_epoch = new_epoch
         self._connector = connector
-        # Room: three quarters for the file; a WAL is folded in at an eighth and grows by at most one batch more.
+        # Room: three quarters for the file; a WAL is folded in at a sixteenth and grows by at most one batch more.
         self._pages_max = config.size_bytes_max * 3 // 4 // _PAGE_BYTES
         self._wal_pages = max(4, min(256, config.size_bytes_max // 16 // _PAGE_BYTES))
         self._row_bytes_max = config.message_bytes_max
@@ -169,8 +169,9 @@ class OutboxStore:
     def close(self) -> None:
         """Note that nothing was lost, and close; outside any transaction."""
         with suppress(sqlite3.Error):
-            self._db.execute("PRAGMA synchronous=FULL")
+            self.begin(durable=True)
             self._db.execute("UPDATE meta SET value='1' WHERE name='clean'")
+            self.commit()
         with suppress(sqlite3.Error):
             self._db.close()
 

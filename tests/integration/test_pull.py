@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from agent.bundles.puller import Puller, StoredBundle
+from agent.errors import StoreError
 from agent.profile import Hardware
 from tests.fakes import bundles
 from tests.fakes.device import DeviceWorld
@@ -221,7 +222,7 @@ def test_a_journal_that_lies_is_found_out(world: StoreWorld, device: DeviceWorld
     with serving(world.root) as server:
         device.store = msgspec.structs.replace(device.store, urls=(server.url,), tries=1)
         server.faults = [Fault(part=world.blobs()[-1].name, kind="status", value=404)]
-        with pytest.raises(Exception, match="404"):
+        with pytest.raises(StoreError, match="404"):
             device.fetch()
         server.faults = []
         staging = device.state / "staging" / packed.sha256
@@ -232,6 +233,28 @@ def test_a_journal_that_lies_is_found_out(world: StoreWorld, device: DeviceWorld
         (staging / "journal").write_bytes(b"\x01" * (staging / "journal").stat().st_size)
         stored = device.fetch()
     assert (stored.path / "fp32/model.onnx.data").read_bytes() == bundles.plain_files()["fp32/model.onnx.data"]
+
+
+def test_an_installation_cut_half_way_is_taken_up(world: StoreWorld, device: DeviceWorld) -> None:
+    """Some parts have moved to their places, read-only already, when the power goes."""
+    packed = world.publish()
+    with serving(world.root) as server:
+        device.store = msgspec.structs.replace(device.store, urls=(server.url,), tries=1)
+        server.faults = [Fault(part=world.blobs()[-1].name, kind="status", value=404)]
+        with pytest.raises(StoreError, match="404"):
+            device.fetch()
+        staging = device.state / "staging" / packed.sha256
+        done = _bytes_marked(staging / "journal", packed.manifest)
+        number = next(n for n, item in enumerate(packed.manifest.files) if item.path.endswith(".data"))
+        (staging / "tree" / "fp32").mkdir(parents=True)
+        placed = staging / "tree" / "fp32" / "model.onnx.data"
+        (staging / f"{number}.part").rename(placed)
+        placed.chmod(0o444)
+        placed.parent.chmod(0o555)
+        server.faults = []
+        stored = device.fetch()
+    assert stored.bytes_fetched == packed.manifest.total_size - done
+    assert not list((device.state / "staging").iterdir())
 
 
 def test_cancelling_a_fetch_ends_its_child(world: StoreWorld, device: DeviceWorld) -> None:

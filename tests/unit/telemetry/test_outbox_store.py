@@ -20,6 +20,8 @@ from agent.telemetry.topics import AUDIT, DEPLOY, GAP_TOPIC, HEALTH, METRICS, RE
 
 pytestmark = pytest.mark.unit
 
+DEFAULT = OutboxConfig()
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -28,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 def opened(
     path: Path,
-    config: OutboxConfig = OutboxConfig(),
+    config: OutboxConfig = DEFAULT,
     *,
     boot: str = "boot-1",
     connector: Callable[[Path], sqlite3.Connection] = connect,
@@ -292,7 +294,7 @@ def test_damage_while_running_starts_a_new_file_and_loses_no_later_message(path:
             take(store)
         except sqlite3.DatabaseError as error:  # what the thread does then:
             store.rollback()
-            assert store.repair(error)
+            store.repair(error)
     assert store.epoch == "epoch-2"
     assert path.with_name("outbox.db.broken").exists()
     assert append(store, METRICS) > 1
