@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from agent.bundles.download import Staging
 from agent.bundles.layout import MANIFEST_FILE, VERIFIED_FILE, Layout
+from agent.bundles.staging import Staging
 from agent.bundles.verify import Verified, check_files, check_tree, hash_file
 from agent.bundles.versions import remove_tree
 from agent.durable import sync_directory, write_file, write_json

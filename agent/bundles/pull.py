@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from agent.bundles.assemble import damaged_files, install, recover
-from agent.bundles.download import Limits, Staging, download, find_seeds
+from agent.bundles.download import Limits, download, find_seeds
 from agent.bundles.fetcher import Transport
 from agent.bundles.layout import Layout
 from agent.bundles.manifest import Manifest
 from agent.bundles.resolve import Resolved
+from agent.bundles.staging import Staging
 from agent.bundles.variants import Box, Selection, files_needed, no_variant, select
 from agent.bundles.verify import VERIFIED_SCHEMA, Verified, check_version_directory
 from agent.bundles.versions import collect_staging, discard, empty_trash, local_manifests

@@ -1,9 +1,9 @@
 """The TUF client: which targets the store's signers vouch for, as of now.
 
-python-tuf's ``Updater`` with what an appliance needs on top (the reasons: ``docs/adr/``, trust): every write is synced
-and renamed; the anchor root of the read-only package is always the start, so torn files heal; the reference time is
-trusted time, never before the newest verified signature; versions below the floor are refused even when the metadata
-cache was lost; all failures are classes of ``agent.errors``.
+python-tuf's ``Updater`` with what an appliance needs on top: every write is synced and renamed; the anchor root of the
+read-only package is always the start, so torn files heal; the reference time is trusted time, never before the newest
+verified signature; versions below the floor are refused even when the metadata cache was lost; all failures are classes
+of ``agent.errors``.
 
 Promises: nothing is stored before it is verified, and nothing verified is replaced by something older. One refresh per
 object. Online the caller holds ``Layout.lock``; offline nothing is written. Child process only: imports tuf.
@@ -178,7 +178,7 @@ class TrustedStore:
 class _DurableUpdater(Updater):
     """python-tuf's workflow with our writes, our floor and our time.
 
-    ``_trusted_set`` and the overridden methods are private to tuf 7; ``tests/integration/test_trust.py`` holds each.
+    ``_trusted_set`` and the overridden methods are private to tuf 7: ``test_pull_trust.py`` holds each.
     """
 
     def __init__(
@@ -320,7 +320,7 @@ class _LocalFetcher(FetcherInterface):
         self._folder = folder
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        raise NotImplementedError("download_bytes is all that is used here")  # pragma: no cover
+        raise AssertionError("tuf calls download_bytes only, which is overridden")
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
         if url.rpartition("/")[2] == "timestamp.json":

@@ -65,6 +65,11 @@ class _Drain:
     credit: float = 0.0  # messages that the rate allows now
     credit_at: float = 0.0
 
+    @property
+    def unsettled(self) -> bool:
+        """Tell whether the outbox does not know yet of an answer."""
+        return bool(self.delivered or self.refused)
+
 
 class MqttLink:
     """The supervised link; ``run`` never ends, whatever the broker does.
@@ -110,7 +115,8 @@ class MqttLink:
         self._dialler = Dialler(config, receive_max=UNACKNOWLEDGED_MAX)
         self._properties = _stream_properties()
         self._holds: dict[str, _Hold] = {}
-        self._work = asyncio.Event()  # there may be something to send
+        self._work = asyncio.Event()  # an answer came, or a message
+        self._news = False  # a message came
         self.connected = False
         self.last_error = ""
         self._sent = metrics.counter("inferd_mqtt_acknowledged", "Messages by the broker's answer", ("answer",))
@@ -190,18 +196,22 @@ class MqttLink:
     # The outbox.
 
     async def _drain(self, session: MqttSession, drain: _Drain) -> None:
-        with self._outbox.watched(self._work.set):
+        with self._outbox.watched(self._note_news):
             while True:
                 self._work.clear()
-                sent = await self._exchange(session, drain)
-                if not sent and not drain.delivered and not drain.refused:
-                    await self._wait_for_work(drain)
+                self._news = False
+                await self._exchange(session, drain)
+                await self._wait_for_work(session, drain)
+
+    def _note_news(self) -> None:
+        self._news = True
+        self._work.set()
 
     async def _exchange(self, session: MqttSession, drain: _Drain) -> int:
         """Settle what came back, send what the window and the rate allow; return how much was sent."""
         delivered, drain.delivered = drain.delivered, []
         refused, drain.refused = drain.refused, []
-        room = min(self._config.outbox.inflight_max, session.window) - len(drain.in_flight)
+        room = self._window(session) - len(drain.in_flight)
         limit = min(room, self._credit(drain))
         if limit <= 0 and not delivered and not refused:
             return 0
@@ -270,17 +280,26 @@ class MqttLink:
         drain.credit_at = now
         return int(drain.credit)
 
-    async def _wait_for_work(self, drain: _Drain) -> None:
-        """Wait for news, at most until a held topic or the rate allows more."""
+    async def _wait_for_work(self, session: MqttSession, drain: _Drain) -> None:
+        """Wait for new messages, for half of a full window to come back, or until a held topic or the rate allows more.
+
+        Acknowledgements are settled several at a time: each settling is a trip to the outbox's thread.
+        """
         now = self._clock.monotonic()
         waits = [hold.until - now for hold in self._holds.values() if hold.until > now]
         if drain.credit < 1:
             waits.append((1 - drain.credit) / self._config.outbox.drain_rows_per_s_max)
+        half = self._window(session) // 2
         try:
             async with asyncio.timeout(min(waits) if waits else None):
-                await self._work.wait()
+                while not self._news and not (drain.unsettled and len(drain.in_flight) <= half):
+                    self._work.clear()
+                    await self._work.wait()
         except TimeoutError:
             return
+
+    def _window(self, session: MqttSession) -> int:
+        return min(self._config.outbox.inflight_max, session.window)
 
     # Odds and ends of a session's life.
 

@@ -91,10 +91,10 @@ class Outbox:
             key: Names the fact; a second append of the same fact keeps nothing.
             topic: Full topic instead of the stream's own.
             correlation: MQTT correlation data of the request that this answers.
+
+        Raises:
+            StateError: the outbox is not open.
         """
-        if not self._thread.accepts:
-            self._backlog[spec.name] = self._backlog.get(spec.name, 0) + 1
-            return Receipt(spec.name, self.stats.epoch, 0, stored=False)
         return await self._thread.call(*self._appending(spec, Draft(spec.name, fields, topic, correlation, key)))
 
     def post(

@@ -106,6 +106,7 @@ class Reporter:
                 boot=self._stamper.boot_id,
                 offset_s=round(now_offset, 3),  # wall = mono + offset, for this boot
                 step_s=round(now_offset - offset, 3),
+                synchronized=now_synchronized,
             )
         return now_offset, now_synchronized
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from agent.config import OutboxConfig, TelemetryConfig
 from agent.telemetry.topics import DEPLOY, HEALTH, METRICS
@@ -35,6 +42,29 @@ def settings(port: int, **more: Any) -> TelemetryConfig:
         port=port,
         **{"reconnect_first_s": 0.05, "reconnect_cap_s": 0.2, "reported_interval_s": 0.0, **more},
     )
+
+
+def self_signed(folder: Path, address: str) -> tuple[Path, Path]:
+    """Write a certificate that is its own authority, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, address)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(address))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / f"{address}.crt", folder / f"{address}.key"
+    paths[0].write_bytes(certificate.public_bytes(Encoding.PEM))
+    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return paths
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
@@ -109,6 +139,27 @@ def test_nothing_is_missing_when_the_broker_is_killed_while_the_outbox_drains(ru
             broker.stop()
 
     run(main())
+
+
+@needs_mosquitto
+def test_tls_is_spoken_and_another_authority_is_refused(run: Any, tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path, "127.0.0.1")
+    other, _ = self_signed(tmp_path, "127.0.0.2")
+
+    async def main(broker: Mosquitto) -> None:
+        device = Device(tmp_path, settings(broker.port, tls_ca_file=str(certificate)))
+        async with device.running():
+            await until(lambda: device.link.connected)
+            await device.outbox.append(DEPLOY, {"fill": "x" * 30_000})
+            answers = device.metrics.counter("inferd_mqtt_acknowledged", "", ("answer",)).values
+            await until(lambda: answers.get(("no_subscribers",), 0) >= 2)
+        device = Device(tmp_path, settings(broker.port, tls_ca_file=str(other)))
+        async with device.running():
+            await until(lambda: "CERTIFICATE_VERIFY_FAILED" in device.link.last_error)
+
+    lines = f"certfile {certificate}\nkeyfile {key}\n"
+    with Mosquitto(tmp_path / "broker", extra=lines) as broker:
+        run(main(broker))
 
 
 @needs_mosquitto
