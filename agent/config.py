@@ -192,7 +192,7 @@ class OutboxConfig(Section, frozen=True):
     inflight_max: int = 16  # unacknowledged publishes
     row_bytes_max: int = 64 * KIB  # one message; a larger one is dropped, counted and reported as a gap
     refusals_max: int = 8  # a message the broker itself calls bad so often is dropped, counted and reported as a gap
-    drain_rows_per_s_max: int = 500  # a long backlog must not be felt by inference
+    drain_rows_per_s_max: int = 200  # a long backlog must not be felt by inference: a message costs about 0.2 ms of CPU
 
     def __post_init__(self) -> None:
         _require(self.size_bytes_max >= 256 * KIB, "size_bytes_max: at least 256 KiB")

@@ -175,6 +175,8 @@ async def serve(config: Config, state_dir: Path) -> None:
             configured=[_configured(model) for model in config.models],
             poll_interval_s=config.store.poll_interval_s,
         )
+        if any((state_dir / "active").glob("*.json")):
+            engine.warm("onnx")
         await reconciler.boot()
         # The fleet.
         topics = Topics(config.device.tenant, config.device.effective_id)

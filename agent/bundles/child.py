@@ -20,20 +20,20 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
 from agent import __version__
-from agent.bundles import commands, pull, zstd
-from agent.bundles.fetcher import Transport
-from agent.bundles.floor import FloorFile
+from agent.bundles import recheck, zstd
 from agent.bundles.layout import Layout
-from agent.bundles.resolve import Resolver
 from agent.bundles.variants import Box, Runtime
 from agent.config import PolicyConfig, StoreConfig
 from agent.errors import AgentError, CommandError, InvalidInputError, StateError, StoreError, TargetNotFoundError
 from agent.profile import Hardware
+
+if TYPE_CHECKING:
+    from agent.bundles.resolve import Resolver
 
 REQUEST_BYTES_MAX: Final = 1024 * 1024
 _ASK_AGAIN_S: Final = 60  # an unknown signer makes the store be asked at most so often
@@ -83,13 +83,18 @@ def main() -> int:
 def handle(request: Request) -> dict[str, Any]:
     """Carry out ``request`` and return the answer line; ``AgentError`` if it fails."""
     layout = Layout(Path(request.state_dir))
+    if request.op == "check":
+        return recheck.check(Path(request.path), _box(request), emit)
+    # Here, because a check runs at every boot before anything serves and needs none of the trust libraries.
+    from agent.bundles import pull
+    from agent.bundles.fetcher import Transport
+    from agent.bundles.resolve import Resolver
+
     transport = Transport(stall_timeout_s=request.store.stall_timeout_s, connections=request.store.connections)
     resolver = Resolver(layout, request.store, transport)
     match request.op:
         case "verify_command":
             return verify_command(request.envelope.encode(), resolver, layout)
-        case "check":
-            return pull.check(Path(request.path), _box(request), emit)
         case "resolve":
             resolved = resolver.version(request.team, request.name, request.version, request.channel)
             manifest = resolved.manifest
@@ -111,6 +116,8 @@ def verify_command(envelope: bytes, resolver: Resolver, layout: Layout) -> dict[
         ExpiredError: the metadata on this box is too old to name operators.
         UntrustedError: the files on this box do not hold.
     """
+    from agent.bundles import commands  # see handle()
+
     parsed = commands.parse_envelope(envelope)
     try:
         payload, keyid = commands.verify_envelope(parsed, resolver.local_operators())
@@ -169,6 +176,8 @@ def _read_request(data: bytes) -> Request:
 
 
 def _may_ask(layout: Layout) -> bool:
+    from agent.bundles.floor import FloorFile  # see handle()
+
     try:
         floor = FloorFile(layout.floors).read()
     except StateError:

@@ -1,4 +1,4 @@
-"""Bring one resolved version to this box, or check one that is here.
+"""Bring one resolved version to this box.
 
 The steps and their order: choose variants, stage, download, hash whole files, check contents, rename into
 ``versions/``. Promises: ``versions/`` changes by that one rename or not at all; nothing that cannot or may not run here
@@ -16,20 +16,17 @@ from agent.bundles.assemble import damaged_files, install, recover
 from agent.bundles.download import Limits, download, find_seeds
 from agent.bundles.fetcher import Transport
 from agent.bundles.layout import Layout
-from agent.bundles.manifest import Manifest
+from agent.bundles.recheck import Emit, HashProgress, done_line
 from agent.bundles.resolve import Resolved
 from agent.bundles.staging import Staging
-from agent.bundles.variants import Box, Selection, files_needed, no_variant, select
+from agent.bundles.variants import Box, files_needed, select
 from agent.bundles.verify import VERIFIED_SCHEMA, Verified, check_version_directory
 from agent.bundles.versions import collect_staging, discard, empty_trash, local_manifests
 from agent.config import StoreConfig
 from agent.durable import disk_errors
 from agent.errors import AgentError, ChunkMismatchError, PolicyError, UnsafeBundleError, UntrustedError
 
-Emit = Callable[[dict[str, Any]], None]
-
 _REPAIR_ROUNDS: Final = 2  # downloads after which the parts still do not add up
-_REPORT_S: Final = 0.5
 
 
 def fetch(
@@ -58,20 +55,7 @@ def fetch(
             collect_staging(layout, now=time.time())
             staging = Staging(layout.staging / resolved.manifest_sha256, manifest, wanted)
             fetched = _bring(staging, resolved, layout, store, transport, emit)
-    return _done_line(path, manifest, resolved.manifest_sha256, selection, fetched)
-
-
-def check(path: Path, box: Box, emit: Emit) -> dict[str, Any]:
-    """Verify a version directory again, without store, network or expiry; return the ``done`` line.
-
-    Raises:
-        StateError, UntrustedError, UnsafeBundleError: it is not what was activated.
-        NoVariantError, PolicyError: nothing of it can or may run here now.
-    """
-    with disk_errors(path):
-        manifest, record = check_version_directory(path, _Throttle(emit, 0).add)
-    selection = _on_disk(manifest, select(manifest, box), record.files)
-    return _done_line(path, manifest, record.manifest_sha256, selection, 0)
+    return done_line(path, manifest, resolved.manifest_sha256, selection, fetched)
 
 
 def resolved_line(resolved: Resolved, bytes_total: int, bytes_missing: int) -> dict[str, Any]:
@@ -125,7 +109,7 @@ def _complete(
             emit(resolved_line(resolved, staging.bytes_total, missing))
         fetched += download(staging, store.urls, transport, seeds, limits, _progress(emit))
         emit({"event": "verifying", "bytes_done": 0, "bytes_total": staging.bytes_total})
-        damaged = damaged_files(staging, _Throttle(emit, staging.bytes_total).add)
+        damaged = damaged_files(staging, HashProgress(emit, staging.bytes_total).add)
         if not damaged:
             return fetched
         for file_number in damaged:
@@ -139,21 +123,10 @@ def _is_complete(path: Path, wanted: Sequence[str], emit: Emit) -> bool:
     if not path.exists():
         return False
     try:
-        _, record = check_version_directory(path, _Throttle(emit, 0).add)
+        _, record = check_version_directory(path, HashProgress(emit, 0).add)
     except AgentError:
         return False  # damaged: it is built anew, its good chunks serve as seeds
     return set(wanted) <= set(record.files)
-
-
-def _on_disk(manifest: Manifest, selection: Selection, files: Sequence[str]) -> Selection:
-    """Drop the variants whose files were not fetched, as after a change of hardware."""
-    here = set(files)
-    usable = tuple(variant for variant in selection.usable if here.issuperset(variant.files))
-    absent = [(v.id, "its files are not on this box; deploy again") for v in selection.usable if v not in usable]
-    dropped = (*selection.dropped, *absent)
-    if not usable:
-        raise no_variant(manifest, dropped)
-    return Selection(usable=usable, dropped=dropped)
 
 
 def _record(resolved: Resolved, files: Sequence[str]) -> Verified:
@@ -171,39 +144,8 @@ def _record(resolved: Resolved, files: Sequence[str]) -> Verified:
     )
 
 
-def _done_line(
-    path: Path, manifest: Manifest, manifest_sha256: str, selection: Selection, fetched: int
-) -> dict[str, Any]:
-    return {
-        "event": "done",
-        "path": str(path.absolute()),
-        "manifest_sha256": manifest_sha256,
-        "version": manifest.version,
-        "bytes_fetched": fetched,
-        "variants": [variant.id for variant in selection.usable],
-        "dropped": [{"id": variant, "reason": reason} for variant, reason in selection.dropped],
-    }
-
-
 def _progress(emit: Emit) -> Callable[[int, int, float], None]:
     def report(done: int, total: int, rate: float) -> None:
         emit({"event": "progress", "bytes_done": done, "bytes_total": total, "rate_bps": round(rate)})
 
     return report
-
-
-class _Throttle:
-    """Counts hashed bytes and reports them twice a second."""
-
-    def __init__(self, emit: Emit, total: int) -> None:
-        self._emit = emit
-        self._total = total
-        self._done = 0
-        self._next = time.monotonic() + _REPORT_S
-
-    def add(self, size: int) -> None:
-        """Count ``size`` more bytes."""
-        self._done += size
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _REPORT_S
-            self._emit({"event": "verifying", "bytes_done": self._done, "bytes_total": self._total})

@@ -8,6 +8,7 @@ Leaves out: where versions come from (``deploy``) and how requests arrive (``ser
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -22,7 +23,7 @@ from agent.engine.pool import Pool, PoolOwner
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
 from agent.engine.version import Version
 from agent.engine.zygote import Zygote
-from agent.errors import AgentError, UnavailableError, UnknownModelError
+from agent.errors import AgentError, LoadError, UnavailableError, UnknownModelError
 from agent.events import EventBus
 from agent.metrics import Metrics
 from agent.wire import Limits
@@ -164,6 +165,14 @@ class Engine:
         self._loaded.add(version)
         return version
 
+    def warm(self, runtime: str) -> None:
+        """Start a runtime's zygote now, so that the first load need not wait for it; failures show at that load."""
+        self._spawn(self._warm(self._zygote(runtime)), f"warm {runtime}")
+
+    async def _warm(self, zygote: Zygote) -> None:
+        with contextlib.suppress(LoadError):
+            await zygote.start()
+
     def activate(self, version: Version) -> Version | None:
         """Route the slot to ``version`` from now on; return what served before, still loaded."""
         previous = self._active.get(version.spec.model)
@@ -243,12 +252,9 @@ class Engine:
     # Inside
 
     def _make_pool(self, variant: VariantSpec, owner: PoolOwner) -> Pool:
-        zygote = self._zygotes.get(variant.runtime)
-        if zygote is None:
-            zygote = self._zygotes[variant.runtime] = Zygote(variant.runtime)
         return Pool(
             variant,
-            zygote,
+            self._zygote(variant.runtime),
             self._config,
             owner=owner,
             spawn=self._spawn,
@@ -256,6 +262,12 @@ class Engine:
             wire=self._wire,
             numbers=self._numbers,
         )
+
+    def _zygote(self, runtime: str) -> Zygote:
+        zygote = self._zygotes.get(runtime)
+        if zygote is None:
+            zygote = self._zygotes[runtime] = Zygote(runtime)
+        return zygote
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         if self._group is None:

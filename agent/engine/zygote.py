@@ -99,7 +99,7 @@ class Zygote:
         Raises:
             LoadError: the zygote could not be started or could not fork.
         """
-        await self._start()
+        await self.start()
         assert self._control is not None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         packed = msgpack.packb(spec)
@@ -147,7 +147,12 @@ class Zygote:
         if process is not None:
             await _collect(process)
 
-    async def _start(self) -> None:
+    async def start(self) -> None:
+        """Start the process unless it runs.
+
+        Raises:
+            LoadError: it did not become ready; the message says why.
+        """
         async with self._starting:
             if self._control is not None:
                 return

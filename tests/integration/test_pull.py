@@ -310,6 +310,6 @@ def _children() -> list[str]:
             text = status.read_text()
         except OSError:
             continue
-        if f"PPid:\t{os.getpid()}\n" in text:
+        if f"PPid:\t{os.getpid()}\n" in text and "State:\tZ" not in text:
             found.append(text.splitlines()[0])
     return found
