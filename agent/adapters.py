@@ -6,6 +6,7 @@ Only the composition root uses this module. Each class here is a port's real imp
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import Any, Final
 
 import msgspec
 
+from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.layout import Layout
 from agent.bundles.manifest import Manifest, Variant
 from agent.bundles.puller import Puller, StoredBundle
 from agent.bundles.versions import collect, collect_staging
+from agent.clock import Clock
 from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
 from agent.deploy.ports import Bundle, Evidence, Loaded, Progress
 from agent.deploy.reconciler import Reconciler
 from agent.engine.engine import Engine
 from agent.engine.types import VariantSpec, VersionSpec
 from agent.engine.version import Version
-from agent.errors import PolicyError, SelfTestError
+from agent.errors import PolicyError, SelfTestError, StateError
 from agent.events import EventBus
 from agent.profile import Profile
 from agent.telemetry.presence import Presence
@@ -31,6 +34,7 @@ from agent.telemetry.presence import Presence
 _ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}
 _SELF_TEST_TIMEOUT_S: Final = 30.0
 _RETIRE_TIMEOUT_S: Final = 30.0
+_FLOOR_READ_S: Final = 60.0
 _ADDRESS_SPACE_BASE: Final = 4096 * MIB  # libraries, thread stacks and arenas reserve far more than they use
 
 
@@ -194,6 +198,28 @@ class EngineHost:
 
     def expect(self, slot: str, reason: str) -> None:
         self._engine.expect(slot, reason)
+
+
+class SignedTime:
+    """The newest signed time this box has seen (Unix seconds): its clock cannot truly be before it.
+
+    Read from the trust child's floor file, at most once a minute.
+    """
+
+    def __init__(self, state_dir: Path, clock: Clock) -> None:
+        self._file = FloorFile(Layout(state_dir).floors)
+        self._clock = clock
+        self._value = float(BUILD_TIME)
+        self._read_at: float | None = None
+
+    def __call__(self) -> float:
+        now = self._clock.monotonic()
+        if self._read_at is None or now - self._read_at > _FLOOR_READ_S:
+            self._read_at = now
+            with contextlib.suppress(StateError, OSError):
+                floor = self._file.read()
+                self._value = max(self._value, float(floor.timestamp if floor is not None else 0))
+        return self._value
 
 
 class ReportedState:

@@ -24,7 +24,7 @@ from typing import Any, Final
 import uvloop
 
 from agent import __version__, sdnotify
-from agent.adapters import BundleStore, EngineHost, ReportedState, SpecMaker
+from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
 from agent.config import Config, ServingConfig, load
@@ -142,7 +142,9 @@ async def serve(config: Config, state_dir: Path) -> None:
         stack.callback(_lock(state_dir))
         # Telemetry: outermost, so that it hears of everything until the end.
         boot = boot_id()
-        stamper = Stamper(clock, boot_id=boot, synchronized=KernelClock().synchronized)
+        stamper = Stamper(
+            clock, boot_id=boot, synchronized=KernelClock().synchronized, floor_s=SignedTime(state_dir, clock)
+        )
         outbox = await stack.enter_async_context(
             Outbox(state_dir / "outbox.db", config.telemetry.outbox, boot_id=boot, metrics=metrics).opened()
         )
