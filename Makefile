@@ -24,6 +24,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt tools/bootstrap.sh
 	@sh tools/bootstrap.sh "$(PYTHON)" "$(VENV)" dev
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.bench: pyproject.toml constraints.txt tools/bootstrap.sh
+	@sh tools/bootstrap.sh "$(PYTHON)" "$(VENV)" bench
+	@touch $@ $(VENV)/.demo
+
 demo: $(VENV)/.demo ## The whole main job on real input, in under two minutes
 	@$(ENV) $(BIN)/python -m tools.demo --state "$(STATE)/demo"
 
@@ -34,7 +38,7 @@ test: $(VENV)/.dev ## Every test
 run: $(VENV)/.demo ## The daemon in the foreground with the demo's store, until Ctrl-C
 	@$(ENV) $(BIN)/python -m tools.demo run --state "$(STATE)/run"
 
-bench: $(VENV)/.demo ## Load against a fresh daemon, interleaved with in-process inference
+bench: $(VENV)/.bench ## Load against a fresh daemon, interleaved with in-process inference
 	@$(ENV) $(BIN)/python -m tools.bench --state "$(STATE)/bench" $(BENCH_ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy --strict, import contracts

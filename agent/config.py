@@ -78,6 +78,25 @@ class ServingConfig(Section, frozen=True):
         _require(0 <= self.drain_timeout_s <= 600, "drain_timeout_s: 0..600")
 
 
+class SharedMemoryConfig(Section, frozen=True):
+    """Memory that clients share with workers, so that tensors are not sent. ``regions_max = 0`` refuses it."""
+
+    regions_max: int = 64  # per connection
+    region_bytes_max: int = 256 * MIB  # of one connection together
+    total_regions_max: int = 256  # of all connections; each holds a descriptor of the daemon
+    total_bytes_max: int = 1024 * MIB
+    arena_bytes_max: int = 256 * MIB  # the daemon's own, for large bodies that are sent; 0: workers get them sent too
+    arena_idle_bytes_max: int = 16 * MIB  # of it kept for reuse
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.regions_max <= 4096, "regions_max: 0..4096")
+        _require(64 * KIB <= self.region_bytes_max <= 1 << 40, "region_bytes_max: 64 KiB..1 TiB")
+        _require(0 <= self.total_regions_max <= 65536, "total_regions_max: 0..65536")
+        _require(self.total_bytes_max >= self.region_bytes_max, "total_bytes_max: at least region_bytes_max")
+        _require(0 <= self.arena_bytes_max <= 1 << 40, "arena_bytes_max: 0..1 TiB")
+        _require(0 <= self.arena_idle_bytes_max, "arena_idle_bytes_max: not negative")
+
+
 class TokenConfig(Section, frozen=True):
     """One bearer token of the TCP listener; only its hash is stored."""
 
@@ -162,6 +181,25 @@ class EngineConfig(Section, frozen=True):
         _require(0 < self.restart_first_s <= self.restart_cap_s, "restart_first_s: above 0, at most restart_cap_s")
         _require(1 <= self.deaths_max <= 1000, "deaths_max: 1..1000")
         _require(16 <= self.open_files_max <= 65536, "open_files_max: 16..65536")
+
+
+class ClientLimitConfig(Section, frozen=True):
+    """How much one client may ask, over all models. The client ``*`` is everybody without an entry of their own."""
+
+    client: str  # "uid:1000", "token:NAME" or "*"
+    requests_per_s: float = 0.0  # 0: unlimited
+    burst: int = 10  # at once, after a quiet time
+    outstanding_max: int = 0  # admitted and not answered; 0: unlimited
+    quota_requests: int = 0  # per window; 0: unlimited
+    quota_window_s: float = 86_400.0
+
+    def __post_init__(self) -> None:
+        _require(bool(re.fullmatch(r"\*|uid:\d+|token:.{1,64}", self.client)), "client: uid:NUMBER, token:NAME or *")
+        _require(0 <= self.requests_per_s <= 1e6, "requests_per_s: 0..1000000")
+        _require(1 <= self.burst <= 1_000_000, "burst: 1..1000000")
+        _require(self.outstanding_max >= 0, "outstanding_max: not negative")
+        _require(self.quota_requests >= 0, "quota_requests: not negative")
+        _require(0 < self.quota_window_s <= 366 * 86_400, "quota_window_s: above 0, at most a year")
 
 
 class DeployConfig(Section, frozen=True):
@@ -276,6 +314,7 @@ class Config(Section, frozen=True):
 
     device: DeviceConfig = msgspec.field(default_factory=DeviceConfig)
     serving: ServingConfig = msgspec.field(default_factory=ServingConfig)
+    shared_memory: SharedMemoryConfig = msgspec.field(default_factory=SharedMemoryConfig)
     auth: AuthConfig = msgspec.field(default_factory=AuthConfig)
     store: StoreConfig = msgspec.field(default_factory=StoreConfig)
     policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
@@ -284,6 +323,7 @@ class Config(Section, frozen=True):
     telemetry: TelemetryConfig = msgspec.field(default_factory=TelemetryConfig)
     log: LogConfig = msgspec.field(default_factory=LogConfig)
     models: tuple[ModelConfig, ...] = ()
+    limits: tuple[ClientLimitConfig, ...] = ()
 
     def __post_init__(self) -> None:
         names = [model.name for model in self.models]

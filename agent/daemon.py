@@ -25,6 +25,7 @@ import uvloop
 
 from agent import __version__, sdnotify
 from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker
+from agent.arena import Arena
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
 from agent.config import Config, ServingConfig, load
@@ -39,7 +40,6 @@ from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger, setup
 from agent.metrics import Metrics
 from agent.profile import choose, load_profiles, probe
-from agent.serving.asgi import InferenceApp
 from agent.serving.budget import ReceiveBudget
 from agent.serving.frames import FrameServer
 from agent.serving.http import HttpServer
@@ -160,7 +160,12 @@ async def serve(config: Config, state_dir: Path) -> None:
         stack.enter_context(reporter.listening())
         events.emit(Stream.HEALTH, "daemon.started", version=__version__, profile=profile.name)
         # Engine and what it serves.
-        engine = Engine(config.engine, scratch=state_dir / "scratch", wire=limits, events=events, metrics=metrics)
+        arena = Arena(
+            bytes_max=config.shared_memory.arena_bytes_max, idle_bytes_max=config.shared_memory.arena_idle_bytes_max
+        )
+        engine = Engine(
+            config.engine, scratch=state_dir / "scratch", wire=limits, events=events, metrics=metrics, arena=arena
+        )
         await stack.enter_async_context(engine.running())
         puller = Puller(config.store, config.policy, state_dir, hardware, profile)
         specs = SpecMaker(engine=config.engine, policy=config.policy, serving=config.serving, profile=profile)
@@ -227,7 +232,7 @@ async def serve(config: Config, state_dir: Path) -> None:
             components.append(Watchdog(watchdog_s, journal))
         await stack.enter_async_context(supervisor.running(*components))
         # Listeners: innermost, so that intake stops first.
-        servers = _servers(config, inherited, engine=engine, control=control, metrics=metrics)
+        servers = _servers(config, inherited, engine=engine, control=control, metrics=metrics, arena=arena)
         await stack.enter_async_context(_listening(servers))
         sdnotify.notify("READY=1", f"STATUS=serving {', '.join(engine.models()) or 'no model yet'}")
         _log.info("ready", models=engine.models(), state_dir=str(state_dir))
@@ -265,22 +270,23 @@ def _servers(
     engine: Engine,
     control: Control,
     metrics: Metrics,
+    arena: Arena,
 ) -> list[FrameServer | HttpServer]:
     serving = config.serving
     policy = AccessPolicy(config.auth, own_uid=os.getuid())
     budget = ReceiveBudget(serving.receive_bytes_max)
     routes = Routes(engine=engine, control=control, metrics=metrics, version=__version__)
-    app = InferenceApp(engine=engine, rest=routes.app(), config=serving)
+    app = routes.app()
     common: dict[str, Any] = {"policy": policy, "budget": budget, "config": serving, "metrics": metrics}
     frames = inherited.get("frames") or bind_unix(Path(serving.frame_socket))
     unix = inherited.get("http-unix") or bind_unix(Path(serving.http_socket))
     tcp = inherited.get("http") or _bind_tcp(serving)
     servers: list[FrameServer | HttpServer] = [
-        FrameServer(frames, engine=engine, control=control, **common),
-        HttpServer(unix, app=app, name="http-unix", **common),
+        FrameServer(frames, engine=engine, control=control, shared_memory=config.shared_memory, arena=arena, **common),
+        HttpServer(unix, engine=engine, app=app, name="http-unix", **common),
     ]
     if tcp is not None:
-        servers.append(HttpServer(tcp, app=app, name="http", **common))
+        servers.append(HttpServer(tcp, engine=engine, app=app, name="http", **common))
     return servers
 
 

@@ -13,6 +13,7 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     ├── UnauthenticatedError (unauthenticated)
     ├── ForbiddenError (forbidden)
     ├── OverloadedError* (overloaded)               admission refused; nothing was done
+    ├── RateLimitedError* (rate_limited)            this client asked too much; nothing was done
     ├── UnavailableError* (unavailable)             the model exists and cannot serve now
     ├── DeadlineError (deadline_exceeded)
     ├── CanceledError (canceled)
@@ -118,6 +119,20 @@ class OverloadedError(AgentError):
 
     code = "overloaded"
     retryable = True
+
+
+class RateLimitedError(AgentError):
+    """This client is over its rate, quota or outstanding requests. Nothing was done.
+
+    ``retry_after_s``: seconds after which the same request may be admitted.
+    """
+
+    code = "rate_limited"
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UnavailableError(AgentError):

@@ -77,12 +77,14 @@ def unpack(entries: object, body: Buffer, *, tensors_max: int = 64) -> dict[str,
     """Return read-only views into ``body`` by name (``bytes`` tensors are copied into object arrays).
 
     Raises:
-        TensorError: see ``wire.parse_tensors``; or malformed ``bytes`` elements.
+        TensorError: see ``wire.parse_tensors``; malformed ``bytes`` elements; a tensor that lies in shared memory.
     """
     view = memoryview(body)
-    return {
-        tensor.name: as_array(tensor, view) for tensor in parse_tensors(entries, len(view), tensors_max=tensors_max)
-    }
+    tensors = parse_tensors(entries, len(view), tensors_max=tensors_max)
+    for tensor in tensors:
+        if tensor.region is not None:
+            raise TensorError(f"tensor {tensor.name!r} lies in shared memory that was not offered")
+    return {tensor.name: as_array(tensor, view) for tensor in tensors}
 
 
 def as_array(tensor: Tensor, body: memoryview) -> Array:

@@ -12,24 +12,31 @@ The header's ``kind`` says what it is. A body holds the tensors' raw bytes back 
 kind   header                                                                        body
 ====== ============================================================================ ==========================
 infer  id, model, version?, deadline_ms?, priority?, params?, content_type?,         tensors or raw request
-       tensors? [{name, dtype, shape, nbytes}], outputs? [name]
+       tensors? [{name, dtype, shape, nbytes, region?, offset?}], outputs? [name],
+       reply? {region, offset, nbytes}
 result id, model, version, variant, tensors? | content_type, params?                 tensors or raw answer
 error  id?, code, message, retryable                                                 –
 cancel id                                                                            –
 call   id, method, args                                                              –
 reply  id, value                                                                     –
 hello  client or server, protocol, limits?                                           –
+attach id, region, nbytes; one descriptor travels with the frame                     –
+detach id, region                                                                    –
 ====== ============================================================================ ==========================
+
+A tensor with a ``region`` lies in shared memory, ``nbytes`` from ``offset``, and takes no part of the body. ``region``
+is the number under which the client attached a sealed memfd. ``reply`` is a window for the outputs: what fits is
+written there, each at a multiple of 64 bytes, and the result's tensors then say where.
 
 Promises: every length is checked against a limit before it is allocated; bad bytes raise ``FrameError`` naming the
 fault and leave the decoder unusable, so the connection must close; large bodies are received in place, not copied.
-Leaves out: sockets, descriptors, NumPy (``tensors.py``).
+Leaves out: sockets, descriptors, NumPy (``tensors.py``), and whether a region exists and is large enough.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
@@ -51,10 +58,15 @@ DTYPES: Final[Mapping[str, int | None]] = {
 }  # fmt: skip
 
 Buffer = bytes | bytearray | memoryview
+REGION_NUMBER_MAX: Final = (1 << 31) - 1
+SHARED_ALIGN: Final = 64  # bytes; where tensors begin that we place in shared memory
+
 _RANK_MAX: Final = 16
 _ELEMENTS_MAX: Final = 1 << 40
+_OFFSET_MAX: Final = 1 << 63
 _EMPTY: Final = memoryview(b"")
 _IN_PLACE: Final = 1 << 18  # bodies above this are received straight into their own buffer
+_PLACED: Final = 1 << 16  # the same, where the owner has a place for them
 # Larger ones get pages as bytes arrive, so that an announced length alone costs neither memory nor time. Smaller ones
 # reuse the heap: a fresh page costs more than the clearing of a warm one (measured: 6 MiB in 3.3 ms against 1.2 ms).
 _MAPPED: Final = 1 << 24
@@ -70,6 +82,8 @@ class Kind(StrEnum):
     CALL = "call"
     REPLY = "reply"
     HELLO = "hello"
+    ATTACH = "attach"
+    DETACH = "detach"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +103,20 @@ class Frame(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """One tensor's place in a body: ``nbytes`` bytes from ``offset``."""
+    """One tensor's place, ``nbytes`` bytes from ``offset``: in the body, or in a shared-memory region."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    region: int | None = None
+
+
+class Window(NamedTuple):
+    """Some bytes of a shared-memory region."""
+
+    region: int
     offset: int
     nbytes: int
 
@@ -129,12 +152,23 @@ class Decoder:
 
     Feed what was received. When ``body_buffer()`` returns a view, a large body is under way: receive straight into
     that view and tell ``body_filled(n)``; feeding also stays correct.
+
+    Args:
+        limits: Bounds of lengths.
+        place: Asked where to receive a large body, by header and length; ``None`` from it: into memory of our own.
     """
 
-    __slots__ = ("_body", "_broken", "_filled", "_header", "_limits", "_needed", "_pending")
+    __slots__ = ("_body", "_broken", "_filled", "_header", "_in_place", "_limits", "_needed", "_pending", "_place")
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        *,
+        place: Callable[[Mapping[str, Any], int], memoryview | None] | None = None,
+    ) -> None:
         self._limits = limits or Limits()
+        self._place = place
+        self._in_place = _IN_PLACE if place is None else _PLACED
         self._pending = bytearray()  # start of a frame whose rest has not arrived
         self._needed = 0  # length of ``_pending`` below which looking at it again is in vain (bytes)
         self._header: dict[str, Any] | None = None  # header of the large body under way
@@ -177,6 +211,10 @@ class Decoder:
         self._header, self._body, self._filled = None, _EMPTY, 0
         return frame
 
+    def drop(self) -> None:
+        """Let go of a body under way; nothing can be fed any more."""
+        self._header, self._body, self._place, self._broken = None, _EMPTY, None, True
+
     def _feed(self, data: bytes) -> list[Frame]:
         frames: list[Frame] = []
         if self._header is not None:
@@ -203,7 +241,7 @@ class Decoder:
                 break
             body_start = start + header_bytes
             end = body_start + body_bytes
-            if end > size and body_bytes > _IN_PLACE:
+            if end > size and body_bytes > self._in_place:
                 self._begin_body(self._unpack(data[start:body_start]), body_bytes, data[body_start:])
                 return frames
             if end > size:
@@ -220,7 +258,10 @@ class Decoder:
 
     def _begin_body(self, header: dict[str, Any], body_bytes: int, first: bytes) -> None:
         self._header = header
-        self._body = memoryview(bytearray(body_bytes) if body_bytes <= _MAPPED else mmap(-1, body_bytes))
+        place = self._place(header, body_bytes) if self._place is not None else None
+        if place is None:
+            place = memoryview(bytearray(body_bytes) if body_bytes <= _MAPPED else mmap(-1, body_bytes))
+        self._body = place
         self._body[: len(first)] = first
         self._filled = len(first)
 
@@ -246,25 +287,29 @@ class Decoder:
 
 
 def parse_tensors(entries: object, body_bytes: int, *, tensors_max: int = 64) -> tuple[Tensor, ...]:
-    """Check the header's ``tensors`` against the body and return each tensor's place in it.
+    """Check the header's ``tensors`` against the body and return each tensor's place.
+
+    Those with a ``region`` take nothing of the body; whether they fit their region is the caller's to check.
 
     Args:
         entries: The header's value, as received.
         body_bytes: Length of the body (bytes).
 
     Raises:
-        TensorError: malformed entry, unknown dtype, size that differs from dtype x shape, or sizes that do not add
-            up to the body.
+        TensorError: malformed entry, unknown dtype, size that differs from dtype x shape, sizes that do not add
+            up to the body, or a ``bytes`` tensor in a region.
     """
     if not isinstance(entries, list) or len(entries) > tensors_max:
         raise TensorError(f"'tensors' must be a list of at most {tensors_max}")
     tensors, offset = [], 0
     for entry in entries:
         tensor = _parse_tensor(entry, offset)
+        tensors.append(tensor)
+        if tensor.region is not None:
+            continue
         offset += tensor.nbytes
         if offset > body_bytes:
             raise TensorError(f"tensor {tensor.name!r} runs past the body of {body_bytes} bytes")
-        tensors.append(tensor)
     if offset != body_bytes:
         raise TensorError(f"tensors hold {offset} bytes, the body {body_bytes}")
     if len({tensor.name for tensor in tensors}) != len(tensors):
@@ -277,6 +322,33 @@ def tensor_entries(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> li
     return [
         {"name": name, "dtype": dtype, "shape": list(shape), "nbytes": nbytes} for name, dtype, shape, nbytes in tensors
     ]
+
+
+def parse_window(value: object) -> Window:
+    """Return a header's ``{region, offset, nbytes}``.
+
+    Raises:
+        TensorError: malformed, or a number out of range.
+    """
+    if not isinstance(value, dict):
+        raise TensorError("a window must be a map of region, offset and nbytes")
+    nbytes = value.get("nbytes")
+    if type(nbytes) is not int or not 0 <= nbytes < _OFFSET_MAX:
+        raise TensorError("a window's nbytes must be an integer from 0")
+    return Window(parse_region(value.get("region")), _parse_offset(value.get("offset")), nbytes)
+
+
+def parse_region(value: object) -> int:
+    """Return a region's number; ``TensorError`` unless it is an integer from 0 below 2**31."""
+    if type(value) is not int or not 0 <= value <= REGION_NUMBER_MAX:
+        raise TensorError("'region' must be an integer from 0 below 2**31")
+    return value
+
+
+def _parse_offset(value: object) -> int:
+    if type(value) is not int or not 0 <= value < _OFFSET_MAX:
+        raise TensorError("'offset' must be an integer from 0 below 2**63")
+    return value
 
 
 def _parse_tensor(entry: object, offset: int) -> Tensor:
@@ -297,4 +369,8 @@ def _parse_tensor(entry: object, offset: int) -> Tensor:
     width = DTYPES[dtype]
     if width is not None and elements * width != nbytes:
         raise TensorError(f"tensor {name!r}: {dtype}{shape} takes {elements * width} bytes, not {nbytes}")
-    return Tensor(name, dtype, tuple(shape), offset, nbytes)
+    if "region" not in entry:
+        return Tensor(name, dtype, tuple(shape), offset, nbytes)
+    if width is None:  # its lengths are parsed, and shared memory may change meanwhile
+        raise TensorError(f"tensor {name!r}: a bytes tensor cannot lie in shared memory")
+    return Tensor(name, dtype, tuple(shape), _parse_offset(entry.get("offset")), nbytes, parse_region(entry["region"]))

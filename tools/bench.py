@@ -1,7 +1,7 @@
 """``make bench``: a fresh daemon with a tiny real model, measured by ``tools.loadgen`` and by its cold starts.
 
 The model is an MLP of 64 inputs and 8 outputs, about ten microseconds of compute, so that what is measured is ours.
-Results are printed and written as JSON beside the state folder's ``results``.
+Results are printed and written into a folder: ``report.txt``, ``report.json``, ``latency.png``.
 """
 
 from __future__ import annotations
@@ -91,6 +91,18 @@ def cold_starts_s(stage: Stage, count: int) -> list[float]:
     return found
 
 
+def _add_cold_starts(results: Path, times: list[float]) -> None:
+    median = statistics.median(times)
+    line = f"Cold start, process start to first answer: median {median:.2f} s of " + ", ".join(
+        f"{s:.2f}" for s in times
+    )
+    click.echo(line)
+    with (results / "report.txt").open("a") as file:
+        file.write(f"\n{line}\n")
+    path = results / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cold_starts_s": times}, indent=1) + "\n")
+
+
 def _await_answer(stage: Stage, inputs: dict[str, Array]) -> None:
     with stage.client() as client:
         stage.until(lambda: client.infer(MODEL, inputs), what="the first answer")
@@ -100,8 +112,9 @@ def _await_answer(stage: Stage, inputs: dict[str, Array]) -> None:
 @click.option("--state", type=click.Path(path_type=Path), default=Path(".state/bench"), show_default=True)
 @click.option("--repetitions", default=5, show_default=True, help="Interleaved repetitions; medians are reported.")
 @click.option("--seconds", default=1.0, show_default=True, help="Per way and repetition.")
+@click.option("--results", type=click.Path(path_type=Path), help="Folder of the results.  [default: STATE/results]")
 @click.option("--starts", default=5, show_default=True, help="Cold starts to time.")
-def main(state: Path, repetitions: int, seconds: float, starts: int) -> None:
+def main(state: Path, repetitions: int, seconds: float, results: Path | None, starts: int) -> None:
     """Measure inferd against in-process inference of the same model, in one run."""
     with Stage(state, fresh=True) as stage:
         click.echo("preparing a store and a box …", err=True)
@@ -116,21 +129,17 @@ def main(state: Path, repetitions: int, seconds: float, starts: int) -> None:
             lambda: not stage.status()["slots"][0]["trial"] and stage.status()["slots"][0]["active"], what="ready"
         )
         times = cold_starts_s(stage, starts)
-        results = state / "results"
-        results.mkdir(exist_ok=True)
+        results = results or state / "results"
         assert stage.daemon is not None
         command = [
             *(sys.executable, "-m", "tools.loadgen", "--socket", str(stage.socket)),
             *("--http", f"http://127.0.0.1:{stage.http_port}", "--model", MODEL, "--model-file", str(model_file)),
             *("-c", "1", "-c", "32", "--repetitions", str(repetitions), "--seconds", str(seconds)),
-            *("--pid", str(stage.daemon.pid), "--json", str(results / "load.json")),
+            *("--pid", str(stage.daemon.pid), "--results", str(results), "--build", str(stage.folder / "build")),
         ]
         code = subprocess.run(command, check=False).returncode
-        (results / "cold_start.json").write_text(json.dumps({"seconds": times, "median": statistics.median(times)}))
-        click.echo(
-            f"cold start, process start to first answer: median {statistics.median(times):.2f} s of "
-            + ", ".join(f"{value:.2f}" for value in times)
-        )
+        if times:
+            _add_cold_starts(results, times)
     sys.exit(code)
 
 

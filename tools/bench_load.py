@@ -10,90 +10,125 @@ import asyncio
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from agent.errors import AgentError
 from tools.bench_ways import Ask, AskLater, Way
 
+QUANTILES: Final = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)  # in percent
 _WARM_UP: Final = 20  # requests before the clock starts
 _OUTSTANDING_MAX: Final = 10_000  # of an open loop; beyond it the generator gives up
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One run of one way. Latencies in seconds, of answered requests only."""
+    """One run of one way."""
+
+    answers: int  # that are counted: results, after the warm-up
+    wall_s: float
+    asked: int  # everything, with warm-up and errors: what CPU time is divided by
+    errors: Counter[str]  # by code
+    quantiles_us: Mapping[str, float]  # latency, by percent as text
+    client_cpu_s: float  # of the process that asked
+
+    @property
+    def rate_s(self) -> float:
+        """Answers a second."""
+        return self.answers / self.wall_s if self.wall_s else 0.0
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What a run counts as it goes. Latencies in seconds, of counted answers."""
 
     latencies: list[float] = field(default_factory=list)
-    wall_s: float = 0.0
-    errors: Counter[str] = field(default_factory=Counter)  # by code
+    errors: Counter[str] = field(default_factory=Counter)
+    warmed_up: int = 0
+    cpu_began_s: float = field(default_factory=time.process_time)
 
-    def figures(self) -> dict[str, float]:
-        """Return p50_us, p99_us, rate_s and errors."""
-        ordered = sorted(self.latencies)
-        return {
-            "p50_us": quantile(ordered, 0.50) * 1e6,
-            "p99_us": quantile(ordered, 0.99) * 1e6,
-            "rate_s": len(ordered) / self.wall_s if self.wall_s else 0.0,
-            "errors": float(self.errors.total()),
-        }
-
-
-def quantile(ordered: Sequence[float], q: float) -> float:
-    """Return quantile ``q`` (0..1) of sorted values; 0.0 of none."""
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0
+    def sample(self, wall_s: float) -> Sample:
+        """Return the finished run's figures."""
+        count = len(self.latencies)
+        return Sample(
+            answers=count,
+            wall_s=wall_s,
+            asked=self.warmed_up + count + self.errors.total(),
+            errors=self.errors,
+            quantiles_us=quantiles_us(self.latencies),
+            client_cpu_s=time.process_time() - self.cpu_began_s,
+        )
 
 
-def medians(samples: Sequence[Sample]) -> dict[str, float]:
+def quantiles_us(latencies: Sequence[float]) -> dict[str, float]:
+    """Return ``QUANTILES`` of latencies in seconds, as microseconds; nothing of none."""
+    ordered = sorted(latencies)
+    if not ordered:
+        return {}
+    return {f"{q:g}": ordered[min(len(ordered) - 1, int(q / 100 * len(ordered)))] * 1e6 for q in QUANTILES}
+
+
+def medians(samples: Sequence[Sample]) -> dict[str, Any]:
     """Return each figure's median over repetitions; errors are summed."""
-    rows = [sample.figures() for sample in samples]
-    merged = {name: statistics.median(row[name] for row in rows) for name in ("p50_us", "p99_us", "rate_s")}
-    return {**merged, "errors": sum(row["errors"] for row in rows)}
+    quantiles = {
+        name: statistics.median(sample.quantiles_us[name] for sample in samples if sample.quantiles_us)
+        for name in (f"{q:g}" for q in QUANTILES)
+        if any(sample.quantiles_us for sample in samples)
+    }
+    return {
+        "p50_us": quantiles.get("50", 0.0),
+        "p99_us": quantiles.get("99", 0.0),
+        "rate_s": statistics.median(sample.rate_s for sample in samples),
+        "errors": dict(sum((sample.errors for sample in samples), Counter())),
+        "quantiles_us": quantiles,
+    }
 
 
 def closed_blocking(way: Any, *, seconds: float) -> Sample:
     """Ask one after the other."""
-    sample = Sample()
+    tally = Tally()
     with way.blocking() as ask:
         for _ in range(_WARM_UP):
-            _try(ask, Sample())
+            _try(ask, Tally())
+        tally.warmed_up = _WARM_UP
         started = time.perf_counter()
         now = started
         while now - started < seconds:
             before = time.perf_counter()
-            answered = _try(ask, sample)
+            answered = _try(ask, tally)
             now = time.perf_counter()
             if answered:
-                sample.latencies.append(now - before)
-        sample.wall_s = now - started
-    return sample
+                tally.latencies.append(now - before)
+    return tally.sample(now - started)
 
 
 async def closed_concurrent(way: Way, *, callers: int, connections: int, seconds: float) -> Sample:
     """``callers`` tasks that each ask one after the other."""
-    sample = Sample()
+    tally, warm_up = Tally(), Tally()
     async with way.concurrent(connections) as ask:
-        await _caller(ask, Sample(), time.perf_counter() + 0.05)
+        await _caller(ask, warm_up, time.perf_counter() + 0.05)
+        tally.warmed_up = len(warm_up.latencies) + warm_up.errors.total()
         started = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for _ in range(callers):
-                group.create_task(_caller(ask, sample, started + seconds))
-        sample.wall_s = time.perf_counter() - started
-    return sample
+                group.create_task(_caller(ask, tally, started + seconds))
+        wall_s = time.perf_counter() - started
+    return tally.sample(wall_s)
 
 
 async def open_loop(way: Way, *, rate_s: float, connections: int, seconds: float) -> Sample:
     """Ask ``rate_s`` times a second, whatever comes back."""
-    sample, outstanding = Sample(), 0
+    tally, outstanding = Tally(), 0
 
     async def one(ask: AskLater, due: float) -> None:
         nonlocal outstanding
         try:
+            since = min(due, time.perf_counter())  # a timer may be early
             await ask()
-            sample.latencies.append(time.perf_counter() - due)
+            tally.latencies.append(time.perf_counter() - since)
         except (AgentError, OSError) as error:
-            sample.errors[getattr(error, "code", type(error).__name__)] += 1
+            tally.errors[getattr(error, "code", type(error).__name__)] += 1
         finally:
             outstanding -= 1
 
@@ -106,44 +141,46 @@ async def open_loop(way: Way, *, rate_s: float, connections: int, seconds: float
                 if (ahead := due - time.perf_counter()) > 0:
                     await asyncio.sleep(ahead)
                 if outstanding >= _OUTSTANDING_MAX:
-                    sample.errors["generator_full"] += 1
+                    tally.errors["generator_full"] += 1
                     continue
                 outstanding += 1
                 group.create_task(one(ask, due))
                 if number % 64 == 0:
                     await asyncio.sleep(0)  # behind schedule there is no other pause to read answers in
-        sample.wall_s = time.perf_counter() - started
-    return sample
+        wall_s = time.perf_counter() - started
+    return tally.sample(wall_s)
 
 
 def interleaved(
-    runs: dict[str, Callable[[], Sample]], *, repetitions: int, on_step: Callable[[], None]
+    runs: Mapping[str, Callable[[], Sample]], *, repetitions: int, on_run: Callable[[str, Callable[[], Sample]], Sample]
 ) -> dict[str, list[Sample]]:
-    """Run each in turn, ``repetitions`` times over, each time beginning with another: drift hits all alike."""
+    """Run each in turn, ``repetitions`` times over, each time beginning with another: drift hits all alike.
+
+    ``on_run`` is given the name and the run, and does it.
+    """
     names = list(runs)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     for number in range(repetitions):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(runs[name]())
-            on_step()
+            samples[name].append(on_run(name, runs[name]))
     return samples
 
 
-def _try(ask: Ask, sample: Sample) -> bool:
+def _try(ask: Ask, tally: Tally) -> bool:
     try:
         ask()
     except AgentError as error:
-        sample.errors[error.code] += 1
+        tally.errors[error.code] += 1
         return False
     return True
 
 
-async def _caller(ask: AskLater, sample: Sample, end: float) -> None:
+async def _caller(ask: AskLater, tally: Tally, end: float) -> None:
     while (before := time.perf_counter()) < end:
         try:
             await ask()
         except AgentError as error:
-            sample.errors[error.code] += 1
+            tally.errors[error.code] += 1
         else:
-            sample.latencies.append(time.perf_counter() - before)
+            tally.latencies.append(time.perf_counter() - before)

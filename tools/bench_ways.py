@@ -170,8 +170,8 @@ class Http:
 
     @contextmanager
     def blocking(self) -> Iterator[Ask]:
-        data, back = self._request(), bytearray(1 << 16)
-        with socket.create_connection(self._address()) as sock:
+        data, back = self.request(), bytearray(1 << 16)
+        with socket.create_connection(self.address()) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
             def ask() -> None:
@@ -184,18 +184,17 @@ class Http:
 
     @asynccontextmanager
     async def concurrent(self, connections: int) -> AsyncIterator[AskLater]:
-        loop, data = asyncio.get_running_loop(), self._request()
-        free: asyncio.LifoQueue[_HttpLine] = asyncio.LifoQueue()
-        lines = [(await loop.create_connection(_HttpLine, *self._address()))[1] for _ in range(connections)]
-        for line in lines:
-            free.put_nowait(line)
+        loop, data = asyncio.get_running_loop(), self.request()
+        lines = [(await loop.create_connection(_HttpLine, *self.address()))[1] for _ in range(connections)]
+        free, turns = list(lines), asyncio.Semaphore(connections)  # whose waiters nobody overtakes
 
         async def ask() -> None:
-            line = await free.get()
-            try:
-                await line.ask(data)
-            finally:
-                free.put_nowait(line)
+            async with turns:
+                line = free.pop()
+                try:
+                    await line.ask(data)
+                finally:
+                    free.append(line)
 
         try:
             yield ask
@@ -203,11 +202,13 @@ class Http:
             for line in lines:
                 line.close()
 
-    def _address(self) -> tuple[str, int]:
+    def address(self) -> tuple[str, int]:
+        """Return host and port of the listener."""
         parts = urlsplit(self.url)
         return parts.hostname or "127.0.0.1", parts.port or 80
 
-    def _request(self) -> bytes:
+    def request(self) -> bytes:
+        """Return one request's bytes."""
         model = quote(self.work.model, safe="")
         if self.raw:
             path, head, body = (

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make a virtual environment with the wanted extra and the Debian programs that demo and tests use.
-# usage: bootstrap.sh PYTHON VENV demo|dev
+# usage: bootstrap.sh PYTHON VENV demo|dev|bench
 set -eu
 python=$1 venv=$2 extra=$3
 root=$(dirname "$(dirname "$(readlink -f "$0")")")

@@ -2,32 +2,34 @@
 
 In one run, interleaved: ``session.run`` of the same file, a blocking unix-socket echo of the same bytes, and a running
 daemon over its unix socket and over HTTP; closed loops at each concurrency, and an open loop at a fixed rate if asked.
-Figures are medians of the repetitions. Memory is the proportional set size of every process of the daemon.
+With ``--build``, concurrent asking is also done by a generator in C, which leaves the cores to the daemon.
+Figures are medians of the repetitions; CPU time is that of each process over all of them, for each request asked.
+Memory is the proportional set size of every process of the daemon.
 """
 
 from __future__ import annotations
 
-import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from agent.client.messages import DEFAULT_SOCKET
 from agent.serving.identity import peer_credentials
 from tools.bench_load import Sample, closed_blocking, closed_concurrent, interleaved, medians, open_loop
+from tools.bench_native import Native, NativeError, build, over_http, over_unix
+from tools.bench_processes import Processes, used_between
+from tools.bench_report import FLOOR, IN_PROCESS, Report, compared
 from tools.bench_ways import Floor, Http, InProcess, Unix, Way, Work, random_inputs
 
-IN_PROCESS = "in-process"
+Runs = Mapping[str, Callable[[], Sample]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +61,18 @@ class Plan:
 @click.option("--content-type", default="application/octet-stream", help="Of the raw body.")
 @click.option("-c", "--concurrency", "concurrencies", multiple=True, type=click.IntRange(1), default=(1,))
 @click.option("--rate", "rate_s", default=0.0, type=click.FloatRange(0), help="Open loop, requests a second; 0: none.")
-@click.option("--connections", default=8, type=click.IntRange(1), help="Connections of concurrent asking, at most.")
+@click.option(
+    "--connections",
+    default=8,
+    type=click.IntRange(1),
+    help="Connections of concurrent asking, at most; HTTP has one each.",
+)
 @click.option("--seconds", default=1.0, type=click.FloatRange(0, min_open=True), help="Per way and repetition.")
 @click.option("--repetitions", default=5, type=click.IntRange(1))
-@click.option("--pid", default=0, help="The daemon, for its memory; 0: whoever listens on the socket.")
-@click.option(
-    "--json", "json_to", type=click.Path(path_type=Path, allow_dash=True), help="Write figures; - for stdout."
-)
+@click.option("--pid", default=0, help="The daemon, for its CPU time and memory; 0: whoever listens on the socket.")
+@click.option("--build", type=click.Path(file_okay=False, path_type=Path), help="Folder to compile the C generator in.")
+@click.option("--results", type=click.Path(file_okay=False, path_type=Path), help="Write tables, JSON and a plot here.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def main(
     socket_path: Path,
     url: str,
@@ -76,7 +83,9 @@ def main(
     body: Path | None,
     content_type: str,
     pid: int,
-    json_to: Path | None,
+    build: Path | None,
+    results: Path | None,
+    as_json: bool,
     **plan: Any,
 ) -> None:
     """Measure a running daemon."""
@@ -90,44 +99,74 @@ def main(
         served.append(Unix(socket_path, work, raw=True))
         if url:
             served.append(Http(url, work, raw=True))
-    yardsticks = [InProcess(model_file, work), Floor(Unix(socket_path, work).request_bytes)]
-    console = Console(stderr=json_to is not None and str(json_to) == "-")
-    rows_out = measure(Plan(**plan), yardsticks, served, console)
-    memory = processes(pid or daemon_pid(socket_path))
-    console.print(figures_table(rows_out), memory_table(memory), sep="\n")
-    if json_to is not None:
-        text = json.dumps({"model": model, "figures": rows_out, "processes": memory}, indent=1)
-        if str(json_to) == "-":
-            click.echo(text)
-        else:
-            json_to.write_text(text + "\n")
-    if any(row["errors"] for row in rows_out):
+    left_out: list[str] = []
+    native = natives(build, socket_path, url, work, left_out)
+    yardsticks = [InProcess(model_file, work, IN_PROCESS), Floor(Unix(socket_path, work).request_bytes, FLOOR)]
+    processes = Processes(pid or daemon_pid(socket_path))
+    try:
+        figures = measure(loads(Plan(**plan), yardsticks, served, native), Plan(**plan), processes)
+    except NativeError as error:
+        raise click.ClickException(str(error)) from error
+    report = Report(model=model, rows=compared(figures), processes=processes.memory(), left_out=left_out)
+    click.echo(report.json() if as_json else report.text())
+    if results is not None:
+        for line in report.write(results):
+            click.echo(f"left out: {line}", err=True)
+        click.echo(f"written to {results}", err=True)
+    if any(row["errors"] for row in figures):
         raise click.ClickException("some requests failed; see the table")
 
 
-def measure(plan: Plan, yardsticks: list[Any], served: list[Way], console: Console) -> list[dict[str, Any]]:
-    """Return one row of figures per way and load, with the overhead over in-process."""
-    loads: dict[str, dict[str, Callable[[], Sample]]] = {}
+def natives(folder: Path | None, socket_path: Path, url: str, work: Work, left_out: list[str]) -> list[Native]:
+    """Return the ways of the C generator; what hinders it is added to ``left_out``."""
+    if folder is None:
+        return []
+    try:
+        program = build(folder)
+    except NativeError as error:
+        left_out.append(f"the native ways: {error}")
+        return []
+    return [over_unix(program, socket_path, work), *([over_http(program, Http(url, work))] if url else [])]
+
+
+def loads(plan: Plan, yardsticks: list[Any], served: list[Way], native: list[Native]) -> dict[str, Runs]:
+    """Return what to run, by load and way."""
+    found: dict[str, Runs] = {}
     for callers in plan.concurrencies:
         runs: dict[str, Callable[[], Sample]] = {
             way.name: partial(closed_blocking, way, seconds=plan.seconds) for way in yardsticks
         }
-        for way in served:
-            runs[way.name] = _closed(way, callers, plan)
-        loads[f"closed, {callers}"] = runs
+        runs |= {way.name: _closed(way, callers, plan) for way in served}
+        if callers > 1:
+            for generator in native:
+                runs[generator.name] = partial(
+                    generator.closed, callers=callers, connections=plan.connections, seconds=plan.seconds
+                )
+        found[f"closed loop, {callers} outstanding"] = runs
     if plan.rate_s:
-        loads[f"open, {plan.rate_s:g}/s"] = {way.name: _open(way, plan) for way in served}
+        found[f"open loop, {plan.rate_s:g}/s"] = {way.name: _open(way, plan) for way in served}
+    return found
+
+
+def measure(loads: Mapping[str, Runs], plan: Plan, processes: Processes) -> list[dict[str, Any]]:
+    """Return one row of figures per load and way."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     rows: list[dict[str, Any]] = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("measuring", total=plan.repetitions * sum(map(len, loads.values())))
         for load, runs in loads.items():
-            samples = interleaved(runs, repetitions=plan.repetitions, on_step=lambda: progress.advance(bar))
-            rows += [{"load": load, "way": name, **medians(found)} for name, found in samples.items()]
-    base = next((row["p50_us"] for row in rows if row["way"] == IN_PROCESS), 0.0)
-    for row in rows:
-        row["over_us"] = row["p50_us"] - base
-        row["ratio"] = row["p50_us"] / base if base else 0.0
+            used_s: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+
+            def watched(name: str, run: Callable[[], Sample], used_s: dict[str, Any] = used_s) -> Sample:
+                before = processes.times()
+                sample = run()
+                used_s[name].append(used_between(before, processes.times()))
+                progress.advance(bar)
+                return sample
+
+            for name, samples in interleaved(runs, repetitions=plan.repetitions, on_run=watched).items():
+                cpu_us = _cpu_us(samples, [] if name in (IN_PROCESS, FLOOR) else used_s[name])
+                rows.append({"load": load, "way": name, **medians(samples), "cpu_us": cpu_us})
     return rows
 
 
@@ -141,47 +180,10 @@ def daemon_pid(socket_path: Path) -> int:
     return pid
 
 
-def processes(pid: int) -> list[dict[str, Any]]:
-    """Return pid, name and PSS (bytes) of a process and everything below it."""
-    found = []
-    root = psutil.Process(pid)
-    for process in (root, *root.children(recursive=True)):
-        try:
-            command = " ".join(process.cmdline()[-4:]) or process.name()
-            found.append({"pid": process.pid, "command": command, "pss_bytes": process.memory_full_info().pss})
-        except psutil.Error:
-            continue  # it ended meanwhile, or is not ours to look into
-    return found
-
-
-def figures_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the figures for people."""
-    table = Table(title="medians of interleaved repetitions; over and × compare p50 with in-process")
-    for name in ("load", "way", "p50 µs", "p99 µs", "asked/s", "over µs", "×", "errors"):
-        table.add_column(name, justify="left" if name in ("load", "way") else "right", no_wrap=True)
-    for row in rows:
-        over = ("", "") if row["way"] == IN_PROCESS else (f"{row['over_us']:.0f}", f"{row['ratio']:.2f}")
-        numbers = (f"{row['p50_us']:.0f}", f"{row['p99_us']:.0f}", f"{row['rate_s']:,.0f}", *over)
-        table.add_row(row["load"], row["way"], *numbers, f"{row['errors']:.0f}" if row["errors"] else "")
-    return table
-
-
-def memory_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the memory for people."""
-    table = Table(title="memory")
-    table.add_column("pid", justify="right")
-    table.add_column("command", overflow="ellipsis", no_wrap=True)
-    table.add_column("PSS MB", justify="right")
-    for row in rows:
-        table.add_row(str(row["pid"]), row["command"], f"{row['pss_bytes'] / 1e6:.1f}")
-    table.add_row("", "total", f"{sum(row['pss_bytes'] for row in rows) / 1e6:.1f}")
-    return table
-
-
 def _closed(way: Way, callers: int, plan: Plan) -> Callable[[], Sample]:
     if callers == 1:
         return partial(closed_blocking, way, seconds=plan.seconds)
-    connections = min(callers, plan.connections)
+    connections = callers if isinstance(way, Http) else min(callers, plan.connections)  # HTTP: one request on each
 
     def run() -> Sample:
         return uvloop.run(closed_concurrent(way, callers=callers, connections=connections, seconds=plan.seconds))
@@ -194,6 +196,16 @@ def _open(way: Way, plan: Plan) -> Callable[[], Sample]:
         return uvloop.run(open_loop(way, rate_s=plan.rate_s, connections=plan.connections, seconds=plan.seconds))
 
     return run
+
+
+def _cpu_us(samples: list[Sample], used_s: list[dict[str, float]]) -> dict[str, float]:
+    """Return CPU microseconds for each request, by role: the client's, and those of the daemon's processes."""
+    total = {"client": sum(sample.client_cpu_s for sample in samples)}
+    for used in used_s:
+        for role, seconds in used.items():
+            total[role] = total.get(role, 0.0) + seconds
+    asked = max(1, sum(sample.asked for sample in samples))
+    return {role: seconds / asked * 1e6 for role, seconds in total.items() if seconds > 0}
 
 
 if __name__ == "__main__":

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import os
+import socket
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from itertools import count, islice
 from os import PathLike
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self
 
 from agent.backoff import Backoff
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
     Result,
+    attach_frame,
     call_frame,
     cancel_frame,
+    detach_frame,
     error_of,
     infer_frame,
     predict_frame,
     result_of,
+    tensors_of,
     value_of,
 )
-from agent.errors import DeadlineError, FrameError, TooLargeError, UnavailableError
+from agent.client.regions import Plan, Region, SharedMemory
+from agent.errors import AgentError, DeadlineError, FrameError, TooLargeError, UnavailableError
 from agent.tensors import Array
 from agent.wire import Buffer, Decoder, Frame
 
@@ -31,6 +39,9 @@ _GRACE_S: Final = 5.0  # beyond a request's deadline: the daemon answers late re
 _RETRY_FIRST_S: Final = 0.01
 _RETRY_CAP_S: Final = 0.25
 _JOIN_BYTES_MAX: Final = 64 * 1024
+_SEND_BUFFER_BYTES: Final = 1 << 20
+_UNSENT_BYTES_MAX: Final = 256 * 1024  # above it new requests wait
+_IOVECS_MAX: Final = 512  # of the kernel's 1024
 
 
 class AsyncClient:
@@ -40,6 +51,8 @@ class AsyncClient:
 
     A request whose connection breaks before it is answered is sent again, at most ``retries`` times: it may then run
     twice. Set ``retries=0`` for a model where that matters.
+
+    Large arrays go through shared memory by themselves, copied once; arrays over a ``region`` are not copied at all.
 
     Args:
         socket_path: The daemon's frame socket.
@@ -63,6 +76,8 @@ class AsyncClient:
         self._ids = count(1)
         self._line: _Line | None = None
         self._connecting = asyncio.Lock()
+        self._attaching = asyncio.Lock()
+        self._memory = SharedMemory(self._detach)
 
     async def infer(
         self,
@@ -74,8 +89,10 @@ class AsyncClient:
         outputs: Sequence[str] | None = None,
         priority: int | None = None,
         params: Mapping[str, Any] | None = None,
+        reply: Region | None = None,
     ) -> Result:
         """Run ``model`` on tensors; arguments and errors as ``Client.infer``. Leave the arrays alone until then."""
+        plan = self._memory.plan(model, inputs, reply)
 
         def build(request_id: int) -> list[Buffer]:
             return infer_frame(
@@ -87,9 +104,41 @@ class AsyncClient:
                 outputs=outputs,
                 priority=priority,
                 params=params,
+                plan=plan,
             )
 
-        return result_of(await self._ask(build, deadline_ms, self._retries))
+        try:
+            frame = await self._ask(build, deadline_ms, self._retries, plan)
+            return tensors_of(frame, model, plan, self._memory)
+        except _StagingRefusedError:
+            self._memory.refused()
+        except BaseException:
+            self._memory.failed(plan)
+            raise
+        self._memory.failed(plan)
+        return await self.infer(
+            model,
+            inputs,
+            version=version,
+            deadline_ms=deadline_ms,
+            outputs=outputs,
+            priority=priority,
+            params=params,
+            reply=reply,
+        )
+
+    async def region(self, nbytes: int) -> Region:
+        """Return memory shared with the models' workers, as ``Client.region``: ``with await client.region(n) as r``."""
+        region = self._memory.region(nbytes)
+        try:
+            await self._attach(await self._connected(), region)
+        except _BrokenError as error:
+            region.close()
+            raise UnavailableError(f"the connection to {self._path} broke: {error}") from error
+        except BaseException:
+            region.close()
+            raise
+        return region
 
     async def predict(
         self,
@@ -140,6 +189,7 @@ class AsyncClient:
         """Close the connection; waiting requests fail with ``UnavailableError``."""
         if self._line is not None:
             self._line.end(UnavailableError("the client was closed"))
+        self._memory.close_staging()
 
     async def __aenter__(self) -> Self:
         return self
@@ -151,7 +201,9 @@ class AsyncClient:
 
     # Inside
 
-    async def _ask(self, build: Callable[[int], list[Buffer]], deadline_ms: float | None, retries: int) -> Frame:
+    async def _ask(
+        self, build: Callable[[int], list[Buffer]], deadline_ms: float | None, retries: int, plan: Plan | None = None
+    ) -> Frame:
         wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
         request_id = next(self._ids)
         frame = build(request_id)
@@ -160,12 +212,43 @@ class AsyncClient:
             line = await self._connected()
             try:
                 async with asyncio.timeout(wait_s):
+                    if plan is not None:
+                        await self._attach_all(line, plan)
                     return await line.ask(request_id, frame)
             except TimeoutError as error:
                 raise DeadlineError(f"no answer within {wait_s} s") from error
             except _BrokenError as error:
                 broken = error
         raise UnavailableError(f"the connection to {self._path} broke {retries + 1} times: {broken}")
+
+    async def _attach_all(self, line: _Line, plan: Plan) -> None:
+        """Let this connection know the regions of a request."""
+        for region in plan.regions.values():
+            try:
+                await self._attach(line, region)
+            except AgentError as error:
+                if region is plan.staging:
+                    raise _StagingRefusedError from error
+                raise
+
+    async def _attach(self, line: _Line, region: Region) -> None:
+        if region.attached_to is line:
+            return
+        async with self._attaching:  # two requests may name the same region
+            if region.attached_to is line:
+                return
+            region.note_attached(line)  # it will be so even if this task is canceled
+            request_id = next(self._ids)
+            try:
+                value_of(await line.ask(request_id, attach_frame(request_id, region), region.descriptor))
+            except AgentError:
+                region.attached_to = None
+                raise
+
+    def _detach(self, region: Region) -> None:
+        line = self._line
+        if line is not None and region.attached_to is line and line.broken is None:
+            line.tell(detach_frame(next(self._ids), region))
 
     async def _connected(self) -> _Line:
         async with self._connecting:
@@ -178,27 +261,41 @@ class _BrokenError(Exception):
     """The connection ended and the request had no answer."""
 
 
-class _Line(asyncio.BufferedProtocol):
-    """One connection: who waits for which answer."""
+class _StagingRefusedError(Exception):
+    """The daemon does not take our staging region; the same request can be sent as bytes."""
 
-    def __init__(self) -> None:
-        self._transport: asyncio.Transport
+
+class _Line:
+    """One connection: who waits for which answer. A bare socket: transports cannot pass descriptors."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(ANSWER_LIMITS)
-        self._scratch = memoryview(bytearray(_READ_BYTES))
-        self._into_body = False
         self._waiting: dict[int, asyncio.Future[Frame]] = {}
+        self._unsent: deque[Buffer] = deque()
+        self._unsent_bytes = 0
+        self._passing: deque[tuple[Buffer, int]] = deque()  # the buffers of ``_unsent`` a descriptor goes with
+        self._flush_due = False
+        self._blocked = False  # the socket is full and we are told when it is not
         self._writable = asyncio.Event()
         self._writable.set()
         self.broken: Exception | None = None
+        self._loop.add_reader(sock.fileno(), self._readable)
 
-    async def ask(self, request_id: int, frame: Sequence[Buffer]) -> Frame:
+    def tell(self, frame: Sequence[Buffer]) -> None:
+        """Send a frame whose answer nobody waits for."""
+        self._write(frame)
+
+    async def ask(self, request_id: int, frame: Sequence[Buffer], descriptor: int | None = None) -> Frame:
         """Return the answer to ``request_id``; ``_BrokenError`` if there will be none."""
-        await self._writable.wait()
+        if descriptor is None:  # a frame with one is small, and must have left even if its caller is canceled
+            await self._writable.wait()
         if self.broken is not None:
             raise self.broken
         future: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
-        self._write(frame)
+        self._write(frame, descriptor)
         try:
             return await future
         except asyncio.CancelledError:
@@ -216,45 +313,112 @@ class _Line(asyncio.BufferedProtocol):
                 if not future.done():
                     future.set_exception(type(error)(*error.args))  # each waiter raises its own
             self._writable.set()
-            self._transport.abort()
+            self._loop.remove_reader(self._sock.fileno())
+            self._loop.remove_writer(self._sock.fileno())
+            self._sock.close()
+            while self._passing:
+                os.close(self._passing.popleft()[1])
 
-    def _write(self, frame: Sequence[Buffer]) -> None:
-        if sum(len(part) for part in frame) <= _JOIN_BYTES_MAX:
-            self._transport.write(b"".join(frame))
-        else:
-            self._transport.writelines(frame)
+    # Out
 
-    # asyncio's side
+    def _write(self, frame: Sequence[Buffer], descriptor: int | None = None) -> None:
+        size = sum(len(part) for part in frame)
+        parts: Sequence[Buffer] = [part for part in frame if len(part)]
+        if size <= _JOIN_BYTES_MAX:
+            parts = (b"".join(parts),)
+        if descriptor is not None:
+            self._passing.append((parts[0], os.dup(descriptor)))  # the caller may close its own meanwhile
+        self._unsent.extend(parts)
+        self._unsent_bytes += size
+        if self._unsent_bytes > _UNSENT_BYTES_MAX:
+            self._writable.clear()
+        if not self._flush_due and not self._blocked:
+            self._flush_due = True  # what is asked in one turn of the loop leaves together
+            self._loop.call_soon(self._flush)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but its bases
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.end(_BrokenError(str(exc or "closed by the daemon")))
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        body = self._decoder.body_buffer()
-        self._into_body = body is not None
-        return self._scratch if body is None else body
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def _flush(self) -> None:
+        self._flush_due = False
+        if self.broken is not None:
+            return
         try:
-            if self._into_body:
-                frame = self._decoder.body_filled(nbytes)
-                frames: Sequence[Frame] = () if frame is None else (frame,)
-            else:
-                frames = self._decoder.feed(bytes(self._scratch[:nbytes]))
+            while self._unsent:
+                self._sent(self._send())
+        except (BlockingIOError, InterruptedError):
+            if not self._blocked:
+                self._blocked = True
+                self._loop.add_writer(self._sock.fileno(), self._flush)
+        except OSError as error:  # the daemon closed on us: it may have said why
+            if not self._last_words():
+                self.end(_BrokenError(str(error)))
+        else:
+            if self._blocked:
+                self._blocked = False
+                self._loop.remove_writer(self._sock.fileno())
+        if self._unsent_bytes <= _UNSENT_BYTES_MAX:
+            self._writable.set()
+
+    def _send(self) -> int:
+        if not self._passing:
+            return self._sock.sendmsg(list(islice(self._unsent, _IOVECS_MAX)))
+        head, descriptor = self._passing[0]
+        before = next(index for index, part in enumerate(self._unsent) if part is head)
+        if before:
+            return self._sock.sendmsg(list(islice(self._unsent, min(before, _IOVECS_MAX))))
+        rights = array.array("i", [descriptor])
+        sent = self._sock.sendmsg([head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        self._passing.popleft()
+        os.close(descriptor)
+        return sent
+
+    def _sent(self, count: int) -> None:
+        self._unsent_bytes -= count
+        while count:
+            first = self._unsent[0]
+            if len(first) > count:
+                self._unsent[0] = memoryview(first)[count:]
+                return
+            count -= len(first)
+            self._unsent.popleft()
+
+    # In
+
+    def _readable(self) -> None:
+        try:
+            frames = self._receive()
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.end(_BrokenError(str(error)))
+            return
         except (FrameError, TooLargeError) as error:
             self.end(error)
             return
         for frame in frames:
             self._deliver(frame)
+
+    def _receive(self) -> Sequence[Frame]:
+        body = self._decoder.body_buffer()
+        if body is not None:
+            received = self._sock.recv_into(body)
+            if not received:
+                raise ConnectionResetError("closed by the daemon")
+            frame = self._decoder.body_filled(received)
+            return () if frame is None else (frame,)
+        data = self._sock.recv(_READ_BYTES)
+        if not data:
+            raise ConnectionResetError("closed by the daemon")
+        return self._decoder.feed(data)
+
+    def _last_words(self) -> bool:
+        """Read what the daemon wrote before it closed; return whether that ended the line with its reason."""
+        while self.broken is None:
+            try:
+                frames = self._receive()
+            except (OSError, FrameError, TooLargeError):
+                return False
+            for frame in frames:
+                self._deliver(frame)
+        return True
 
     def _deliver(self, frame: Frame) -> None:
         request_id = frame.header.get("id")
@@ -273,14 +437,21 @@ async def _connect(path: str, timeout_s: float) -> _Line:
     give_up = loop.time() + timeout_s
     backoff = Backoff(first_s=_RETRY_FIRST_S, cap_s=_RETRY_CAP_S)
     while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
         try:
-            _, line = await loop.create_unix_connection(_Line, path)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+            await loop.sock_connect(sock, path)
         except OSError as error:
+            sock.close()
             gone = isinstance(
                 error, FileNotFoundError | ConnectionRefusedError | BlockingIOError | ConnectionResetError
             )
             if not gone or loop.time() >= give_up:
                 raise UnavailableError(f"cannot reach inferd at {path}: {error.strerror or error}") from error
+        except BaseException:
+            sock.close()
+            raise
         else:
-            return line
+            return _Line(sock)
         await asyncio.sleep(backoff.next())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import errno
 import socket
 import struct
@@ -19,14 +20,18 @@ from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
     Result,
+    attach_frame,
     call_frame,
+    detach_frame,
     error_of,
     infer_frame,
     predict_frame,
     result_of,
+    tensors_of,
     value_of,
 )
-from agent.errors import DeadlineError, UnavailableError
+from agent.client.regions import Plan, Region, SharedMemory
+from agent.errors import AgentError, DeadlineError, UnavailableError
 from agent.tensors import Array
 from agent.wire import Buffer, Decoder, Frame
 
@@ -47,6 +52,8 @@ class Client:
 
     A request whose connection breaks before it is answered is sent again, at most ``retries`` times: it may then run
     twice. Set ``retries=0`` for a model where that matters.
+
+    Large arrays go through shared memory by themselves, copied once; arrays over a ``region`` are not copied at all.
 
     Args:
         socket_path: The daemon's frame socket.
@@ -72,6 +79,7 @@ class Client:
         self._sock: socket.socket | None = None
         self._decoder = Decoder(ANSWER_LIMITS)
         self._wait_s = 0.0  # the socket's present timeout
+        self._memory = SharedMemory(self._detach)
 
     def infer(
         self,
@@ -83,6 +91,7 @@ class Client:
         outputs: Sequence[str] | None = None,
         priority: int | None = None,
         params: Mapping[str, Any] | None = None,
+        reply: Region | None = None,
     ) -> Result:
         """Run ``model`` on tensors.
 
@@ -94,6 +103,8 @@ class Client:
             outputs: Which outputs to return; default: all.
             priority: Passed on to the model's queue.
             params: Passed on to the model's handler.
+            reply: Where outputs are written if they fit; the result's arrays then lie there, valid until the region's
+                next use.
 
         Raises:
             AgentError: the class of the daemon's error code, e.g. ``UnknownModelError``, ``TensorError``,
@@ -101,6 +112,8 @@ class Client:
             UnavailableError: no daemon there, or the connection broke more than ``retries`` times.
             DeadlineError: no answer in time.
         """
+
+        plan = self._memory.plan(model, inputs, reply)
 
         def build(request_id: int) -> list[Buffer]:
             return infer_frame(
@@ -112,9 +125,44 @@ class Client:
                 outputs=outputs,
                 priority=priority,
                 params=params,
+                plan=plan,
             )
 
-        return result_of(self._ask(build, deadline_ms, self._retries))
+        try:
+            frame = self._ask(build, deadline_ms, self._retries, plan)
+            return tensors_of(frame, model, plan, self._memory)
+        except _StagingRefusedError:
+            self._memory.refused()
+        except BaseException:
+            self._memory.failed(plan)
+            raise
+        self._memory.failed(plan)
+        return self.infer(
+            model,
+            inputs,
+            version=version,
+            deadline_ms=deadline_ms,
+            outputs=outputs,
+            priority=priority,
+            params=params,
+            reply=reply,
+        )
+
+    def region(self, nbytes: int) -> Region:
+        """Return memory shared with the models' workers; close it, or use it in a ``with`` block.
+
+        Raises:
+            AgentError: the daemon does not take it, e.g. ``OverloadedError`` above its bounds.
+            UnavailableError: no daemon there.
+        """
+        region = self._memory.region(nbytes)
+        try:
+            with self._lock:
+                self._attach_first(region)
+        except BaseException:
+            region.close()
+            raise
+        return region
 
     def predict(
         self,
@@ -159,6 +207,7 @@ class Client:
         """Close the connection; the next request opens a new one."""
         with self._lock:
             self._disconnect()
+        self._memory.close_staging()
 
     def __enter__(self) -> Self:
         return self
@@ -170,7 +219,9 @@ class Client:
 
     # Inside
 
-    def _ask(self, build: Callable[[int], list[Buffer]], deadline_ms: float | None, retries: int) -> Frame:
+    def _ask(
+        self, build: Callable[[int], list[Buffer]], deadline_ms: float | None, retries: int, plan: Plan | None = None
+    ) -> Frame:
         wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
         request_id = next(self._ids)
         frame = build(request_id)
@@ -179,6 +230,8 @@ class Client:
                 reused = self._sock is not None
                 sock = self._connected(wait_s)
                 try:
+                    if plan is not None:
+                        self._attach_all(sock, plan)
                     return self._exchange(sock, frame, request_id)
                 except BlockingIOError as error:  # the socket's timeout
                     self._disconnect()
@@ -194,9 +247,60 @@ class Client:
                     self._disconnect()
                     raise
 
-    def _exchange(self, sock: socket.socket, frame: list[Buffer], request_id: int) -> Frame:
+    def _attach_all(self, sock: socket.socket, plan: Plan) -> None:
+        """Let this connection know the regions of a request."""
+        for region in plan.regions.values():
+            try:
+                self._attach(sock, region)
+            except AgentError as error:
+                if region is plan.staging:
+                    raise _StagingRefusedError from error
+                raise
+
+    def _attach_first(self, region: Region) -> None:
+        """Attach a new region, on a new connection if the present one ended while it idled."""
+        while True:
+            reused = self._sock is not None
+            try:
+                self._attach(self._connected(self._timeout_s), region)
+            except AgentError:
+                raise
+            except OSError as error:
+                self._disconnect()
+                if not reused:
+                    raise UnavailableError(f"the connection to {self._path} broke: {error}") from error
+            except BaseException:
+                self._disconnect()
+                raise
+            else:
+                return
+
+    def _attach(self, sock: socket.socket, region: Region) -> None:
+        if region.attached_to is not sock:
+            request_id = next(self._ids)
+            value_of(self._exchange(sock, attach_frame(request_id, region), request_id, region.descriptor))
+            region.note_attached(sock)
+
+    def _detach(self, region: Region) -> None:
+        with self._lock:
+            sock = self._sock
+            if sock is None or region.attached_to is not sock:
+                return
+            request_id = next(self._ids)
+            try:
+                self._exchange(sock, detach_frame(request_id, region), request_id)
+            except OSError:
+                self._disconnect()  # which detaches too
+
+    def _exchange(
+        self, sock: socket.socket, frame: list[Buffer], request_id: int, descriptor: int | None = None
+    ) -> Frame:
         try:
-            _send_all(sock, frame)
+            if descriptor is not None:
+                rights = array.array("i", [descriptor])
+                sock.sendmsg(frame, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            else:
+                _send_all(sock, frame)
         except BlockingIOError:
             raise
         except OSError as error:  # the daemon closed on us: it may have said why
@@ -242,6 +346,10 @@ class Client:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+
+
+class _StagingRefusedError(Exception):
+    """The daemon does not take our staging region; the same request can be sent as bytes."""
 
 
 class _UnsentError(OSError):

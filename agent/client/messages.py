@@ -1,4 +1,7 @@
-"""What clients say and hear, without sockets: requests as frames, answers as results or exceptions."""
+"""What clients say and hear, without sockets: requests as frames, answers as results or exceptions.
+
+Leaves out: which tensors lie in shared memory (``regions.py``).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory
 from agent.errors import AgentError, FrameError, by_code
-from agent.tensors import Array, pack, unpack
-from agent.wire import Buffer, Frame, Limits, encode
+from agent.tensors import Array, as_array, pack, unpack
+from agent.wire import Buffer, Frame, Limits, encode, parse_tensors
 
 DEFAULT_SOCKET: Final = "/run/inferd/inferd.sock"
 
@@ -44,15 +48,21 @@ def infer_frame(
     outputs: Sequence[str] | None = None,
     priority: int | None = None,
     params: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
 ) -> list[Buffer]:
-    """Return a request of tensors; contiguous arrays are sent from where they lie.
+    """Return a request of tensors; contiguous arrays are sent from where they lie, or by reference as ``plan`` says.
 
     Raises:
         TensorError: a dtype the wire does not carry.
     """
-    tensors, body = pack(inputs)
     header = _infer_header(request_id, model, version, deadline_ms, priority, params)
-    header["tensors"] = tensors
+    body: Sequence[Buffer]
+    if plan is None:
+        header["tensors"], body = pack(inputs)
+    else:
+        header["tensors"], body = plan.entries, plan.buffers
+        if plan.reply is not None:
+            header["reply"] = plan.reply
     if outputs is not None:
         header["outputs"] = list(outputs)
     return encode(header, body)
@@ -83,13 +93,46 @@ def call_frame(request_id: int, method: str, args: Mapping[str, Any] | None, dea
     return encode(header)
 
 
+def attach_frame(request_id: int, region: Region) -> list[Buffer]:
+    """Return the frame that the region's descriptor travels with."""
+    return encode({"kind": "attach", "id": request_id, "region": region.number, "nbytes": region.nbytes})
+
+
+def detach_frame(request_id: int, region: Region) -> list[Buffer]:
+    """Return the frame that ends a region."""
+    return encode({"kind": "detach", "id": request_id, "region": region.number})
+
+
 def cancel_frame(request_id: int) -> list[Buffer]:
     """Return the withdrawal of a request; it is answered with ``canceled`` unless its answer is on its way."""
     return encode({"kind": "cancel", "id": request_id})
 
 
+def tensors_of(frame: Frame, model: str, plan: Plan | None, memory: SharedMemory) -> Result:
+    """Return the result of an ``infer``; what lies in shared memory is taken from there.
+
+    Raises:
+        AgentError: as ``result_of``.
+    """
+    header = frame.header
+    if header["kind"] != "result" or "tensors" not in header:
+        return result_of(frame)
+    body = memoryview(frame.body)
+    if plan is None:
+        outputs = unpack(header["tensors"], body, tensors_max=ANSWER_LIMITS.tensors_max)
+        if len(body) > STAGED_BYTES_MIN:
+            memory.learn(model, outputs.values())
+        return _result(header, outputs, b"")
+    outputs = {}
+    for tensor in parse_tensors(header["tensors"], len(body), tensors_max=ANSWER_LIMITS.tensors_max):
+        outputs[tensor.name] = as_array(tensor, body) if tensor.region is None else memory.output(plan, tensor)
+    memory.learn(model, outputs.values())
+    memory.answered(plan)
+    return _result(header, outputs, b"")
+
+
 def result_of(frame: Frame) -> Result:
-    """Return the result an answer carries.
+    """Return the result an answer without shared memory carries.
 
     Raises:
         AgentError: the error the answer carries, as its class.
@@ -104,6 +147,10 @@ def result_of(frame: Frame) -> Result:
         outputs = unpack(header["tensors"], frame.body, tensors_max=ANSWER_LIMITS.tensors_max)
     else:
         body = bytes(frame.body)
+    return _result(header, outputs, body)
+
+
+def _result(header: Mapping[str, Any], outputs: Mapping[str, Array], body: bytes) -> Result:
     return Result(
         model=str(header.get("model") or ""),
         version=str(header.get("version") or ""),

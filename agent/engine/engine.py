@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import psutil
 
+from agent.arena import Arena
 from agent.config import EngineConfig
 from agent.engine.job import Job, error_of
 from agent.engine.pool import Pool, PoolOwner
@@ -47,11 +48,19 @@ class Engine:
     name = "engine.sweeper"
 
     def __init__(
-        self, config: EngineConfig, *, scratch: Path, wire: Limits, events: EventBus, metrics: Metrics
+        self,
+        config: EngineConfig,
+        *,
+        scratch: Path,
+        wire: Limits,
+        events: EventBus,
+        metrics: Metrics,
+        arena: Arena | None = None,
     ) -> None:
         self._config = config
         self._scratch = scratch
         self._wire = wire
+        self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
         self._events = events
         self._zygotes: dict[str, Zygote] = {}
         self._active: dict[str, Version] = {}
@@ -115,6 +124,7 @@ class Engine:
             job.version.submit(job)
         except AgentError as error:
             self._answers.add((request.model if request.model in self._active else "", "", error.code))
+            job.settle()
             request.answer(error_of(error, request.header.get("id")), ())
             return
         if not self._work.is_set():
@@ -123,8 +133,10 @@ class Engine:
     def cancel(self, request: InferRequest) -> None:
         """Forget ``request``: it gets no answer any more; a worker that has not begun it never will."""
         job = request.handle
-        if job is not None and job.version is not None and job.version.pool is not None:
-            job.version.pool.cancel(job)
+        if job is not None and job.version is not None:
+            if job.version.pool is not None:
+                job.version.pool.cancel(job)
+            job.settle()
 
     def _route(self, request: InferRequest) -> Version:
         version = self._active.get(request.model)
@@ -260,6 +272,7 @@ class Engine:
             spawn=self._spawn,
             scratch=self._scratch,
             wire=self._wire,
+            arena=self._arena,
             numbers=self._numbers,
         )
 

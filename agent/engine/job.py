@@ -13,16 +13,23 @@ from agent.wire import Buffer, error_header
 class Job:
     """One admitted request. ``number`` is its id towards workers, unique in the engine."""
 
-    __slots__ = ("arrived", "attempts", "dispatched", "link", "number", "request", "version")
+    __slots__ = (
+        "arrived", "attempts", "body_bytes", "dispatched", "link", "number", "regions", "request", "settled", "version",
+    )  # fmt: skip
 
     def __init__(self, request: InferRequest, number: int, arrived: float) -> None:
         self.request = request
         self.number = number
+        self.body_bytes = len(request.body)
         self.arrived = arrived  # loop seconds
         self.dispatched = 0.0  # loop seconds of the last hand-over to a worker
         self.attempts = 0
         self.link: Any = None  # the WorkerLink that holds it
         self.version: Any = None  # the Version it was routed to
+        self.regions = request.regions  # held from here until the job is settled: a retry needs them again
+        self.settled = False  # answered or withdrawn
+        for _, region in self.regions:
+            region.hold()
 
     def answer(self, header: dict[str, Any], body: Sequence[Buffer] = ()) -> None:
         """Give the one answer, under the client's own id."""
@@ -31,7 +38,17 @@ class Job:
             header.pop("id", None)
         else:
             header["id"] = request_id
+        self.settle()
         self.request.answer(header, body)
+
+    def settle(self) -> None:
+        """Nothing more is to be done for this job: let go of its shared memory. A second call does nothing."""
+        if not self.settled:
+            self.settled = True
+            self.request.body = b""  # request and job know each other: the body must not wait for the collector
+        regions, self.regions = self.regions, ()
+        for _, region in regions:
+            region.release()
 
     def fail(self, error: AgentError) -> None:
         """Answer with ``error``."""

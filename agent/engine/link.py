@@ -1,22 +1,28 @@
 """The daemon's end of one worker's channel: frames out, coalesced; frames in, matched to their requests.
 
 Synchronous by design: every method runs on the loop's thread and returns at once. Promises: each job given to
-``send`` ends in exactly one ``on_answer`` or is handed back by ``on_death``. Leaves out: what to do about a death.
+``send`` ends in exactly one ``on_answer`` or is handed back by ``on_death``; the shared memory of a job is held until
+the worker has answered it or is dead, also when nobody waits for the answer any more; a worker has each region
+attached once, at its first use. Leaves out: what to do about a death.
 """
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from agent.arena import SHARED_BYTES_MIN, Arena, Slot, slot_of
 from agent.engine.job import Job
 from agent.engine.zygote import WorkerProcess
-from agent.errors import FrameError, TooLargeError
+from agent.errors import AgentError, FrameError, TooLargeError
 from agent.log import get_logger
+from agent.regions import Region
 from agent.wire import Buffer, Decoder, Frame, Limits, encode_head
 
 _log = get_logger("worker")
@@ -32,6 +38,8 @@ class WorkerLink:
         process: WorkerProcess,
         *,
         limits: Limits,
+        arena: Arena,
+        regions_max: int,
         on_answer: Callable[[WorkerLink, Job, dict[str, Any], Buffer], None],
         on_frame: Callable[[WorkerLink, dict[str, Any]], None],
         on_death: Callable[[WorkerLink], None],
@@ -49,6 +57,12 @@ class WorkerLink:
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(limits)
         self._out: list[Buffer] = []
+        self._passing: deque[tuple[bytes, Region]] = deque()  # the frames of ``_out`` that a descriptor goes with
+        self._attached: dict[Region, None] = {}  # what the worker has mapped, the longest unused first
+        self._regions_max = regions_max
+        self._lent: dict[int, tuple[list[Region], Slot | None]] = {}  # by job number, until answered; and the window
+        self._arena = arena
+        self._answer_bytes = 0  # of the last answer, if it was large: the next one gets a window
         self._flushing = False
         self._writing = False
         self._loop.add_reader(process.channel.fileno(), self._on_readable)
@@ -58,22 +72,32 @@ class WorkerLink:
         """Hand ``job`` to the worker under ``header``, whose id is the job's number."""
         self.jobs[job.number] = job
         body = job.request.body
-        self.held_bytes += len(body)
+        self.held_bytes += job.body_bytes
+        if job.regions or job.body_bytes > SHARED_BYTES_MIN or self._answer_bytes:
+            body = self._share(job, header)
         self.post(header, body)
 
-    def post(self, header: dict[str, Any], body: Buffer = b"") -> None:
-        """Queue one frame; all frames of a loop turn leave in one system call."""
-        self._out.append(encode_head(header, len(body)))
+    def post(self, header: dict[str, Any], body: Buffer = b"") -> bytes:
+        """Queue one frame and return its head; all frames of a loop turn leave in one system call."""
+        head = encode_head(header, len(body))
+        self._out.append(head)
         if body:
             self._out.append(body)
         if not self._flushing and not self._writing:
             self._flushing = True
             self._loop.call_soon(self._flush)
+        return head
 
     def forget(self, job: Job) -> None:
         """Stop waiting for ``job``: its late answer will be dropped."""
         if self.jobs.pop(job.number, None) is not None:
-            self.held_bytes -= len(job.request.body)
+            self.held_bytes -= job.body_bytes
+
+    def region_gone(self, region: Region) -> None:
+        """Let the worker unmap a region that ends, see ``regions.RegionUser``."""
+        if region in self._attached:
+            del self._attached[region]
+            self.post({"kind": "detach", "region": region.number})
 
     def kill(self) -> None:
         """SIGKILL the worker; ``on_death`` follows."""
@@ -91,6 +115,86 @@ class WorkerLink:
             self._loop.remove_writer(channel)
         self._loop.remove_reader(self.process.pidfd)
 
+    def _share(self, job: Job, header: dict[str, Any]) -> Buffer:
+        """Name in the header what the worker gets by reference; return the body that is still to be sent."""
+        request, window = job.request, None
+        body: Buffer = request.body
+        shared: dict[str, Any] = {}
+        lent: list[Region] = []
+        if job.regions:
+            shared["regions"] = [(named, region.number) for named, region in job.regions]
+            for _, region in job.regions:
+                region.hold()
+                lent.append(region)
+        if job.body_bytes > SHARED_BYTES_MIN:
+            slot = slot_of(body)
+            if slot is not None:
+                slot.hold()
+            else:
+                slot = self._arena.take(request.model, job.body_bytes)
+                if slot is not None:
+                    place = slot.lease(job.body_bytes)
+                    place[:] = body
+                    request.body = place  # equal bytes, for a retry
+            if slot is not None:
+                shared["body"] = (slot.number, 0, job.body_bytes)
+                lent.append(slot)
+                body = b""
+        if self._answer_bytes and "reply" not in header:
+            window = self._arena.take(request.model, self._answer_bytes)
+            if window is not None:
+                shared["answer"] = (window.number, 0, window.nbytes)
+                lent.append(window)
+        if lent:
+            for region in lent:
+                self._use(region)
+            header["shared"] = shared
+            self._lent[job.number] = (lent, window)
+        return body
+
+    def _use(self, region: Region) -> None:
+        """Make sure the worker has the region mapped."""
+        if region in self._attached:
+            del self._attached[region]
+        else:
+            self._attach(region)
+        self._attached[region] = None
+
+    def _attach(self, region: Region) -> None:
+        if len(self._attached) >= self._regions_max:
+            oldest = next(iter(self._attached))  # requests that use it keep it mapped in the worker until they end
+            del self._attached[oldest]
+            oldest.users.discard(self)
+            self.post({"kind": "detach", "region": oldest.number})
+        region.users.add(self)
+        region.hold()  # until its descriptor is sent
+        head = self.post({"kind": "attach", "region": region.number, "nbytes": region.nbytes})
+        self._passing.append((head, region))
+
+    def _return_lent(self, number: int) -> None:
+        regions, _ = self._lent.pop(number, ((), None))
+        for region in regions:
+            region.release()
+
+    def _answer_of(self, header: dict[str, Any], body: Buffer) -> Buffer:
+        """Return the body of an answer, which may lie in the window that was lent for it.
+
+        Raises:
+            FrameError: it names more than it was lent.
+        """
+        _, window = self._lent.get(header["id"], ((), None))
+        nbytes = header.pop("window_bytes", None)
+        if nbytes is None:
+            if len(body) > SHARED_BYTES_MIN:
+                self._answer_bytes = len(body)
+            elif window is not None and header["kind"] == "result":
+                self._answer_bytes = 0
+            return body
+        if window is None or type(nbytes) is not int or not 0 <= nbytes <= window.nbytes or len(body):
+            raise FrameError("an answer in a window that was not lent")
+        self._answer_bytes = nbytes
+        return window.lease(nbytes)
+
     def _flush(self) -> None:
         self._flushing = False
         if not self.alive:
@@ -98,7 +202,7 @@ class WorkerLink:
         out = self._out
         try:
             while out:
-                sent = self.process.channel.sendmsg(out[:_BUFFERS_MAX])
+                sent = self._send_passing() if self._passing else self.process.channel.sendmsg(out[:_BUFFERS_MAX])
                 _drop_sent(out, sent)
         except BlockingIOError:
             if not self._writing:
@@ -107,9 +211,22 @@ class WorkerLink:
             return
         except OSError:
             out.clear()  # the worker is dying; its pidfd tells
+            self._drop_passing()
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self.process.channel.fileno())
+
+    def _send_passing(self) -> int:
+        """Send up to the next frame that a descriptor goes with, or that frame alone with it."""
+        head, region = self._passing[0]
+        place = next(index for index, part in enumerate(self._out) if part is head)
+        if place:
+            return self.process.channel.sendmsg(self._out[: min(place, _BUFFERS_MAX)])
+        rights = array.array("i", [region.descriptor])
+        sent = self.process.channel.sendmsg([head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        self._passing.popleft()
+        region.release()
+        return sent
 
     def _on_readable(self) -> None:
         place = self._decoder.body_buffer()
@@ -128,8 +245,7 @@ class WorkerLink:
         except OSError:
             count, frames = 0, []
         except (FrameError, TooLargeError) as error:
-            _log.error("worker broke the protocol; killing it", pid=self.process.pid, error=str(error))
-            self.kill()
+            self._kill_for(error)
             count, frames = 0, []
         if count == 0:
             self._loop.remove_reader(self.process.channel.fileno())  # its pidfd tells the rest
@@ -141,12 +257,24 @@ class WorkerLink:
         header = frame.header
         kind = header["kind"]
         if kind in ("result", "error") and "id" in header:
+            body = frame.body
+            if self._lent or len(body) > SHARED_BYTES_MIN:
+                try:
+                    body = self._answer_of(header, body)
+                except FrameError as error:
+                    self._kill_for(error)
+                    return
+                self._return_lent(header["id"])
             job = self.jobs.pop(header["id"], None)
             if job is not None:
-                self.held_bytes -= len(job.request.body)
-                self._on_answer(self, job, header, frame.body)
+                self.held_bytes -= job.body_bytes
+                self._on_answer(self, job, header, body)
         else:
             self._on_frame(self, header)
+
+    def _kill_for(self, error: AgentError) -> None:
+        _log.error("worker broke the protocol; killing it", pid=self.process.pid, error=str(error))
+        self.kill()
 
     def _on_exit(self) -> None:
         if not self.alive:
@@ -154,8 +282,22 @@ class WorkerLink:
         self._drain()
         self.alive = False
         self._detach()
+        self._let_go()
         self.gone.set()
         self._on_death(self)
+
+    def _let_go(self) -> None:
+        """The process is gone: nothing touches shared memory on its behalf any more."""
+        for number in list(self._lent):
+            self._return_lent(number)
+        self._drop_passing()
+        attached, self._attached = self._attached, {}
+        for region in attached:
+            region.users.discard(self)
+
+    def _drop_passing(self) -> None:
+        while self._passing:
+            self._passing.popleft()[1].release()
 
     def _drain(self) -> None:
         """Take answers the worker wrote before it died."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from agent.arena import Arena
 from agent.backoff import Backoff
 from agent.config import EngineConfig
 from agent.engine.job import Job
@@ -28,7 +29,7 @@ from agent.wire import Buffer, Limits
 
 _log = get_logger("pool")
 _HELD_BYTES_MAX: Final = 64 * 1024 * 1024  # bodies a worker may hold before others wait in the daemon
-_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors")
+_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply")
 _ATTEMPTS_MAX: Final = 2
 _LEAVE_TIMEOUT_S: Final = 5.0
 
@@ -68,6 +69,7 @@ class Pool:
         spawn: Callable[[Coroutine[Any, Any, None], str], None],
         scratch: Path,
         wire: Limits,
+        arena: Arena,
         numbers: itertools.count[int],
     ) -> None:
         self.spec = spec
@@ -81,6 +83,7 @@ class Pool:
         self._spawn = spawn
         self._scratch = scratch
         self._wire = wire
+        self._arena = arena
         self._numbers = numbers
         self._loop = asyncio.get_running_loop()
         self._deaths: deque[float] = deque(maxlen=config.deaths_max)
@@ -165,17 +168,19 @@ class Pool:
         config = self._config
         if self.outstanding >= config.queue_requests_max:
             raise OverloadedError(f"{config.queue_requests_max} requests are waiting; try again later")
-        if self.held_bytes + len(job.request.body) > config.queue_bytes_max:
+        if self.held_bytes + job.body_bytes > config.queue_bytes_max:
             raise OverloadedError(f"waiting requests hold {config.queue_bytes_max} bytes; try again later")
         self.adopt(job)
 
     def adopt(self, job: Job, *, first: bool = False) -> None:
         """Take a job that is already admitted; ``first`` puts it before all that wait."""
+        if job.settled:  # withdrawn while it was carried from one pool or worker to the next
+            return
         link = self._roomiest() if not self.waiting or first else None
         if link is not None:
             self._dispatch(link, job)
             return
-        self._waiting_bytes += len(job.request.body)
+        self._waiting_bytes += job.body_bytes
         if first:
             self.waiting.appendleft(job)
         else:
@@ -193,7 +198,7 @@ class Pool:
             self.waiting.remove(job)
         except ValueError:
             return False
-        self._waiting_bytes -= len(job.request.body)
+        self._waiting_bytes -= job.body_bytes
         self._check_drained()
         return True
 
@@ -265,7 +270,7 @@ class Pool:
             if link is None:
                 return
             job = self.waiting.popleft()
-            self._waiting_bytes -= len(job.request.body)
+            self._waiting_bytes -= job.body_bytes
             self._dispatch(link, job)
 
     def _on_answer(self, _link: WorkerLink, job: Job, header: dict[str, Any], body: Buffer) -> None:
@@ -288,7 +293,13 @@ class Pool:
         try:
             process = await self._forker.fork({**self.spec.worker, "scratch_dir": str(scratch)})
             link = WorkerLink(
-                process, limits=self._wire, on_answer=self._on_answer, on_frame=self._on_frame, on_death=self._on_death
+                process,
+                limits=self._wire,
+                arena=self._arena,
+                regions_max=self._config.open_files_max // 2,
+                on_answer=self._on_answer,
+                on_frame=self._on_frame,
+                on_death=self._on_death,
             )
             ready: asyncio.Future[None] = self._loop.create_future()
             self._starting[link] = ready

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from agent.regions import Region
 from agent.wire import Buffer
 
 # The Open Inference Protocol's names of the wire's dtypes.
@@ -35,7 +36,8 @@ class InferRequest(Protocol):
 
     ``answer`` is called exactly once, on the loop's thread, with a ``result`` or ``error`` header and the body's
     buffers. ``header`` is the ``infer`` header as received; ``deadline`` is absolute in the loop's time (seconds);
-    ``handle`` belongs to the engine and starts as ``None``.
+    ``regions`` is the shared memory the header names, by the client's numbers; the engine holds it as long as it needs
+    it. ``handle`` belongs to the engine and starts as ``None``.
     """
 
     model: str
@@ -44,6 +46,7 @@ class InferRequest(Protocol):
     body: Buffer
     deadline: float
     client: str
+    regions: Sequence[tuple[int, Region]]
     handle: Any
 
     def answer(self, header: dict[str, Any], body: Sequence[Buffer], /) -> None: ...

@@ -3,18 +3,20 @@
 Requests go to the engine as they arrive and answers leave in the order they come, so a client may keep many
 outstanding; ids are the client's own. A request-level fault is answered and the connection goes on; bytes that are not
 our protocol get an error frame naming the fault, then the connection closes. When the peer closes its side, even
-half-way, everything it had outstanding is canceled. Tensors are not looked at here: the worker checks them.
+half-way, everything it had outstanding is canceled and its shared memory is let go. Tensors are not looked at here:
+the worker checks them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
 
-from agent.config import ServingConfig
+from agent.arena import SHARED_BYTES_MIN, Arena
+from agent.config import ServingConfig, SharedMemoryConfig
 from agent.errors import (
     AgentError,
     CanceledError,
@@ -25,6 +27,8 @@ from agent.errors import (
     TooLargeError,
 )
 from agent.log import get_logger
+from agent.regions import RegionTable
+from agent.serving.attachments import ANCILLARY_BYTES, Attachments
 from agent.serving.budget import ReceiveBudget
 from agent.serving.identity import Caller, require
 from agent.serving.outbound import Outbound
@@ -37,6 +41,7 @@ _READ_BYTES: Final = 64 * 1024  # per turn; the rest of a large body goes straig
 _PAUSE_BYTES: Final = 1024 * 1024  # answers not taken yet; above it no new requests are read
 _CALLS_MAX: Final = 16  # at once per connection
 _NAME_CHARS_MAX: Final = 128
+_CLOSE_ON_EXEC: Final = socket.MSG_CMSG_CLOEXEC
 
 
 class Owner(Protocol):
@@ -47,6 +52,9 @@ class Owner(Protocol):
     budget: ReceiveBudget
     config: ServingConfig
     limits: Limits
+    regions: RegionTable
+    shared_memory: SharedMemoryConfig
+    arena: Arena
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Start a task that lives no longer than the server."""
@@ -60,20 +68,21 @@ class FrameConnection:
 
     __slots__ = (
         "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_loop",
-        "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_server", "_sock", "caller",
+        "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_server", "_shared", "_sock", "caller",
     )  # fmt: skip
 
     def __init__(self, server: Owner, sock: socket.socket, caller: Caller) -> None:
         self._server = server
         self._sock = sock
         self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder(server.limits)
+        self._decoder = Decoder(server.limits, place=self._place)
         self._out = Outbound()
         self._outstanding: dict[int, InferRequest] = {}  # by the client's id
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._mid_since = 0.0  # when the frame under way began (loop seconds); 0: none is
         self._blocked_since = 0.0  # since when the peer has taken nothing (loop seconds); 0: it is not behind
-        self._reserved = 0  # bytes of the shared receive budget
+        self._reserved = 0  # bytes of the receive budget
+        self._shared = Attachments(server.regions, server.shared_memory)
         self._flush_due = False
         self._paused = False
         self._finishing = False  # no more is read; closes when everything is answered
@@ -102,6 +111,8 @@ class FrameConnection:
         self._sock.close()
         self._release_budget()
         self._withdraw()
+        self._shared.close()
+        self._decoder.drop()
         self._server.closed(self, reason)
 
     def enforce_deadlines(self, now: float) -> None:
@@ -121,6 +132,8 @@ class FrameConnection:
                 self._handle(frame)
                 if self._closed or self._failing:
                     return
+            if self._shared.descriptors_wait and not self._decoder.mid_frame:
+                raise FrameError("a descriptor came with a frame that takes none")
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -137,7 +150,9 @@ class FrameConnection:
         """Return the frames that one read completed."""
         body = self._decoder.body_buffer()
         if body is not None:
-            count = self._sock.recv_into(body)
+            count, ancillary, flags, _ = self._sock.recvmsg_into((body,), ANCILLARY_BYTES, _CLOSE_ON_EXEC)
+            if ancillary or flags & socket.MSG_CTRUNC:
+                self._shared.receive(ancillary, flags)
             if not count:
                 raise ConnectionResetError("the peer closed")
             frame = self._decoder.body_filled(count)
@@ -145,7 +160,9 @@ class FrameConnection:
                 return ()
             self._release_budget()
             return (frame,)
-        data = self._sock.recv(_READ_BYTES)
+        data, ancillary, flags, _ = self._sock.recvmsg(_READ_BYTES, ANCILLARY_BYTES, _CLOSE_ON_EXEC)
+        if ancillary or flags & socket.MSG_CTRUNC:
+            self._shared.receive(ancillary, flags)
         if not data:
             raise ConnectionResetError("the peer closed")
         frames = self._decoder.feed(data)
@@ -155,6 +172,18 @@ class FrameConnection:
                 raise OverloadedError("too many large bodies are being received")
             self._reserved = len(body)
         return frames
+
+    def _place(self, header: Mapping[str, Any], nbytes: int) -> memoryview | None:
+        """Return memory that the model's worker can be given, for a request's large body."""
+        model = header.get("model")
+        if header["kind"] != "infer" or not isinstance(model, str) or nbytes <= SHARED_BYTES_MIN:
+            return None
+        slot = self._server.arena.take(model, nbytes) if "infer" in self.caller.roles else None
+        if slot is None:
+            return None
+        body = slot.lease(nbytes)
+        slot.release()  # the lease holds it from here on
+        return body
 
     def _handle(self, frame: Frame) -> None:
         header = frame.header
@@ -170,6 +199,8 @@ class FrameConnection:
             self._cancel(request_id)
         elif kind == "call":
             self._call(request_id, header)
+        elif kind in ("attach", "detach"):
+            self._attach_or_detach(request_id, header)
         else:
             raise FrameError(f"kind {kind[:32]!r} is not for a server")
 
@@ -185,6 +216,7 @@ class FrameConnection:
                 deadline=self._loop.time() + self._deadline_s(header, self._server.config.deadline_ms_default),
                 client=self.caller.key,
                 answer=partial(self._answer, header),
+                regions=self._shared.named_in(header) if len(self._shared) else (),
             )
         except AgentError as error:
             self._send_error(request_id, error)
@@ -213,6 +245,20 @@ class FrameConnection:
         else:
             return
         self._send_error(request_id, CanceledError("canceled by the client"))
+
+    def _attach_or_detach(self, request_id: int, header: dict[str, Any]) -> None:
+        self._check_unused(request_id)
+        try:
+            if header["kind"] == "attach":
+                number = self._shared.attach(header, self.caller)
+            else:
+                number = self._shared.detach(header)
+        except FrameError:
+            raise
+        except AgentError as error:
+            self._send_error(request_id, error)
+            return
+        self._send(encode({"kind": "reply", "id": request_id, "value": {"region": number}}))
 
     def _call(self, request_id: int, header: dict[str, Any]) -> None:
         self._check_unused(request_id)

@@ -17,10 +17,12 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from agent.config import ServingConfig
+from agent.arena import Arena
+from agent.config import ServingConfig, SharedMemoryConfig
 from agent.errors import OverloadedError
 from agent.log import get_logger
 from agent.metrics import Metrics
+from agent.regions import RegionTable
 from agent.serving.budget import ReceiveBudget
 from agent.serving.frame_connection import FrameConnection
 from agent.serving.identity import AccessPolicy, peer_credentials
@@ -50,8 +52,11 @@ class FrameServer:
         budget: ReceiveBudget,
         config: ServingConfig,
         metrics: Metrics,
+        shared_memory: SharedMemoryConfig | None = None,
+        arena: Arena | None = None,
     ) -> None:
         listener.setblocking(False)
+        shared = shared_memory or SharedMemoryConfig()
         self._listener = listener
         self._policy = policy
         self._connections: set[FrameConnection] = set()
@@ -63,6 +68,11 @@ class FrameServer:
         self._refused = metrics.counter("inferd_connections_refused", "Over the connection cap", ("listener",))
         self._cut = metrics.counter("inferd_connections_cut", "Ended by us, by reason", ("listener", "reason"))
         metrics.gauge("inferd_frame_connections", "Open", (), lambda: [((), len(self._connections))])
+        self.regions = RegionTable(count_max=shared.total_regions_max, bytes_max=shared.total_bytes_max)
+        metrics.gauge("inferd_shared_regions", "That clients attached", (), lambda: [((), self.regions.count)])
+        metrics.gauge("inferd_shared_bytes", "Of those regions", (), lambda: [((), self.regions.held_bytes)])
+        self.shared_memory = shared
+        self.arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
         self.engine = engine
         self.control = control
         self.budget = budget

@@ -1,4 +1,4 @@
-"""HTTP on one listening socket, TCP or unix: uvicorn's httptools protocol with the bounds it lacks.
+"""HTTP on one listening socket, TCP or unix: inference answered by the protocol itself, the rest by an application.
 
 uvicorn's own server is not used: it takes over the process's signals and wakes up ten times a second. What happens on
 one connection is in ``http_protocol.py``; this is the listener, its sweep and its end.
@@ -10,9 +10,11 @@ Promises: a bounded number of connections; silent, half-sent and unread connecti
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -26,18 +28,20 @@ from agent.serving.budget import ReceiveBudget
 from agent.serving.http_protocol import HttpProtocol
 from agent.serving.identity import AccessPolicy
 from agent.serving.listeners import BACKLOG
+from agent.serving.ports import Engine
 
 _log = get_logger("serving.http")
 
-_FLUSH_S: Final = 1.0  # for answers in transport buffers, after the drain
+_FLUSH_S: Final = 1.0  # for aborted connections and their requests to notice, after the drain
 
 
 class HttpServer:
-    """Serve an ASGI application on ``listener``, inherited or from ``listeners``; ours to close.
+    """Serve inference and an ASGI application on ``listener``, inherited or from ``listeners``; ours to close.
 
     Args:
         listener: A listening TCP or unix socket.
-        app: Called per request; ``scope["state"]["connection"]`` is its ``http_protocol.Connection``.
+        engine: Answers inference requests.
+        app: Called for all other paths; ``scope["state"]["connection"]`` is its ``http_protocol.Connection``.
         name: Label of this listener in metrics and logs: ``http`` or ``http-unix``.
     """
 
@@ -45,6 +49,7 @@ class HttpServer:
         self,
         listener: socket.socket,
         *,
+        engine: Engine,
         app: Any,
         name: str,
         policy: AccessPolicy,
@@ -55,12 +60,16 @@ class HttpServer:
         listener.setblocking(False)
         self._listener = listener
         self._sweep_timer: asyncio.TimerHandle | None = None
+        self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
         self._accepted = metrics.counter("inferd_http_connections", "Accepted connections", ("listener",))
         self._refused = metrics.counter("inferd_connections_refused", "Over the connection cap", ("listener",))
         self._cut = metrics.counter("inferd_connections_cut", "Ended by us, by reason", ("listener", "reason"))
+        self._run = os.urandom(4).hex().encode()  # makes the request ids of this listener distinct
+        self._numbers = itertools.count(1)
         self.name = name
+        self.engine = engine
         self.policy = policy
         self.budget = budget
         self.config = config
@@ -77,7 +86,6 @@ class HttpServer:
             server_header=False,
             date_header=False,
             proxy_headers=False,
-            timeout_keep_alive=int(config.idle_timeout_s) or 1,
         )
         self.uvicorn_config.load()
 
@@ -97,10 +105,11 @@ class HttpServer:
 
     def opened(self, connection: HttpProtocol) -> bool:
         """Note a new connection; ``False`` if it is one too many."""
-        del connection
         self._accepted.add((self.name,))
         self._empty.clear()
-        if self._sweep_timer is None:
+        if self._draining:  # accepted, but not opened, before intake stopped
+            connection.shutdown()
+        elif self._sweep_timer is None:
             self._sweep()
         if len(self.state.connections) <= self.config.connections_max:
             return True
@@ -115,6 +124,10 @@ class HttpServer:
     def cut(self, reason: str) -> None:
         """Count a connection that we ended."""
         self._cut.add((self.name, reason))
+
+    def next_request_id(self) -> bytes:
+        """Return an id for a request that came without."""
+        return b"%b-%x" % (self._run, next(self._numbers))
 
     # Inside
 
@@ -131,6 +144,7 @@ class HttpServer:
             self._sweep_timer = loop.call_later(shortest_s / 4, self._sweep)
 
     async def _drain(self) -> None:
+        self._draining = True
         for connection in self._connections():
             connection.shutdown()
         try:
@@ -143,7 +157,11 @@ class HttpServer:
                 connection.abort("drain_timeout")
             if self._sweep_timer is not None:
                 self._sweep_timer.cancel()
-        # Requests of aborted connections notice at their next step; they must not outlive this scope.
+            # Aborted connections withdraw their requests when the loop tells them.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FLUSH_S):
+                    await self._empty.wait()
+        # The application's tasks notice at their next step; they must not outlive this scope.
         if self.state.tasks:
             _, late = await asyncio.wait(set(self.state.tasks), timeout=_FLUSH_S)
             for task in late:

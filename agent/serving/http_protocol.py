@@ -1,35 +1,51 @@
-"""One HTTP connection: uvicorn's httptools protocol plus what it leaves out.
+"""One HTTP connection: uvicorn's httptools protocol, which answers inference itself, plus the bounds it lacks.
+
+Inference requests never enter ASGI (``http_inference.py``); every other path is the application's. Both wait in one
+queue, so that pipelined requests are answered in their order, one at a time.
 
 Added: peer credentials, caps on header and body, a deadline for half-sent requests and for clients that do not read,
-TCP_NODELAY, errors as JSON, a word to the request when its client goes. Changed: a body is handed over whole, so that
-it is copied once. Tests pin the parts of uvicorn this rests on.
+TCP_NODELAY, errors as JSON, request ids. Changed: a body is handed over whole, so that it is copied once; reading stops
+when the queue is full or answers are not taken, and not before, because only who reads sees that the client has gone;
+idle connections end by the server's sweep instead of a timer for each request. Tests pin the parts of uvicorn this
+rests on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
-from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
+import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from agent.config import ServingConfig
 from agent.errors import AgentError, InvalidInputError, OverloadedError, TooLargeError
+from agent.log import get_logger
+from agent.serving import http_inference
 from agent.serving.budget import ReceiveBudget
+from agent.serving.http_inference import InferenceExchange, Target, target_of
 from agent.serving.identity import AccessPolicy, Caller, peer_credentials
-from agent.serving.replies import error_reply
+from agent.serving.ports import Engine
+from agent.serving.replies import error_reply, response_bytes
+
+_log = get_logger("serving.http")
 
 _LINGER_S: Final = 2.0  # after a refusal: what the client still sends is dropped, so that it can read the answer
 _HEADER_OVERHEAD_BYTES: Final = 4  # ": " and the line end
+_QUEUE_REQUESTS_MAX: Final = 16
+_QUEUE_BYTES_MAX: Final = 64 * 1024  # of bodies; what one read brings may exceed either
+_REQUEST_ID: Final = re.compile(rb"[!-~]{1,128}")
+_READ: Final = http_inference.HEADERS | {b"connection", b"content-length", b"transfer-encoding"}
+
+Exchange = InferenceExchange | RequestResponseCycle
 
 
 class Connection(Protocol):
     """What a request may ask of the connection it came on; in ``scope["state"]["connection"]``."""
-
-    on_lost: Callable[[], None] | None  # called once if the client goes before the answer is complete
 
     def caller(self, authorization: bytes | None) -> Caller:
         """Return who asks; ``UnauthenticatedError`` if the given credentials are wrong."""
@@ -38,6 +54,7 @@ class Connection(Protocol):
 class Owner(Protocol):
     """What a connection needs of its server."""
 
+    engine: Engine
     policy: AccessPolicy
     budget: ReceiveBudget
     config: ServingConfig
@@ -53,15 +70,28 @@ class Owner(Protocol):
     def cut(self, reason: str) -> None:
         """Count a connection that we ended."""
 
+    def next_request_id(self) -> bytes:
+        """Return an id for a request that came without."""
+
 
 class HttpProtocol(HttpToolsProtocol):
-    """State of one connection beyond uvicorn's. Times are loop seconds, 0 = not so."""
+    """State of one connection beyond uvicorn's, whose ``cycle`` is the newest request and ``pipeline`` what waits.
+
+    Times are loop seconds, 0 = not so.
+    """
 
     def __init__(self, owner: Owner) -> None:
         super().__init__(owner.uvicorn_config, owner.state, {"connection": self})
+        # What follows a "Connection: close" is no request; uvicorn would parse it.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=False)
         self._owner = owner
         self._unix_caller: Caller | None = None
+        self._anonymous_caller: Caller | None = None
         self._host = ""
+        self._active: Exchange | None = None  # whose turn it is; it began and is not answered
+        self._advancing = False  # ``_advance`` is at work further up the stack
+        self._waiting_bytes = 0  # of bodies received since the queue was last empty
+        self._mid_message = False  # a message has begun and is not complete
         self._in_head = False  # a request line has begun and its headers are not complete
         self._fed_bytes = 0  # of the message under way, without the read that began it
         self._body: list[bytes] = []
@@ -69,19 +99,13 @@ class HttpProtocol(HttpToolsProtocol):
         self._fault: tuple[AgentError, int] | None = None  # why the parser was stopped: error, status
         self._refused_since = 0.0  # an error was the last answer on this connection
         self._ends_after_answers = False  # the message under way is refused; those before it are still answered
-        self._reading_since = 0.0
+        self._reading_since = 0.0  # the message under way was not complete at the end of a read
         self._unsent_bytes = 0  # in the transport, at the last sweep
         self._blocked_since = self.loop.time()  # when that last changed, or there was none
-        self._opened_at = self.loop.time()
-        self._served = False  # a request has begun; from then on uvicorn watches for idleness
-        self.on_lost: Callable[[], None] | None = None
-
-    def caller(self, authorization: bytes | None) -> Caller:
-        """Return who asks: the unix peer, or the bearer of a token, or nobody known."""
-        if self._unix_caller is not None:
-            return self._unix_caller
-        text = None if authorization is None else authorization.decode("latin-1")
-        return self._owner.policy.tcp_caller(self._host, text)
+        self._idle_since = self._blocked_since  # when the last answer was complete
+        self.engine = owner.engine
+        self.deadline_ms_default = owner.config.deadline_ms_default
+        self.body_bytes_max = owner.config.body_bytes_max
 
     # The connection's life
 
@@ -101,11 +125,19 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._release_budget()
-        lost, self.on_lost = self.on_lost, None
-        if lost is not None:
-            lost()
+        self.pipeline.clear()
+        active, self._active = self._active, None
+        if active is not None:
+            _tell_gone(active)
         super().connection_lost(exc)
         self._owner.closed()
+
+    def shutdown(self) -> None:
+        """Answer what was asked, then close."""
+        if self._active is None and not self.pipeline:
+            self.transport.close()
+        else:
+            self.cycle.keep_alive = False  # the newest
 
     def abort(self, reason: str) -> None:
         """Close now, unsent bytes are lost."""
@@ -124,8 +156,31 @@ class HttpProtocol(HttpToolsProtocol):
                 self._owner.cut("half_sent")
                 text = f"the request was not completed within {config.read_timeout_s} s"
                 self._refuse(InvalidInputError(text), 408)
-        elif not self._served and now - self._opened_at > config.idle_timeout_s:
+        elif self._active is None and not self.pipeline and now - self._idle_since > config.idle_timeout_s:
             self.transport.close()
+
+    # What requests need of us
+
+    def caller(self, authorization: bytes | None) -> Caller:
+        """Return who asks: the unix peer, or the bearer of a token, or nobody known."""
+        if self._unix_caller is not None:
+            return self._unix_caller
+        if authorization is not None:
+            return self._owner.policy.tcp_caller(self._host, authorization.decode("latin-1"))
+        if self._anonymous_caller is None:
+            self._anonymous_caller = self._owner.policy.tcp_caller(self._host, None)
+        return self._anonymous_caller
+
+    def send(self, data: bytes) -> None:
+        """Write a part of the answer."""
+        self.transport.write(data)
+
+    def finish(self, data: bytes, *, keep_alive: bool) -> None:
+        """Write the answer, or its last part; the next request's turn comes."""
+        self.transport.write(data)
+        if not keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     # Reading, under bounds
 
@@ -134,75 +189,173 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if self._reading_since:
             self._fed_bytes += len(data)
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # answered as if it had not been asked for
+        except httptools.HttpParserError as error:
+            self._parser_stopped(error)
+            return
+        if not self._mid_message:
+            return
         config = self._owner.config
         if not self._reading_since:
-            return
+            self._reading_since = self.loop.time()
         if self._in_head and self._fed_bytes > config.header_bytes_max:
             self._refuse(*_head_too_large(config))
         elif self._fed_bytes > config.header_bytes_max + config.body_bytes_max:  # framing and trailers count too
             self._refuse(*_body_too_large(config))
 
-    def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn when the parser stopped, by itself or by a ``_stop`` of ours."""
-        error, status = self._fault or (InvalidInputError("this is not a valid HTTP/1.1 request"), 400)
-        self._refuse(error, status)
-
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._served = True
+        """Begin anew. uvicorn would make a scope here: that is left to the requests that need one."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self._mid_message = True
         self._in_head = True
         self._fed_bytes = 0
-        self._reading_since = self.loop.time()
 
     def on_headers_complete(self) -> None:
+        if self.transport.is_closing():
+            self._stop(InvalidInputError("this follows the last request of the connection"), 400)
         self._in_head = False
         self._body = []
         self._body_bytes = 0
         config = self._owner.config
-        head_bytes, announced = len(self.url), 0
+        asked: dict[bytes, bytes] = {}
+        head_bytes = len(self.url)
         for name, value in self.headers:
             head_bytes += len(name) + len(value) + _HEADER_OVERHEAD_BYTES
-            if name == b"content-length":
-                announced = int(value)
-            elif name == b"transfer-encoding":
-                announced = announced or 1
+            if name in _READ:
+                asked[name] = value
+        announced = int(asked.get(b"content-length", b"transfer-encoding" in asked))
         if head_bytes > config.header_bytes_max:
             self._stop(*_head_too_large(config))
         if announced > config.body_bytes_max:
             self._stop(*_body_too_large(config))
-        if self.parser.should_upgrade() and announced:  # its body would be taken for the other protocol
+        upgrade = self.parser.should_upgrade()
+        if upgrade and announced:  # its body would be taken for the other protocol
             self._stop(InvalidInputError("protocol upgrades are not supported"), 400)
-        super().on_headers_complete()
-        if self.parser.should_upgrade():
-            self.cycle.keep_alive = False
+        request_id = asked.get(b"x-request-id")
+        if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+            request_id = self._owner.next_request_id()
+        target = target_of(self.url)
+        if target is None:
+            self._to_application(request_id)
+            if upgrade:
+                self.cycle.keep_alive = False
+        else:
+            self._to_inference(target, asked, request_id, upgrade=upgrade)
 
     def on_body(self, body: bytes) -> None:
         if self.cycle.response_complete:
             return
-        if self._body_bytes + len(body) > self._owner.config.body_bytes_max:
+        if self._body_bytes + len(body) > self.body_bytes_max:
             self._stop(*_body_too_large(self._owner.config))
         if not self._owner.budget.take(len(body)):
             self._stop(OverloadedError("too many large bodies are being received"), 503)
         self._body_bytes += len(body)
         self._body.append(body)
+        if self._active is not self.cycle:
+            self._waiting_bytes += len(body)
+            self._pause_or_read()
 
     def on_message_complete(self) -> None:
+        self._mid_message = False
         self._reading_since = 0.0
         self._release_budget()
-        self.cycle.body = b"".join(self._body)  # type: ignore[assignment]  # uvicorn makes bytes of it: now for free
+        body = b"".join(self._body)
         self._body = []
+        cycle: Exchange = self.cycle
+        if isinstance(cycle, InferenceExchange):
+            cycle.complete(body)
+            return
+        cycle.body = body  # type: ignore[assignment]  # uvicorn makes bytes of it: now for free
         super().on_message_complete()
-        self.cycle.more_body = False  # uvicorn leaves it when the answer came before the whole body
+        cycle.more_body = False  # uvicorn leaves it when the answer came before the whole body
+
+    # The queue
+
+    def _to_inference(self, target: Target, asked: dict[bytes, bytes], request_id: bytes, *, upgrade: bool) -> None:
+        keep_alive = self.parser.should_keep_alive() and not upgrade
+        if keep_alive and b"connection" in asked:  # version 1.0 must ask for it, and is not given it
+            keep_alive = self.parser.get_http_version() != "1.0"
+        exchange = InferenceExchange(
+            self,
+            target,
+            asked,
+            method=self.parser.get_method(),
+            request_id=request_id,
+            keep_alive=keep_alive,
+            expects_continue=self.expect_100_continue,
+        )
+        self.cycle = exchange  # type: ignore[assignment]
+        if self._active is None and not self.pipeline:
+            self._active = exchange
+            exchange.begin()
+        else:
+            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+            self._pause_or_read()
+
+    def _to_application(self, request_id: bytes) -> None:
+        url, headers, expects_continue = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects_continue
+        self.headers[:] = headers  # the scope's
+        super().on_headers_complete()
+        self.cycle.default_headers = [(b"x-request-id", request_id)]
+        self._pause_or_read()  # uvicorn pauses for a single one that waits
+
+    def _start_asgi_task(self, cycle: Exchange, app: Any) -> None:
+        """Called by uvicorn and by us when it is a request's turn."""
+        self._active = cycle
+        if isinstance(cycle, InferenceExchange):
+            cycle.begin()
+        else:
+            super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
-        self.on_lost = None
-        last = not self.pipeline
-        super().on_response_complete()  # starts the next of the pipeline
-        if self._reading_since:
+        """The active request is answered."""
+        self._active = None
+        if self.transport.is_closing():
+            return
+        if self._reading_since:  # the rest of a refused body, or of the next request
             self._reading_since = self.loop.time()
-        if self._ends_after_answers and last:
-            self.transport.close()
+        self._advance()
+
+    def pause_writing(self) -> None:
+        """The client is behind: nothing new is read or begun."""
+        self.flow.pause_writing()
+        self._pause_or_read()
+
+    def resume_writing(self) -> None:
+        self.flow.resume_writing()
+        self._advance()
+
+    def _advance(self) -> None:
+        """Begin what waits. A loop, not a chain of calls, because requests may be answered at once."""
+        if self._advancing:
+            return
+        self._advancing = True
+        flow, pipeline = self.flow, self.pipeline
+        while pipeline and self._active is None and not flow.write_paused and not self.transport.is_closing():
+            self._start_asgi_task(*pipeline.pop())
+        self._advancing = False
+        if not pipeline:
+            self._waiting_bytes = 0
+            if self._active is None:
+                self._idle_since = self.loop.time()
+                if self._ends_after_answers:
+                    self.transport.close()
+        self._pause_or_read()
+
+    def _pause_or_read(self) -> None:
+        flow = self.flow
+        full = len(self.pipeline) >= _QUEUE_REQUESTS_MAX or self._waiting_bytes >= _QUEUE_BYTES_MAX
+        if full or flow.write_paused:
+            flow.pause_reading()
+        else:
+            flow.resume_reading()
 
     # Refusing
 
@@ -211,27 +364,46 @@ class HttpProtocol(HttpToolsProtocol):
         self._fault = (error, status)
         raise error
 
+    def _parser_stopped(self, error: httptools.HttpParserError) -> None:
+        cause = error.__context__
+        if self._fault is not None:
+            self._refuse(*self._fault)
+        elif cause is None or isinstance(cause, httptools.HttpParserError | UnicodeDecodeError):
+            self._refuse(InvalidInputError("this is not a valid HTTP/1.1 request"), 400)
+        else:
+            _log.error("a request failed", exc_info=cause)
+            self.abort("fault")
+
     def _refuse(self, error: AgentError, status: int) -> None:
         """Answer the message under way with an error and end the connection after what was asked before it."""
+        own = self._under_way()
+        self._mid_message = False
         self._reading_since = 0.0
         self._release_budget()
-        own_cycle = self.cycle is not None and self.cycle.more_body and not self._in_head
-        if self._earlier_unanswered():
+        if self.pipeline and self.pipeline[0][0] is own:
+            self.pipeline.popleft()
+        if self.pipeline or self._active not in (None, own):
             self._ends_after_answers = True
-            if own_cycle:
-                self.pipeline.popleft()  # the newest
+            return
+        if self.transport.is_closing():
             return
         self._refused_since = self.loop.time()
-        if own_cycle:
-            self.cycle.disconnected = True  # the application is told that nobody waits
-            self.cycle.message_event.set()
-        if not (own_cycle and self.cycle.response_started):
-            reply = error_reply(error, status=status)
-            head = [STATUS_LINE[reply.status], b"connection: close\r\n"]
-            head += [b"%b: %b\r\n" % header for header in reply.headers]
-            self.transport.write(b"".join([*head, b"\r\n", reply.body]))
+        if own is not None:
+            _tell_gone(own)
+        if own is None or not own.response_started:
+            self.transport.write(response_bytes(error_reply(error, status=status), keep_alive=False))
         if self.transport.can_write_eof():
             self.transport.write_eof()
+
+    def _under_way(self) -> Exchange | None:
+        """Return the request whose body is being received."""
+        newest: Exchange | None = self.cycle
+        return newest if newest is not None and newest.more_body and not self._in_head else None
+
+    def _earlier_unanswered(self) -> bool:
+        """Whether a request before the message under way still waits for its answer."""
+        own = self._under_way()
+        return self._active not in (None, own) or bool(self.pipeline and self.pipeline[-1][0] is not own)
 
     def _takes_nothing(self, now: float) -> bool:
         """Whether the client has left its answer lying for too long; called once a sweep."""
@@ -241,15 +413,19 @@ class HttpProtocol(HttpToolsProtocol):
             self._blocked_since = now
         return now - self._blocked_since > self._owner.config.write_timeout_s
 
-    def _earlier_unanswered(self) -> bool:
-        """Whether a request before the message under way still waits for its answer."""
-        if self.pipeline:
-            return True
-        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
-
     def _release_budget(self) -> None:
-        self._owner.budget.give_back(self._body_bytes)
-        self._body_bytes = 0
+        if self._body_bytes:
+            self._owner.budget.give_back(self._body_bytes)
+            self._body_bytes = 0
+
+
+def _tell_gone(exchange: Exchange) -> None:
+    """Tell a request that nobody waits for its answer."""
+    if isinstance(exchange, InferenceExchange):
+        exchange.abandon()
+    else:
+        exchange.disconnected = True
+        exchange.message_event.set()
 
 
 def _head_too_large(config: ServingConfig) -> tuple[AgentError, int]:

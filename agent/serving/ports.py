@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from agent.regions import Region
 from agent.wire import Buffer
 
 DEADLINE_MS_MAX: Final = 3_600_000  # what a client may ask for
@@ -31,6 +32,7 @@ class InferRequest:
     deadline: float  # absolute, in the loop's time (seconds)
     client: str  # whom quotas and fairness go by
     answer: Answer
+    regions: Sequence[tuple[int, Region]] = ()  # shared memory the header names, by the client's numbers
     handle: Any = None  # the engine's own
 
 

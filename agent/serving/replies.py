@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import lru_cache
+from http import HTTPStatus
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -58,6 +60,7 @@ STATUS: Final[Mapping[type[AgentError], int]] = {
     DiskFullError: 507,
     CommandError: 409,
 }
+_STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _RETRY_AFTER_S: Final = b"1"
 _JSON: Final = b"application/json"
 
@@ -114,20 +117,35 @@ def engine_reply(header: Mapping[str, Any], body: bytes, dialect: Dialect) -> Re
     """Return the engine's ``result`` or ``error`` as an HTTP answer."""
     if header["kind"] != "result":
         return error_reply(by_code(str(header.get("code")), str(header.get("message", ""))), dialect)
-    reply = _reply(200, _latin(header.get("content_type") or "application/octet-stream"), body)
-    for name, key in ((b"x-model-version", "version"), (b"x-model-variant", "variant")):
-        if header.get(key):
-            reply.headers.append((name, _latin(header[key])))
+    said = _said(*(str(header.get(key) or "") for key in ("content_type", "version", "variant")))
+    reply = Reply(200, [*said, (b"content-length", b"%d" % len(body))], body)
     json_bytes = (header.get("params") or {}).get("oip_header_bytes")
     if json_bytes is not None:
         reply.headers.append((b"inference-header-content-length", b"%d" % json_bytes))
     return reply
 
 
+def response_bytes(reply: Reply, *, keep_alive: bool, with_body: bool = True) -> bytes:
+    """Return an answer as HTTP/1.1, for one write. ``with_body`` is ``False`` for HEAD."""
+    lines = [b"%b: %b\r\n" % header for header in reply.headers]
+    end = b"\r\n" if keep_alive else b"connection: close\r\n\r\n"
+    return b"".join((_STATUS_LINES[reply.status], *lines, end, reply.body if with_body else b""))
+
+
 def _reply(status: int, content_type: bytes, body: bytes) -> Reply:
     return Reply(status, [(b"content-type", content_type), (b"content-length", b"%d" % len(body))], body)
 
 
-def _latin(value: object) -> bytes:
+@lru_cache(maxsize=64)  # a worker says the same each time
+def _said(content_type: str, version: str, variant: str) -> Headers:
+    headers = [(b"content-type", _latin(content_type or "application/octet-stream"))]
+    if version:
+        headers.append((b"x-model-version", _latin(version)))
+    if variant:
+        headers.append((b"x-model-variant", _latin(variant)))
+    return headers
+
+
+def _latin(text: str) -> bytes:
     """Text from a worker on its way into a header: one line of printable characters."""
-    return "".join(c for c in str(value) if " " <= c <= "~").encode("ascii")
+    return "".join(c for c in text if " " <= c <= "~").encode("ascii")

@@ -50,7 +50,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Routes:
-    """The endpoints. ``app()`` is what ``InferenceApp`` passes other paths to.
+    """The endpoints. ``app()`` is what ``HttpServer`` passes other paths to.
 
     Args:
         engine: Asked for models and their state.

@@ -1,21 +1,25 @@
 """The worker's end of its channel: frames in, frames out, nothing unbounded.
 
-Promises: a lone frame costs one ``recv``; all answers of a turn leave in one ``sendmsg``; what the daemon does not
-take stays here, and ``congested`` says when no more work should be started until it does.
+Promises: a lone frame costs one ``recvmsg``; descriptors are kept in the order of the frames they came with; all
+answers of a turn leave in one ``sendmsg``; what the daemon does not take stays here, and ``congested`` says when no
+more work should be started until it does.
 Leaves out: what frames mean.
 """
 
 from __future__ import annotations
 
+import array
 import select
 import socket
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
-from agent.errors import TooLargeError
+from agent.errors import FrameError, TooLargeError
 from agent.wire import PREFIX, Buffer, Decoder, Frame, Limits, encode_head
 
 _RECEIVE_BYTES: Final = 1 << 16
+_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _BUFFERS_MAX: Final = 512  # below IOV_MAX
 _OUTGOING_BYTES_MAX: Final = 32 * 1024 * 1024
 
@@ -30,6 +34,7 @@ class Channel:
         self._decoder = Decoder(limits)
         self._outgoing: list[Buffer] = []
         self._outgoing_bytes = 0
+        self._descriptors: deque[int] = deque()  # received, their frames not handled yet
         self.closed = False  # the daemon will send nothing more
 
     @property
@@ -54,8 +59,12 @@ class Channel:
             place = self._decoder.body_buffer()
             try:
                 if place is None:
-                    data = self._socket.recv(_RECEIVE_BYTES, flags)
-                    count, full = len(data), len(data) == _RECEIVE_BYTES
+                    data, ancillary, _, _ = self._socket.recvmsg(
+                        _RECEIVE_BYTES, _ANCILLARY_BYTES, flags | socket.MSG_CMSG_CLOEXEC
+                    )
+                    if ancillary:
+                        self._keep(ancillary)
+                    count, full = len(data), len(data) == _RECEIVE_BYTES or bool(ancillary)
                     frames += self._decoder.feed(data)
                 else:
                     count = self._socket.recv_into(place, 0, flags | (socket.MSG_WAITALL if wait else 0))
@@ -74,6 +83,16 @@ class Channel:
             flags = socket.MSG_DONTWAIT
             wait = False
         return frames
+
+    def descriptor(self) -> int:
+        """Return the descriptor that came with an ``attach`` frame; the caller closes it.
+
+        Raises:
+            FrameError: none came.
+        """
+        if not self._descriptors:
+            raise FrameError("'attach' came without its descriptor")
+        return self._descriptors.popleft()
 
     def post(self, header: dict[str, Any], body: Sequence[Buffer] = ()) -> None:
         """Queue one frame for ``flush``.
@@ -112,6 +131,12 @@ class Channel:
         readable = select.POLLIN if to_receive and not self.closed else 0
         poller.register(self._socket, readable | (select.POLLOUT if self._outgoing else 0))
         poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000 + 0.999)))
+
+    def _keep(self, ancillary: Sequence[tuple[int, int, bytes]]) -> None:
+        for _, _, data in ancillary:
+            numbers = array.array("i")
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+            self._descriptors.extend(numbers)
 
 
 def _drop(outgoing: list[Buffer], sent: int) -> None:

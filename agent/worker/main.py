@@ -15,8 +15,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import numpy as np
-
 from agent import log
 from agent.errors import (
     AgentError,
@@ -35,7 +33,8 @@ from agent.worker import spec as specs
 from agent.worker.batcher import Batcher, isolate
 from agent.worker.channel import Channel
 from agent.worker.loading import Loaded
-from agent.worker.requests import Request
+from agent.worker.regions import Regions
+from agent.worker.requests import Request, into_window, stacked
 
 _log = log.get_logger("worker")
 _WAITING_MAX: Final = 1024  # requests and bytes held here; the rest waits in the socket and in the daemon
@@ -82,6 +81,7 @@ class Server:
         self._signature = loaded.signature
         self._runtime = loaded.runtime
         self._forms = loaded.forms
+        self._regions = Regions()
         self._held_bytes = 0
         self._batcher: Batcher[Request] = Batcher(
             rows_max=loaded.signature.rows_max, delay_max_s=loaded.spec.batch_delay_s
@@ -126,15 +126,26 @@ class Server:
     def _take(self, frame: Frame, now: float) -> None:
         header = frame.header
         kind = header["kind"]
+        if kind == "attach":
+            self._regions.attach(header, self._channel.descriptor())
+            return
+        if kind == "detach":
+            self._regions.detach(header)
+            return
         if "id" not in header:
             raise FrameError(f"a frame of kind {kind!r} without an id")
         if kind == "infer":
             try:
                 request = Request(header, frame.body, self._forms.of(header), now)
+                shared = header.get("shared")
+                if shared is not None:
+                    self._share(request, shared)
+            except FrameError:
+                raise
             except AgentError as error:
                 self._refuse(header["id"], error)
                 return
-            self._held_bytes += len(frame.body)
+            self._held_bytes += len(request.body)
             self._batcher.add(request)
         elif kind == "cancel":
             withdrawn = self._batcher.cancel(header["id"])
@@ -145,6 +156,16 @@ class Server:
             self._call(header)
         else:
             raise FrameError(f"a worker takes no frame of kind {kind!r}")
+
+    def _share(self, request: Request, shared: Mapping[str, Any]) -> None:
+        """Give the request the shared memory that the daemon named for it."""
+        regions = self._regions
+        if "regions" in shared:
+            request.regions = regions.named(shared["regions"])
+        if "body" in shared:
+            request.body = regions.part(*shared["body"])
+        if "answer" in shared:
+            request.window = regions.part(*shared["answer"])
 
     def _turn(self) -> None:
         """Run one batch, or sleep as long as the batcher wants to wait for company."""
@@ -183,9 +204,8 @@ class Server:
             if len(part) == 1:
                 return self._runtime.run(part[0].inputs)
             names = part[0].inputs
-            stacked = {name: np.concatenate([request.inputs[name] for request in part]) for name in names}
-            outputs = self._runtime.run(stacked)
             rows = sum(request.rows for request in part)
+            outputs = self._runtime.run({name: stacked(part, name, rows) for name in names})
             return outputs if all(len(array) == rows for array in outputs.values()) else None
         except Exception as error:  # noqa: BLE001  as above
             return None if len(part) > 1 else _failure(error)
@@ -203,6 +223,8 @@ class Server:
                 row += request.rows
             try:
                 fields, body = request.answer(own)
+                if request.window is not None:
+                    body = into_window(request.window, fields, body)
                 self._channel.post({"kind": "result", "id": request.id, **fields}, body)
             except Exception as error:  # noqa: BLE001  as above
                 self._refuse(request.id, _failure(error))

@@ -2,43 +2,59 @@
 
 The three forms of a request, by ``content_type``:
 
-- none: tensors as the wire carries them, straight to the model;
+- none: tensors as the wire carries them, or lying in shared memory, straight to the model;
 - ``application/vnd.oip+json``: the Open Inference Protocol, JSON or binary (``codecs.py``);
 - any other: raw bytes, which the bundle's handler turns into tensors and back.
 
 Promises: what comes out of ``decode`` fits the signature; whatever a handler raises is a ``HandlerError`` naming it,
 or an ``InvalidInputError`` if the handler blames the input (or made more rows of it than the model takes).
+Shared memory may change while it is looked at. So sizes and lengths are never read from it, and values that models
+use as positions (integers of 32 and 64 bits, truth values) are copied before the runtime checks them.
 Leaves out: queueing, running, sending.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from agent import tensors
 from agent.errors import AgentError, HandlerError, InvalidInputError, OutOfMemoryError, TensorError
 from agent.tensors import Array, as_array, dtype_name
-from agent.wire import Buffer, Tensor, parse_tensors
+from agent.wire import SHARED_ALIGN, Buffer, Tensor, Window, parse_tensors, parse_window
 from agent.worker import codecs
 from agent.worker.batcher import LEVEL_DEFAULT, LEVEL_FIRST, LEVEL_LAST
+from agent.worker.regions import Named, Region
 from agent.worker.signature import Signature
 from handlers.base import Handler, InputError, Prepared, Reply
 
 OIP_CONTENT_TYPE: Final = "application/vnd.oip+json"
 _FOREVER: Final = float("inf")
 _LAYOUTS_MAX: Final = 256  # remembered per model
+_WINDOWED_BYTES_MIN: Final = 64 * 1024
+_POSITIONS: Final = frozenset({"bool", "int32", "uint32", "int64", "uint64"})
 
 Answer = tuple[dict[str, Any], list[Buffer]]  # header fields beside kind and id, and the body
+
+
+class Place(NamedTuple):
+    """Where an input lies in shared memory, if it was not copied from there."""
+
+    region: Region
+    offset: int
+    nbytes: int
 
 
 class Request:
     """One ``infer`` frame on its way through the worker; what the batcher reads is set by ``prepare``."""
 
-    __slots__ = ("arrived", "body", "deadline", "form", "header", "id", "inputs", "key", "level", "rows", "state")
+    __slots__ = (
+        "arrived", "body", "deadline", "form", "header", "id", "inputs", "key", "level", "places", "regions", "rows",
+        "state", "window",
+    )  # fmt: skip
 
     def __init__(self, header: dict[str, Any], body: Buffer, form: Form, now: float) -> None:
         self.id: int = header["id"]
@@ -51,6 +67,9 @@ class Request:
         self.rows = 0
         self.key: Hashable = None
         self.inputs: Mapping[str, Array] = {}
+        self.regions: Named | None = None  # shared memory the request names
+        self.window: memoryview | None = None  # where the daemon takes a large answer from
+        self.places: Mapping[str, Place] | None = None  # of inputs that are used where they lie
         self.state: Any = None  # whatever the form needs for the answer
 
     def prepare(self, signature: Signature) -> None:
@@ -109,19 +128,45 @@ class TensorForm:
         self._seen: dict[Hashable, tuple[tuple[Tensor, ...], int]] = {}  # layouts that passed every check
 
     def decode(self, request: Request) -> tuple[Mapping[str, Array], int, Any]:
-        """Return views into the body."""
+        """Return views into the body and into shared memory."""
         body = memoryview(request.body)
-        layout, rows = self._layout(request.header.get("tensors"), len(body))
-        inputs = {tensor.name: as_array(tensor, body) for tensor in layout}
         wanted = request.header.get("outputs")
         if wanted is not None:
             self._check_outputs(wanted)
-        return inputs, rows, wanted
+        if request.regions is not None:
+            return self._decode_shared(request, body, request.regions)
+        layout, rows = self._layout(request.header.get("tensors"), len(body))
+        return {tensor.name: as_array(tensor, body) for tensor in layout}, rows, wanted
 
-    def _layout(self, entries: Any, body_bytes: int) -> tuple[tuple[Tensor, ...], int]:
+    def _decode_shared(
+        self, request: Request, body: memoryview, regions: Named
+    ) -> tuple[Mapping[str, Array], int, Any]:
+        header = request.header
+        layout, rows = self._layout(header.get("tensors"), len(body), shared=True)
+        inputs: dict[str, Array] = {}
+        places: dict[str, Place] = {}
+        for tensor in layout:
+            if tensor.region is None:
+                inputs[tensor.name] = as_array(tensor, body)
+                continue
+            region = _region(regions, tensor.region, f"tensor {tensor.name!r}")
+            array = as_array(tensor._replace(offset=0), region.part(tensor.offset, tensor.nbytes))
+            if tensor.dtype in _POSITIONS:
+                array = array.copy()
+            elif tensor.dtype != "bfloat16":  # which was widened, so is a copy already
+                places[tensor.name] = Place(region, tensor.offset, tensor.nbytes)
+            inputs[tensor.name] = array
+        request.places = places
+        reply = header.get("reply")
+        window = _writable(regions, parse_window(reply)) if reply is not None else None
+        return inputs, rows, (header.get("outputs"), window)
+
+    def _layout(self, entries: Any, body_bytes: int, *, shared: bool = False) -> tuple[tuple[Tensor, ...], int]:
         """Check names, dtypes, shapes and sizes, once per layout: callers repeat theirs, and checking costs 5 µs."""
         try:
-            layout = body_bytes, *[(e["name"], e["dtype"], *e["shape"], e["nbytes"]) for e in entries]
+            layout: Any = body_bytes, *[(e["name"], e["dtype"], *e["shape"], e["nbytes"]) for e in entries]
+            if shared:
+                layout += (*[(e.get("region"), e.get("offset")) for e in entries],)
             seen = self._seen.get(layout)
         except (TypeError, KeyError):  # malformed: let the checks say what is wrong
             seen = layout = None
@@ -130,6 +175,8 @@ class TensorForm:
         sizes: dict[str, int] = {}
         found = parse_tensors(entries, body_bytes)
         for tensor in found:
+            if tensor.region is not None and not shared:
+                raise TensorError(f"tensor {tensor.name!r}: region {tensor.region} is not attached")
             self._signature.check(tensor.name, tensor.dtype, tensor.shape, sizes)
         result = found, self._signature.rows(len(found), sizes)
         if layout is not None and len(self._seen) < _LAYOUTS_MAX:
@@ -137,10 +184,13 @@ class TensorForm:
         return result
 
     def encode(self, request: Request, outputs: Mapping[str, Array]) -> Answer:
-        """Return the outputs asked for, or all."""
-        if request.state:
-            outputs = {name: outputs[name] for name in request.state}
+        """Return the outputs asked for, or all; those that fit the request's window lie there."""
+        wanted, window = request.state if request.regions is not None else (request.state, None)
+        if wanted:
+            outputs = {name: outputs[name] for name in wanted}
         entries, buffers = tensors.pack(outputs)
+        if window is not None:
+            buffers = _place(entries, buffers, *window)
         return {"tensors": entries}, buffers
 
     def _check_outputs(self, wanted: object) -> None:
@@ -227,6 +277,75 @@ class RawForm:
         except (Exception, SystemExit) as error:  # as above
             raise _blamed(handler, "postprocess", error) from error
         return {"content_type": "application/json"}, [text.encode()]
+
+
+def stacked(part: Sequence[Request], name: str, rows: int) -> Array:
+    """Return one input of several requests as a batch of ``rows``; without a copy if they lie back to back."""
+    arrays = [request.inputs[name] for request in part]
+    first = part[0].places.get(name) if part[0].places else None
+    if first is None:
+        return np.concatenate(arrays)
+    end = first.offset
+    for request in part:
+        place = request.places.get(name) if request.places else None
+        if place is None or place.region is not first.region or place.offset != end:
+            return np.concatenate(arrays)
+        end += place.nbytes
+    return np.ndarray((rows, *arrays[0].shape[1:]), arrays[0].dtype, first.region.view, first.offset)
+
+
+def into_window(window: memoryview, fields: dict[str, Any], body: list[Buffer]) -> list[Buffer]:
+    """Write a large answer into the daemon's window if it fits, and note that; return what is left to send."""
+    size = sum(map(len, body))
+    if not _WINDOWED_BYTES_MIN < size <= len(window):
+        return body
+    end = 0
+    for part in body:
+        window[end : end + len(part)] = part
+        end += len(part)
+    fields["window_bytes"] = size
+    return []
+
+
+def _region(regions: Named, number: int, what: str) -> Region:
+    region = regions.get(number)
+    if region is None:
+        raise TensorError(f"{what}: region {number} is not attached")
+    return region
+
+
+def _writable(regions: Named, window: Window) -> tuple[memoryview, Window]:
+    """Return the window's bytes and place."""
+    region = _region(regions, window.region, "reply")
+    if not region.writable:
+        raise TensorError(f"reply: region {window.region} cannot be written")
+    return region.part(window.offset, window.nbytes), window
+
+
+def _place(entries: list[dict[str, Any]], buffers: list[Buffer], memory: memoryview, window: Window) -> list[Buffer]:
+    """Write outputs into the window, in order, and say so in their entries; return what is left for the body.
+
+    If they do not all fit, none is written.
+    """
+    offsets: list[int | None] = []
+    end = window.offset
+    for entry, data in zip(entries, buffers, strict=True):
+        if entry["dtype"] == "bytes":
+            offsets.append(None)
+            continue
+        start = -(-end // SHARED_ALIGN) * SHARED_ALIGN
+        offsets.append(start)
+        end = start + len(data)
+    if end > window.offset + window.nbytes:
+        return buffers
+    left: list[Buffer] = []
+    for entry, data, offset in zip(entries, buffers, offsets, strict=True):
+        if offset is None:
+            left.append(data)
+            continue
+        memory[offset - window.offset : offset - window.offset + len(data)] = data
+        entry["region"], entry["offset"] = window.region, offset
+    return left
 
 
 def _blamed(handler: Handler, step: str, error: BaseException) -> AgentError:

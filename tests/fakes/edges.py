@@ -14,7 +14,6 @@ import uvloop
 
 from agent.config import AuthConfig, ServingConfig
 from agent.metrics import Metrics
-from agent.serving.asgi import InferenceApp
 from agent.serving.budget import ReceiveBudget
 from agent.serving.frames import FrameServer
 from agent.serving.http import HttpServer
@@ -63,14 +62,13 @@ async def edges(
         "config": config,
         "metrics": metrics,
     }
-    rest = Routes(engine=fake, control=verbs, metrics=metrics, version="0.0.0").app()
-    app = InferenceApp(engine=fake, rest=rest, config=config)
+    app = Routes(engine=fake, control=verbs, metrics=metrics, version="0.0.0").app()
     frame_path, http_path = folder / "inferd.sock", folder / "http.sock"
     frames = FrameServer(bind_unix(frame_path), engine=fake, control=verbs, **shared)
     tcp = bind_tcp("127.0.0.1", 0)
     port = tcp.getsockname()[1]
-    http = HttpServer(tcp, app=app, name="http", **shared)
-    http_unix = HttpServer(bind_unix(http_path), app=app, name="http-unix", **shared)
+    http = HttpServer(tcp, engine=fake, app=app, name="http", **shared)
+    http_unix = HttpServer(bind_unix(http_path), engine=fake, app=app, name="http-unix", **shared)
     async with frames.serving(), http.serving(), http_unix.serving():
         yield Edges(frame_path, http_path, port, fake, verbs, frames, http, http_unix, budget, metrics)
 

@@ -43,9 +43,13 @@ class WebPeer:
         self.writer.write(data)
         await self.writer.drain()
 
+    async def head(self) -> bytes:
+        """Return the next answer's status line and headers; ``EOFError`` or ``ConnectionError`` if there is none."""
+        return await self._reader.readuntil(b"\r\n\r\n")
+
     async def answer(self) -> Answer:
         """Return the next answer; ``EOFError`` or ``ConnectionError`` if there will be none."""
-        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        head = (await self.head()).decode("latin-1").split("\r\n")
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
         body = await self._reader.readexactly(int(headers.get("content-length", 0)))
         return Answer(int(head[0].split()[1]), headers, body)
