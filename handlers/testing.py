@@ -12,6 +12,7 @@ Leaves out: isolation. Code that only runs here may be refused by the sandbox of
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import json
 import mimetypes
@@ -49,13 +50,23 @@ def answer(handler: Handler, run: Run, body: bytes, content_type: str) -> Json |
 
 
 def load_model(path: Path) -> tuple[Run, dict[str, Any]]:
-    """Return a function that runs an ONNX model on the CPU, and the model's signature."""
+    """Return a function that runs an ONNX model on the CPU, and the model's signature.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an ONNX model; the message is ONNX Runtime's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is imported
     import onnxruntime  # authors' machines have it; boxes never come here
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001  ONNX Runtime's classes derive from Exception alone
+        raise ValueError(f"{path}: {error}") from error
     names = [node.name for node in session.get_outputs()]
 
     def run(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -85,32 +96,43 @@ def load_handler(name: str, context: Context) -> Handler:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answer each input file on standard output; return 1 if any was refused."""
+    """Answer each input file on standard output; return 1 if any was refused, 2 if there was nothing to try."""
     parser = argparse.ArgumentParser(prog="handlers.testing", description="Try a handler on a model, in process.")
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--handler", required=True, help="built-in id, or FILE.py:CLASS")
-    parser.add_argument("--params", default="{}", type=json.loads, help="JSON object")
+    parser.add_argument("--params", default="{}", type=_json_object, help="JSON object")
     parser.add_argument("--classes", type=Path, help="one label per line")
     parser.add_argument("--content-type", help="default: guessed from each file's name")
     parser.add_argument("inputs", nargs="+", type=Path)
     options = parser.parse_args(arguments)
-    run, signature = load_model(options.model)
-    context = Context(
-        bundle_dir=options.model.parent,
-        params=options.params,
-        classes=options.classes.read_text().splitlines() if options.classes else None,
-        signature=signature,
-    )
-    handler = load_handler(options.handler, context)
+    try:
+        run, signature = load_model(options.model)
+        context = Context(
+            bundle_dir=options.model.parent,
+            params=options.params,
+            classes=options.classes.read_text().splitlines() if options.classes else None,
+            signature=signature,
+        )
+        handler = load_handler(options.handler, context)
+        bodies = {path: path.read_bytes() for path in options.inputs}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     refused = 0
-    for path in options.inputs:
+    for path, body in bodies.items():
         content_type = options.content_type or mimetypes.guess_type(path)[0] or "application/octet-stream"
         try:
-            print(f"{path}: {_shown(answer(handler, run, path.read_bytes(), content_type))}")
+            print(f"{path}: {_shown(answer(handler, run, body, content_type))}")
         except InputError as error:
             refused += 1
             print(f"{path}: refused: {error}")
     return 1 if refused else 0
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)  # argparse makes a message of its ValueError
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is not a JSON object")
+    return value
 
 
 def _check(given: object, names: Sequence[str]) -> int:

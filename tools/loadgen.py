@@ -18,6 +18,7 @@ from typing import Any
 import click
 import psutil
 import uvloop
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -156,7 +157,14 @@ def processes(pid: int) -> list[dict[str, Any]]:
 
 def figures_table(rows: list[dict[str, Any]]) -> Table:
     """Return the figures for people."""
-    table = Table(title="medians of interleaved repetitions; over and × compare p50 with in-process")
+    table = Table(
+        title="medians of interleaved repetitions; over and × compare p50 with in-process",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for name in ("load", "way", "p50 µs", "p99 µs", "asked/s", "over µs", "×", "errors"):
         table.add_column(name, justify="left" if name in ("load", "way") else "right", no_wrap=True)
     for row in rows:
@@ -168,9 +176,9 @@ def figures_table(rows: list[dict[str, Any]]) -> Table:
 
 def memory_table(rows: list[dict[str, Any]]) -> Table:
     """Return the memory for people."""
-    table = Table(title="memory")
+    table = Table(title="memory", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     table.add_column("pid", justify="right")
-    table.add_column("command", overflow="ellipsis", no_wrap=True)
+    table.add_column("command", overflow="ellipsis", no_wrap=True, max_width=58)
     table.add_column("PSS MB", justify="right")
     for row in rows:
         table.add_row(str(row["pid"]), row["command"], f"{row['pss_bytes'] / 1e6:.1f}")

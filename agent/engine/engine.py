@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import shutil
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,10 +26,12 @@ from agent.engine.version import Version
 from agent.engine.zygote import Zygote
 from agent.errors import AgentError, LoadError, UnavailableError, UnknownModelError
 from agent.events import EventBus
+from agent.log import get_logger
 from agent.metrics import Metrics
 from agent.wire import Limits
 
 _SWEEP_S: Final = 0.05
+_log = get_logger("engine")
 
 
 class ModelState:
@@ -73,6 +76,8 @@ class Engine:
     async def running(self) -> AsyncIterator[None]:
         """The engine lives as long as the body; afterwards no worker and no zygote is left."""
         self._scratch.mkdir(parents=True, exist_ok=True)
+        for left in self._scratch.iterdir():  # of a daemon that was killed
+            shutil.rmtree(left, ignore_errors=True)
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
@@ -95,7 +100,7 @@ class Engine:
             busy = False
             for version in self._loaded:
                 pool = version.pool
-                if pool is not None and pool.outstanding:
+                if pool is not None and pool.busy:
                     busy = True
                     pool.sweep(now)
             if not busy:
@@ -192,10 +197,6 @@ class Engine:
         if model not in self._active:
             self._expected[model] = reason
 
-    def forget_expected(self, model: str) -> None:
-        """The model is not wanted any more."""
-        self._expected.pop(model, None)
-
     # Views
 
     def models(self) -> list[str]:
@@ -273,7 +274,7 @@ class Engine:
         if self._group is None:
             work.close()
             return
-        task = self._group.create_task(work, name=name)
+        task = self._group.create_task(_contained(work, name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -285,6 +286,14 @@ class Engine:
 
     def _deaths(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), version.deaths) for name, version in self._active.items()]
+
+
+async def _contained(work: Coroutine[Any, Any, None], name: str) -> None:
+    """Trouble with one model's processes or with the disk must not end the others."""
+    try:
+        await work
+    except (AgentError, OSError) as error:
+        _log.error("background work failed", task=name, reason=str(error))
 
 
 def pss_bytes(pid: int) -> int:

@@ -33,10 +33,6 @@ class Job:
             header["id"] = request_id
         self.request.answer(header, body)
 
-    def fail(self, error: AgentError) -> None:
-        """Answer with ``error``."""
-        self.answer(error_of(error, None))
-
 
 def error_of(error: AgentError, request_id: int | None) -> dict[str, Any]:
     """Return the error header of ``error``."""

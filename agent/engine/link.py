@@ -40,6 +40,9 @@ class WorkerLink:
         self.hello: dict[str, Any] = {}
         self.jobs: dict[int, Job] = {}
         self.held_bytes = 0
+        self.owed: set[int] = set()  # jobs handed over and not answered, forgotten ones included
+        self.ready_at = 0.0  # loop seconds
+        self._heard_at = 0.0  # loop seconds of the last answer, or of the first job after a pause
         self.alive = True
         self.gone = asyncio.Event()
         self.scratch: Path | None = None  # removed by whoever buries the worker
@@ -57,6 +60,9 @@ class WorkerLink:
     def send(self, job: Job, header: dict[str, Any]) -> None:
         """Hand ``job`` to the worker under ``header``, whose id is the job's number."""
         self.jobs[job.number] = job
+        if not self.owed:
+            self._heard_at = self._loop.time()
+        self.owed.add(job.number)
         body = job.request.body
         self.held_bytes += len(body)
         self.post(header, body)
@@ -74,6 +80,10 @@ class WorkerLink:
         """Stop waiting for ``job``: its late answer will be dropped."""
         if self.jobs.pop(job.number, None) is not None:
             self.held_bytes -= len(job.request.body)
+
+    def silent_s(self, now: float) -> float:
+        """Return for how long the worker has owed an answer and given none (seconds)."""
+        return now - self._heard_at if self.owed and self.alive else 0.0
 
     def kill(self) -> None:
         """SIGKILL the worker; ``on_death`` follows."""
@@ -141,6 +151,8 @@ class WorkerLink:
         header = frame.header
         kind = header["kind"]
         if kind in ("result", "error") and "id" in header:
+            self.owed.discard(header["id"])
+            self._heard_at = self._loop.time()
             job = self.jobs.pop(header["id"], None)
             if job is not None:
                 self.held_bytes -= len(job.request.body)

@@ -20,7 +20,8 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
 from agent.config import ServingConfig
-from agent.errors import AgentError, InvalidInputError, TooLargeError
+from agent.errors import AgentError, InvalidInputError, OverloadedError, TooLargeError
+from agent.serving.budget import ReceiveBudget
 from agent.serving.http_protocol import Connection
 from agent.serving.identity import require
 from agent.serving.ports import DEADLINE_MS_MAX, Engine, InferRequest
@@ -34,6 +35,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OIP_CONTENT_TYPE: Final = "application/vnd.oip+json"
+_TEXT_BYTES_MAX: Final = 1024  # of Content-Type and Accept
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,128}")
 _INFLATE_STEP_BYTES: Final = 256 * 1024  # of output between two turns of the loop: under a millisecond
 _WINDOW_BITS: Final = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
@@ -56,11 +58,13 @@ class InferenceApp:
         engine: Answers requests.
         rest: The application for all other paths.
         config: Bounds and the default deadline.
+        budget: Counts what compressed bodies become, together with what is being received.
     """
 
-    def __init__(self, *, engine: Engine, rest: App, config: ServingConfig) -> None:
+    def __init__(self, *, engine: Engine, rest: App, config: ServingConfig, budget: ReceiveBudget) -> None:
         self._engine = engine
         self._rest = rest
+        self._budget = budget
         self._body_bytes_max = config.body_bytes_max
         self._deadline_ms_default = config.deadline_ms_default
         self._run = os.urandom(4).hex().encode()  # makes the request ids of this process distinct
@@ -95,14 +99,14 @@ class InferenceApp:
         self, target: Target, asked: dict[bytes, bytes], request_id: bytes, connection: Connection, receive: Receive
     ) -> Answered | None:
         """Return the engine's answer, or ``None`` when the client left before its request was complete."""
-        caller = connection.caller(asked.get(b"authorization"))
+        caller = connection.caller(asked.get(b"authorization"), asked.get(b"host"))
         require(caller, "infer")
         body = await read_body(receive)
         if body is None:
             return None
         encoding = asked.get(b"content-encoding", b"identity").strip().lower()
         if encoding != b"identity":
-            body = await inflate(body, encoding, bytes_max=self._body_bytes_max)
+            body = await inflate(body, encoding, bytes_max=self._body_bytes_max, budget=self._budget)
         deadline_ms = _integer(asked, b"x-deadline-ms", 1, DEADLINE_MS_MAX) or self._deadline_ms_default
         request = InferRequest(
             model=target.model,
@@ -170,17 +174,19 @@ async def read_body(receive: Receive) -> bytes | None:
             return b"".join(parts)
 
 
-async def inflate(data: bytes, encoding: bytes, *, bytes_max: int) -> bytes:
+async def inflate(data: bytes, encoding: bytes, *, bytes_max: int, budget: ReceiveBudget) -> bytes:
     """Return ``data`` decompressed, letting other requests run in between.
 
     Args:
         data: The body as sent.
         encoding: Content-Encoding, lower case.
         bytes_max: Bound of the result (bytes).
+        budget: Holds what has been decompressed so far, until the result is whole.
 
     Raises:
         InvalidInputError: an unknown encoding, damaged or cut data, or bytes behind its end.
         TooLargeError: the result would exceed the bound.
+        OverloadedError: the budget is used up.
     """
     if encoding not in _WINDOW_BITS:
         raise InvalidInputError(f"Content-Encoding {encoding.decode('latin-1')!r} is not supported; use gzip, deflate")
@@ -188,19 +194,24 @@ async def inflate(data: bytes, encoding: bytes, *, bytes_max: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     rest = data
-    while not inflater.eof:
-        try:
-            part = inflater.decompress(rest, _INFLATE_STEP_BYTES)
-        except zlib.error as error:
-            raise InvalidInputError(f"the body is not valid {encoding.decode()}") from error
-        if not part and not inflater.eof:
-            raise InvalidInputError(f"the {encoding.decode()} body is cut")
-        size += len(part)
-        if size > bytes_max:
-            raise TooLargeError(f"the decompressed body is above {bytes_max} bytes")
-        parts.append(part)
-        rest = inflater.unconsumed_tail
-        await asyncio.sleep(0)
+    try:
+        while not inflater.eof:
+            try:
+                part = inflater.decompress(rest, _INFLATE_STEP_BYTES)
+            except zlib.error as error:
+                raise InvalidInputError(f"the body is not valid {encoding.decode()}") from error
+            if not part and not inflater.eof:
+                raise InvalidInputError(f"the {encoding.decode()} body is cut")
+            if size + len(part) > bytes_max:
+                raise TooLargeError(f"the decompressed body is above {bytes_max} bytes")
+            if not budget.take(len(part)):
+                raise OverloadedError("too many large bodies are being received")
+            size += len(part)
+            parts.append(part)
+            rest = inflater.unconsumed_tail
+            await asyncio.sleep(0)
+    finally:
+        budget.give_back(size)
     if inflater.unused_data:
         raise InvalidInputError(f"bytes follow the end of the {encoding.decode()} body")
     return b"".join(parts)
@@ -218,6 +229,7 @@ _HEADERS: Final = frozenset(
         b"authorization",
         b"content-encoding",
         b"content-type",
+        b"host",
         b"inference-header-content-length",
         b"x-deadline-ms",
         b"x-request-id",
@@ -235,10 +247,19 @@ def _engine_header(target: Target, asked: dict[bytes, bytes], request_id: bytes,
         if json_bytes is not None:
             header["params"] = {"oip_header_bytes": json_bytes}
     else:
-        header["content_type"] = asked.get(b"content-type", b"application/octet-stream").decode("latin-1")
-    if b"accept" in asked:
-        header["accept"] = asked[b"accept"].decode("latin-1")
+        header["content_type"] = _text(asked, b"content-type") or "application/octet-stream"
+    accept = _text(asked, b"accept")
+    if accept is not None:
+        header["accept"] = accept
     return header
+
+
+def _text(asked: dict[bytes, bytes], name: bytes) -> str | None:
+    """Return a header that travels on to the worker; bounded, for there it counts against the frame's header."""
+    value = asked.get(name)
+    if value is not None and len(value) > _TEXT_BYTES_MAX:
+        raise InvalidInputError(f"{name.decode()} of {len(value)} bytes; the limit is {_TEXT_BYTES_MAX}")
+    return None if value is None else value.decode("latin-1")
 
 
 def _integer(asked: dict[bytes, bytes], name: bytes, low: int, high: int) -> int | None:

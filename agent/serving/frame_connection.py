@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -86,11 +87,30 @@ class FrameConnection:
         self._loop.add_reader(self._sock.fileno(), self._readable)
 
     def finish(self) -> None:
-        """Read no more, answer what was accepted, then close."""
-        if not self._closed and not self._finishing:
-            self._finishing = True
-            self._loop.remove_reader(self._sock.fileno())
-            self._close_if_done()
+        """Take what has arrived, let nothing more arrive, answer, then close.
+
+        From here on the peer's ``send`` fails, so it knows that a request was not taken; one that had arrived whole is
+        answered like any other.
+        """
+        if self._closed or self._finishing:
+            return
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+        self._loop.remove_reader(self._sock.fileno())
+        self._finishing = True
+        self._take_rest()
+        self._close_if_done()
+
+    def _take_rest(self) -> None:
+        """Handle the whole frames that lie in the socket's buffer; a begun one was never accepted."""
+        try:
+            while not self._closed and not self._failing:
+                for frame in self._receive():
+                    self._handle(frame)
+        except OSError:  # the end of what had arrived
+            return
+        except (FrameError, TooLargeError, OverloadedError) as error:
+            self._fail(error, error.code)
 
     def close(self, reason: str = "") -> None:
         """Close now; what is outstanding is canceled, what is unsent is lost. A second call does nothing."""

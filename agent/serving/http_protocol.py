@@ -31,8 +31,8 @@ class Connection(Protocol):
 
     on_lost: Callable[[], None] | None  # called once if the client goes before the answer is complete
 
-    def caller(self, authorization: bytes | None) -> Caller:
-        """Return who asks; ``UnauthenticatedError`` if the given credentials are wrong."""
+    def caller(self, authorization: bytes | None, host: bytes | None) -> Caller:
+        """Return who asks, by the request's headers; ``UnauthenticatedError`` if the given credentials are wrong."""
 
 
 class Owner(Protocol):
@@ -76,12 +76,12 @@ class HttpProtocol(HttpToolsProtocol):
         self._served = False  # a request has begun; from then on uvicorn watches for idleness
         self.on_lost: Callable[[], None] | None = None
 
-    def caller(self, authorization: bytes | None) -> Caller:
+    def caller(self, authorization: bytes | None, host: bytes | None) -> Caller:
         """Return who asks: the unix peer, or the bearer of a token, or nobody known."""
         if self._unix_caller is not None:
             return self._unix_caller
         text = None if authorization is None else authorization.decode("latin-1")
-        return self._owner.policy.tcp_caller(self._host, text)
+        return self._owner.policy.tcp_caller(self._host, text, asked_host=(host or b"").decode("latin-1"))
 
     # The connection's life
 

@@ -64,7 +64,7 @@ async def edges(
         "metrics": metrics,
     }
     rest = Routes(engine=fake, control=verbs, metrics=metrics, version="0.0.0").app()
-    app = InferenceApp(engine=fake, rest=rest, config=config)
+    app = InferenceApp(engine=fake, rest=rest, config=config, budget=budget)
     frame_path, http_path = folder / "inferd.sock", folder / "http.sock"
     frames = FrameServer(bind_unix(frame_path), engine=fake, control=verbs, **shared)
     tcp = bind_tcp("127.0.0.1", 0)

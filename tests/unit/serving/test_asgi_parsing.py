@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from agent.errors import InvalidInputError, TooLargeError
 from agent.serving.asgi import Target, inflate, parse_target, read_body
+from agent.serving.budget import ReceiveBudget
 from agent.serving.replies import Dialect
 
 pytestmark = pytest.mark.unit
@@ -50,7 +51,7 @@ def test_any_path_is_parsed(path: bytes) -> None:
 
 
 def inflated(data: bytes, encoding: bytes, bytes_max: int = 1024 * KIB) -> bytes:
-    return asyncio.run(inflate(data, encoding, bytes_max=bytes_max))
+    return asyncio.run(inflate(data, encoding, bytes_max=bytes_max, budget=ReceiveBudget(1 << 20)))
 
 
 @pytest.mark.parametrize("size", [0, 1, 300 * KIB, 1024 * KIB])
