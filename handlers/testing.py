@@ -65,7 +65,7 @@ def load_model(path: Path) -> tuple[Run, dict[str, Any]]:
     options.intra_op_num_threads = 1
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001  ONNX Runtime's classes derive from Exception alone
+    except Exception as error:  # ONNX Runtime's classes derive from Exception alone
         raise ValueError(f"{path}: {error}") from error
     names = [node.name for node in session.get_outputs()]
 
@@ -79,10 +79,10 @@ def load_handler(name: str, context: Context) -> Handler:
     """Return the handler of a built-in id (``tensors/v1``) or of ``file.py:Class``.
 
     Raises:
-        ValueError: no such file or class, or not a ``Handler``.
+        ValueError: no such file or class, not a ``Handler``, or its constructor refuses the context.
     """
     if name in registry.BUILT_IN:
-        return registry.find(name)(context)
+        return _made(registry.find(name), context)
     file, _, class_name = name.partition(":")
     importable = importlib.util.spec_from_file_location("inferd_bundle_handler", file)
     if importable is None or importable.loader is None or not Path(file).is_file():
@@ -92,7 +92,7 @@ def load_handler(name: str, context: Context) -> Handler:
     found = getattr(module, class_name, None)
     if not isinstance(found, type) or not issubclass(found, Handler):
         raise ValueError(f"{file} has no class {class_name!r} derived from handlers.base.Handler")
-    return found(context)
+    return _made(found, context)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             refused += 1
             print(f"{path}: refused: {error}")
     return 1 if refused else 0
+
+
+def _made(kind: type[Handler], context: Context) -> Handler:
+    try:
+        return kind(context)
+    except Exception as error:  # the author's code: a missing parameter is a KeyError
+        about = f"{kind.__name__} cannot be made with --params {json.dumps(dict(context.params))}"
+        raise ValueError(f"{about}: {type(error).__name__}: {error}") from error
 
 
 def _json_object(text: str) -> dict[str, Any]:

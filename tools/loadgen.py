@@ -158,7 +158,7 @@ def processes(pid: int) -> list[dict[str, Any]]:
 def figures_table(rows: list[dict[str, Any]]) -> Table:
     """Return the figures for people."""
     table = Table(
-        title="medians of interleaved repetitions; over and × compare p50 with in-process",
+        title="medians of repetitions; over and × compare p50 with in-process",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,

@@ -1,7 +1,9 @@
 """The daemon's end of one worker's channel: frames out, coalesced; frames in, matched to their requests.
 
 Synchronous by design: every method runs on the loop's thread and returns at once. Promises: each job given to
-``send`` ends in exactly one ``on_answer`` or is handed back by ``on_death``. Leaves out: what to do about a death.
+``send`` ends in exactly one ``on_answer`` or is handed back by ``on_death``. A job that is forgotten keeps its place
+until the worker has answered it, so that what waits before a slow worker stays bounded. Leaves out: what to do about
+a death.
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ class WorkerLink:
         process: WorkerProcess,
         *,
         limits: Limits,
-        on_answer: Callable[[WorkerLink, Job, dict[str, Any], Buffer], None],
+        on_answer: Callable[[Job | None, dict[str, Any], Buffer], None],
         on_frame: Callable[[WorkerLink, dict[str, Any]], None],
         on_death: Callable[[WorkerLink], None],
     ) -> None:
         self.process = process
         self.hello: dict[str, Any] = {}
         self.jobs: dict[int, Job] = {}
-        self.held_bytes = 0
-        self.owed: set[int] = set()  # jobs handed over and not answered, forgotten ones included
+        self.held_bytes = 0  # bodies of all that is owed
+        self.owed: dict[int, int] = {}  # jobs handed over and not answered, forgotten ones included: their body's bytes
         self.ready_at = 0.0  # loop seconds
         self._heard_at = 0.0  # loop seconds of the last answer, or of the first job after a pause
         self.alive = True
@@ -62,8 +64,8 @@ class WorkerLink:
         self.jobs[job.number] = job
         if not self.owed:
             self._heard_at = self._loop.time()
-        self.owed.add(job.number)
         body = job.request.body
+        self.owed[job.number] = len(body)
         self.held_bytes += len(body)
         self.post(header, body)
 
@@ -77,9 +79,8 @@ class WorkerLink:
             self._loop.call_soon(self._flush)
 
     def forget(self, job: Job) -> None:
-        """Stop waiting for ``job``: its late answer will be dropped."""
-        if self.jobs.pop(job.number, None) is not None:
-            self.held_bytes -= len(job.request.body)
+        """Stop waiting for ``job``: its late answer will be given to ``on_answer`` without it."""
+        self.jobs.pop(job.number, None)
 
     def silent_s(self, now: float) -> float:
         """Return for how long the worker has owed an answer and given none (seconds)."""
@@ -151,12 +152,11 @@ class WorkerLink:
         header = frame.header
         kind = header["kind"]
         if kind in ("result", "error") and "id" in header:
-            self.owed.discard(header["id"])
-            self._heard_at = self._loop.time()
-            job = self.jobs.pop(header["id"], None)
-            if job is not None:
-                self.held_bytes -= len(job.request.body)
-                self._on_answer(self, job, header, frame.body)
+            held = self.owed.pop(header["id"], None)
+            if held is not None:
+                self.held_bytes -= held
+                self._heard_at = self._loop.time()
+                self._on_answer(self.jobs.pop(header["id"], None), header, frame.body)
         else:
             self._on_frame(self, header)
 

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 
 from agent.backoff import Backoff
 from agent.config import EngineConfig
+from agent.engine.claims import answer_of, hello_of
 from agent.engine.job import Job
 from agent.engine.link import WorkerLink
 from agent.engine.types import VariantSpec
@@ -191,8 +192,7 @@ class Pool:
         link = job.link
         if link is not None and job.number in link.jobs:
             link.forget(job)
-            link.post({"kind": "cancel", "id": job.number})
-            self._refill()
+            link.post({"kind": "cancel", "id": job.number})  # its place is free once the worker has answered that
             self._check_drained()
             return True
         try:
@@ -241,10 +241,10 @@ class Pool:
         """The worker with the fewest jobs, if it has room."""
         best = None
         for link in self.links:
-            if len(link.jobs) < self.spec.window and link.held_bytes < _HELD_BYTES_MAX:
-                if not link.jobs:
+            if len(link.owed) < self.spec.window and link.held_bytes < _HELD_BYTES_MAX:
+                if not link.owed:
                     return link
-                if best is None or len(link.jobs) < len(best.jobs):
+                if best is None or len(link.owed) < len(best.owed):
                     best = link
         return best
 
@@ -271,8 +271,10 @@ class Pool:
             self._waiting_bytes -= len(job.request.body)
             self._dispatch(link, job)
 
-    def _on_answer(self, _link: WorkerLink, job: Job, header: dict[str, Any], body: Buffer) -> None:
-        self._owner.answered(job, header, (body,) if len(body) else ())
+    def _on_answer(self, job: Job | None, header: dict[str, Any], body: Buffer) -> None:
+        """Pass on the answer of ``job``, or of one nobody waits for; either way there is room for another."""
+        if job is not None:
+            self._owner.answered(job, answer_of(header), (body,) if len(body) else ())
         if self.waiting:
             self._refill()
         elif self._closed.is_set():
@@ -338,8 +340,12 @@ class Pool:
                 future.set_result(header.get("value"))
         elif started is not None and not started.done():
             if kind == "hello":
-                link.hello = header
-                started.set_result(None)
+                try:
+                    link.hello = hello_of(header)
+                except LoadError as malformed:
+                    started.set_exception(malformed)
+                else:
+                    started.set_result(None)
             elif kind == "error":
                 error = by_code(str(header.get("code")), str(header.get("message")))
                 started.set_exception(error if isinstance(error, WorkerError) else LoadError(f"{error.code}: {error}"))

@@ -181,7 +181,7 @@ async def inflate(data: bytes, encoding: bytes, *, bytes_max: int, budget: Recei
         data: The body as sent.
         encoding: Content-Encoding, lower case.
         bytes_max: Bound of the result (bytes).
-        budget: Holds what has been decompressed so far, until the result is whole.
+        budget: Holds what has been decompressed so far, beyond the first step, until the result is whole.
 
     Raises:
         InvalidInputError: an unknown encoding, damaged or cut data, or bytes behind its end.
@@ -192,7 +192,7 @@ async def inflate(data: bytes, encoding: bytes, *, bytes_max: int, budget: Recei
         raise InvalidInputError(f"Content-Encoding {encoding.decode('latin-1')!r} is not supported; use gzip, deflate")
     inflater = zlib.decompressobj(_WINDOW_BITS[encoding])
     parts: list[bytes] = []
-    size = 0
+    size = reserved = 0
     rest = data
     try:
         while not inflater.eof:
@@ -204,14 +204,16 @@ async def inflate(data: bytes, encoding: bytes, *, bytes_max: int, budget: Recei
                 raise InvalidInputError(f"the {encoding.decode()} body is cut")
             if size + len(part) > bytes_max:
                 raise TooLargeError(f"the decompressed body is above {bytes_max} bytes")
-            if not budget.take(len(part)):
-                raise OverloadedError("too many large bodies are being received")
+            if size:  # one step needs no room in the budget, so that small requests always get through
+                if not budget.take(len(part)):
+                    raise OverloadedError("too many large bodies are being received")
+                reserved += len(part)
             size += len(part)
             parts.append(part)
             rest = inflater.unconsumed_tail
             await asyncio.sleep(0)
     finally:
-        budget.give_back(size)
+        budget.give_back(reserved)
     if inflater.unused_data:
         raise InvalidInputError(f"bytes follow the end of the {encoding.decode()} body")
     return b"".join(parts)

@@ -22,6 +22,7 @@ from agent.serving.budget import ReceiveBudget
 from agent.serving.identity import AccessPolicy, Caller, peer_credentials
 from agent.serving.replies import error_reply
 
+_SMALL_BODY_BYTES: Final = 64 * 1024  # up to here a body needs no room in the shared budget: others cannot take it
 _LINGER_S: Final = 2.0  # after a refusal: what the client still sends is dropped, so that it can read the answer
 _HEADER_OVERHEAD_BYTES: Final = 4  # ": " and the line end
 
@@ -65,7 +66,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = False  # a request line has begun and its headers are not complete
         self._fed_bytes = 0  # of the message under way, without the read that began it
         self._body: list[bytes] = []
-        self._body_bytes = 0  # of the message under way; reserved in the shared budget
+        self._body_bytes = 0  # of the message under way
+        self._reserved = 0  # of them in the shared budget: none while they are few
         self._fault: tuple[AgentError, int] | None = None  # why the parser was stopped: error, status
         self._refused_since = 0.0  # an error was the last answer on this connection
         self._ends_after_answers = False  # the message under way is refused; those before it are still answered
@@ -182,9 +184,12 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if self._body_bytes + len(body) > self._owner.config.body_bytes_max:
             self._stop(*_body_too_large(self._owner.config))
-        if not self._owner.budget.take(len(body)):
-            self._stop(OverloadedError("too many large bodies are being received"), 503)
         self._body_bytes += len(body)
+        uncounted = self._body_bytes - self._reserved
+        if self._body_bytes > _SMALL_BODY_BYTES and uncounted:
+            if not self._owner.budget.take(uncounted):
+                self._stop(OverloadedError("too many large bodies are being received"), 503)
+            self._reserved += uncounted
         self._body.append(body)
 
     def on_message_complete(self) -> None:
@@ -248,8 +253,8 @@ class HttpProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
     def _release_budget(self) -> None:
-        self._owner.budget.give_back(self._body_bytes)
-        self._body_bytes = 0
+        self._owner.budget.give_back(self._reserved)
+        self._reserved = 0
 
 
 def _head_too_large(config: ServingConfig) -> tuple[AgentError, int]:

@@ -195,7 +195,7 @@ class RawForm:
             raise InvalidInputError("this model has no handler for raw requests: send tensors")
         try:
             made = handler.preprocess(bytes(request.body), request.header["content_type"])
-        except BaseException as error:  # noqa: BLE001  foreign code: anything may come out of it
+        except BaseException as error:  # foreign code: anything may come out of it
             raise _blamed(handler, "preprocess", error) from error
         prepared = made if isinstance(made, Prepared) else None
         given = made.tensors if isinstance(made, Prepared) else made
@@ -224,7 +224,7 @@ class RawForm:
             if isinstance(made, Reply):
                 return {"content_type": _text(made.content_type)}, [_bytes(made.body)]
             text = json.dumps(made, separators=(",", ":"), allow_nan=False)
-        except BaseException as error:  # noqa: BLE001  as above
+        except BaseException as error:  # as above
             raise _blamed(handler, "postprocess", error) from error
         return {"content_type": "application/json"}, [text.encode()]
 

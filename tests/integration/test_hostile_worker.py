@@ -112,22 +112,25 @@ def test_a_hello_that_is_none_fails_the_load(tmp_path: Path, lie: dict[str, Any]
     run(story)
 
 
-def test_invented_answers_are_reduced_to_what_an_answer_may_say(tmp_path: Path) -> None:
+def test_invented_error_codes_reach_neither_client_nor_metrics(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path) as box:
-            version = await box.engine.load(scale_version(tmp_path / "bundle", handler="liar"))
-            box.engine.activate(version)
-            codes = set()
+            box.engine.activate(await box.engine.load(scale_version(tmp_path / "bundle", handler="liar")))
             for number in range(5):
-                codes.add((await box.say(json.dumps({"kind": "error", "code": f"c{number}" * 1000})))["code"])
-            assert codes == {"internal"}
-            assert len(version.status()["answers"]) == 2
-            _, answer = box.request(
-                b'{"kind": "result", "content_type": ["x"], "params": 5, "tensors": "no", "more": {}}',
-                {"id": 2, "content_type": "text/plain"},
-                deadline_s=30.0,
-                version=None,
-            )
+                header = await box.say(json.dumps({"kind": "error", "code": f"code{number}", "retryable": True}))
+                assert (header["code"], header["retryable"]) == ("internal", False)
+            assert b"code0" not in box.metrics.render()
+
+    run(story)
+
+
+def test_an_invented_answer_is_reduced_to_what_an_answer_may_say(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            box.engine.activate(await box.engine.load(scale_version(tmp_path / "bundle", handler="liar")))
+            lie = {"kind": "result", "content_type": ["x"], "params": 5, "tensors": "no", "version": 9, "more": {}}
+            asked = {"id": 2, "content_type": "text/plain"}
+            _, answer = box.request(json.dumps(lie).encode(), asked, deadline_s=30.0, version=None)
             header, _ = await answer
             assert header == {"kind": "result", "id": 2, "model": "scale", "version": "1.0.0", "variant": "v0"}
 

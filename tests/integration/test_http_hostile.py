@@ -12,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agent.wire import encode_head
 from tests.fakes.edges import Edges, edges, run, until
 from tests.fakes.engine import FakeEngine
+from tests.fakes.peer import FramePeer
 from tests.fakes.web import WebPeer, ask, request
 
 pytestmark = pytest.mark.integration
@@ -441,5 +443,19 @@ def test_a_web_page_that_renamed_itself_to_this_box_is_nobody(tmp_path: Path, ho
                 async with WebPeer(served.http_path) as peer:  # there the kernel says who asks
                     await peer.send(data)
                     assert (await peer.answer()).status == 200
+
+    run(test)
+
+
+def test_small_requests_pass_while_others_hold_the_whole_receive_budget(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with edges(tmp_path, body_bytes_max=KIB * KIB, receive_bytes_max=KIB * KIB) as served:
+            async with FramePeer(served.frame_path) as hog:
+                await hog.send_raw(encode_head({"kind": "infer", "id": 1}, KIB * KIB))
+                await until(lambda: served.budget.held > 0)
+                assert (await ask(served.port, "POST", PREDICT, b"abc")).body == b"abc"
+                small = gzip.compress(b"abc")
+                assert (await ask(served.port, "POST", PREDICT, small, Content_Encoding="gzip")).body == b"abc"
+                assert (await ask(served.port, "POST", PREDICT, bytes(200 * KIB))).status == 503
 
     run(test)

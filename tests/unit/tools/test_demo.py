@@ -52,7 +52,7 @@ def test_hints_can_be_pasted_whatever_the_path_is_called(tmp_path: Path) -> None
     class Broker:
         host, port = "127.0.0.1", 1883
 
-    lines = demo.hints(stage, cast(Mosquitto, Broker()))
+    lines = demo.hints(stage, cast("Mosquitto", Broker()))
     words = [shlex.split(line) for line in lines if line.startswith("  ")]
     assert [line[line.index("--socket") + 1] for line in words if "--socket" in line] == [str(stage.socket)] * 6
     verbs = [next((verb for verb in ("unpin", "--team") if verb in line), "") for line in words]
