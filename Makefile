@@ -4,15 +4,16 @@ VENV   ?= .venv
 STATE  ?= .state
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-# Tests run in parallel on the machine's cores unless told otherwise.
+# For pytest and tools.bench, for example: make test PYTEST_ARGS="-m unit -x", make bench BENCH_ARGS="--seconds 5"
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 
 BIN  := $(VENV)/bin
-ENV  := STATE="$(STATE)" PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath $(STATE))/pycache"
+ENV  := STATE="$(STATE)" PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath $(STATE))/pycache" \
+        HYPOTHESIS_STORAGE_DIRECTORY="$(abspath $(STATE))/hypothesis" INFERD_WHEELS="$(abspath $(STATE))/wheels"
 SRC  := agent handlers tools tests profiles
 
-.PHONY: help demo test run bench lint format check clean
+.PHONY: help demo test system run bench lint format check clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -29,14 +30,18 @@ $(VENV)/.bench: pyproject.toml constraints.txt tools/bootstrap.sh
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo ## The whole main job on real input, in under two minutes
-	@$(ENV) $(BIN)/python -m tools.demo --state "$(STATE)/demo"
+	@$(ENV) $(BIN)/python -m tools.demo --state "$(STATE)/demo" --wheels "$(STATE)/wheels"
 
 test: $(VENV)/.dev ## Every test
 	@mkdir -p "$(STATE)"
 	@$(ENV) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" $(PYTEST_ARGS)
 
+system: $(VENV)/.dev ## The units under a real systemd in a container (root, minutes)
+	@mkdir -p "$(STATE)"
+	@$(ENV) INFERD_SYSTEM=1 $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -rA tests/system
+
 run: $(VENV)/.demo ## The daemon in the foreground with the demo's store, until Ctrl-C
-	@$(ENV) $(BIN)/python -m tools.demo run --state "$(STATE)/run"
+	@$(ENV) $(BIN)/python -m tools.demo run --state "$(STATE)/run" --wheels "$(STATE)/wheels"
 
 bench: $(VENV)/.bench ## Load against a fresh daemon, interleaved with in-process inference
 	@$(ENV) $(BIN)/python -m tools.bench --state "$(STATE)/bench" $(BENCH_ARGS)

@@ -24,11 +24,12 @@ from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
 from agent.deploy.ports import Bundle, Evidence, Loaded, Progress
 from agent.deploy.reconciler import Reconciler
 from agent.engine.engine import Engine
-from agent.engine.types import VariantSpec, VersionSpec
+from agent.engine.types import FORWARDED_BYTES, VariantSpec, VersionSpec
 from agent.engine.version import Version
 from agent.errors import PolicyError, SelfTestError, StateError
 from agent.events import EventBus
 from agent.profile import Profile
+from agent.telemetry.commands import CommandInbox
 from agent.telemetry.presence import Presence
 
 _ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}
@@ -66,7 +67,6 @@ class SpecMaker:
             digest=stored.manifest_sha256,
             variants=tuple(self._variant_spec(manifest, variant, stored.path) for variant in stored.variants),
             dropped=stored.dropped,
-            labels=manifest.labels,
         )
 
     def _variant_spec(self, manifest: Manifest, variant: Variant, path: Path) -> VariantSpec:
@@ -103,7 +103,7 @@ class SpecMaker:
             "limits": {"memory_bytes": self._memory_bytes(variant), "open_files": self._engine.open_files_max},
             "sandbox": self._policy.sandbox,
             "wire": {
-                "header_bytes_max": self._serving.header_bytes_max,
+                "header_bytes_max": self._serving.header_bytes_max + FORWARDED_BYTES,
                 "body_bytes_max": self._serving.body_bytes_max,
             },
         }
@@ -176,7 +176,7 @@ class LoadedVersion:
     async def self_test(self) -> None:
         value = await self.version.self_test(timeout_s=_SELF_TEST_TIMEOUT_S)
         if not value.get("ok"):
-            raise SelfTestError(str(value.get("golden")))
+            raise SelfTestError(str(value.get("message") or "a golden output differs"))
 
 
 class EngineHost:
@@ -227,10 +227,13 @@ class ReportedState:
 
     name = "daemon.reported"
 
-    def __init__(self, *, reconciler: Reconciler, engine: Engine, presence: Presence, events: EventBus) -> None:
+    def __init__(
+        self, *, reconciler: Reconciler, engine: Engine, presence: Presence, inbox: CommandInbox, events: EventBus
+    ) -> None:
         self._reconciler = reconciler
         self._engine = engine
         self._presence = presence
+        self._inbox = inbox
         self._events = events
 
     async def run(self) -> None:
@@ -239,12 +242,14 @@ class ReportedState:
         with self._events.subscribed(lambda _: changed.set()):
             while True:
                 changed.clear()
-                self._presence.report(self._document(), generation=self._reconciler.fleet_changes)
+                self._presence.report(self._document(), generation=await self._inbox.generation())
                 await changed.wait()
 
     def _document(self) -> dict[str, Any]:
         serving = {
-            row["model"]: {name: row.get(name) for name in ("version", "digest", "variant", "ready", "reason")}
+            row["model"]: {
+                name: row.get(name) for name in ("version", "digest", "variant", "ready", "reason", "fallbacks")
+            }
             for row in self._engine.status()
         }
         return {"slots": [{**slot, "serving": serving.get(slot["slot"])} for slot in self._reconciler.slots()]}

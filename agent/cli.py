@@ -6,6 +6,7 @@ Every verb has a table for people and ``--json`` for programs. Exit codes: 0 don
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import sys
@@ -17,15 +18,22 @@ from typing import Any, Final
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
-from rich.table import Table
 
 from agent import __version__
+from agent.cli_text import deployments_text, event_text, models_text, print_text, reason_text, shown, status_text
 from agent.client import Client
+from agent.client.messages import Result
 from agent.errors import AgentError
 
 _SOCKET: Final = "/run/inferd/inferd.sock"
 _FINAL_GOOD: Final = "confirmed"
 _POLL_S: Final = 20.0
+_HISTORY_ROWS: Final = 100  # looked through for why a model is not ready
+_INTERRUPTED: Final = 130
+_HINT_REFUSED: Final = (
+    "The socket is open to root and the group inferd: sudo usermod -aG inferd $USER, then log in anew."
+)
+_HINT: Final = "Is it running (systemctl status inferd)? Another socket is named with --socket PATH."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,22 +65,10 @@ def status(socket_path: str, as_json: bool) -> None:
     """Show the box, its models, the telemetry link and the memory of every process."""
     with _client(socket_path) as client:
         value = client.call("status")
-    if as_json:
-        _print_json(value)
-        return
-    console = Console(soft_wrap=True, highlight=False)
-    agent, device, link = value["agent"], value["device"], value["telemetry"]
-    gpus = ", ".join(device["gpus"]) or f"none ({device['gpu_reason']})"
-    console.print(
-        f"[bold]{device['id']}[/] inferd {agent['version']} up {_duration(agent['uptime_s'])}, pid {agent['pid']}, "
-        f"profile {device['profile']}, {device['cores']} cores, {device['memory_bytes'] / 2**30:.1f} GiB, GPU: {gpus}"
-    )
-    console.print(f"telemetry: {_link_text(link)}")
-    _print_models(console, value["models"])
-    processes = Table("process", "pid", "PSS", box=None, header_style="bold")
-    for row in value["processes"]:
-        processes.add_row(row["role"], str(row["pid"]), f"{row['pss_bytes'] / 1e6:.1f} MB")
-    console.print(processes)
+        if as_json:
+            _print_json(value)
+            return
+        print_text(status_text(value, _failures(client, value)))
 
 
 @main.command()
@@ -85,24 +81,7 @@ def models(socket_path: str, as_json: bool) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table(
-        *("model", "ready", "active", "previous", "wanted", "source", "inputs", "outputs"),
-        box=None,
-        header_style="bold",
-    )
-    for row in rows:
-        metadata = row["metadata"] or {"inputs": [], "outputs": []}
-        table.add_row(
-            row["slot"],
-            "yes" if row["ready"] else f"no: {row['reason']}",
-            (row["active"] or "-") + (" (on trial)" if row["trial"] else ""),
-            row["previous"] or "-",
-            row["wanted"] or "-",
-            row["source"] or "-",
-            _tensors_text(metadata["inputs"]),
-            _tensors_text(metadata["outputs"]),
-        )
-    Console().print(table)
+    print_text(models_text(rows))
 
 
 @main.command()
@@ -132,12 +111,10 @@ def infer(
         started = time.perf_counter()
         result = client.predict(model, file.read(), content_type=content_type, version=version, deadline_ms=deadline_ms)
         elapsed_ms = (time.perf_counter() - started) * 1e3
-    answer = result.json()
-    if as_json:
-        _print_json({"model": result.model, "version": result.version, "variant": result.variant, "answer": answer})
-        return
-    Console().print_json(json.dumps(answer))
-    click.echo(f"{result.model} {result.version} ({result.variant}), {elapsed_ms:.1f} ms", err=True)
+    _print_answer(result, as_json=as_json)
+    if not as_json:
+        name = f"{shown(result.model)} {shown(result.version)} ({shown(result.variant)})"
+        click.echo(f"{name}, {elapsed_ms:.1f} ms", err=True)
 
 
 @main.command()
@@ -171,7 +148,10 @@ def deploy(
 @_json_option
 @click.pass_obj
 def rollback(socket_path: str, model: str, no_wait: bool, as_json: bool) -> None:
-    """Return MODEL to the version that served before, from disk, without network, and pin it there."""
+    """Return MODEL to the version that served before, from disk, without network, and pin it there.
+
+    A second rollback goes forward again: the version that was left is then the one that served before.
+    """
     _change(socket_path, "rollback", {"model": model}, no_wait=no_wait, as_json=as_json)
 
 
@@ -182,7 +162,7 @@ def unpin(socket_path: str, model: str) -> None:
     """Give MODEL back to the fleet and the configuration file."""
     with _client(socket_path) as client:
         client.call("unpin", {"model": model})
-    click.echo(f"{model} follows the fleet and the configuration again")
+    click.echo(f"{shown(model)} follows the fleet and the configuration again")
 
 
 @main.command()
@@ -196,15 +176,7 @@ def deployments(socket_path: str, limit: int, as_json: bool) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("when", "model", "version", "from", "state", "source", "reason", box=None, header_style="bold")
-    for row in rows:
-        when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["updated"]))
-        reason = f"{row['code']}: {row['message']}" if row["code"] else row["message"]
-        version = row["version"] or row["wanted"] or f"({row['channel']})"
-        table.add_row(
-            when, row["slot"], version, row["previous"] or "-", row["state"], reason, row["source"], row["id"]
-        )
-    Console().print(table)
+    print_text(deployments_text(rows))
 
 
 @main.command()
@@ -219,7 +191,8 @@ def selftest(socket_path: str, model: str, as_json: bool) -> None:
         _print_json(value)
     else:
         for golden in value.get("golden", []):
-            click.echo(f"{golden.get('id')}: {'ok' if golden.get('ok') else golden.get('reason', 'failed')}")
+            end = "ok" if golden.get("ok") else golden.get("reason", "failed")
+            click.echo(f"{shown(golden.get('id'))}: {shown(end)}")
     sys.exit(0 if value.get("ok") else 1)
 
 
@@ -228,39 +201,112 @@ def selftest(socket_path: str, model: str, as_json: bool) -> None:
 @_json_option
 @click.pass_obj
 def events(socket_path: str, follow: bool, as_json: bool) -> None:
-    """Show what happened since the daemon started."""
-    after = 0
+    """Show what happened since the daemon started; with --follow until Ctrl-C."""
     with _client(socket_path) as client:
-        while True:
-            rows = client.call("events", {"after": after, "wait_s": _POLL_S if follow and after else 0})
-            for row in rows:
-                after = max(after, row["number"])
-                click.echo(json.dumps(row) if as_json else _event_text(row))
+        try:
+            _print_events(client, follow=follow, as_json=as_json)
+        except KeyboardInterrupt:
             if not follow:
-                return
-            after = max(after, 1)
+                raise
+
+
+def _failures(client: Client, status: dict[str, Any]) -> dict[str, str]:
+    """Return how the newest deployment of each model that is not ready ended, unless it ended well."""
+    ready = {row["model"] for row in status["models"] if row["ready"]}
+    if all(slot["slot"] in ready for slot in status.get("slots", [])) and len(ready) == len(status["models"]):
+        return {}
+    newest: dict[str, dict[str, Any]] = {}
+    for record in client.call("deployments", {"limit": _HISTORY_ROWS}):
+        newest.setdefault(record["slot"], record)
+    return {
+        slot: f"{record['version'] or record['wanted'] or record['channel']}: {record['state']}: {reason_text(record)}"
+        for slot, record in newest.items()
+        if slot not in ready and record["state"] != _FINAL_GOOD
+    }
+
+
+def _print_answer(result: Result, *, as_json: bool) -> None:
+    """Print whatever the handler answered: JSON, text, tensors or bytes."""
+    kind, value = _decoded(result)
+    if as_json:
+        about = {"model": result.model, "version": result.version, "variant": result.variant}
+        content = {} if kind == "answer" else {"content_type": result.content_type}
+        _print_json({**about, **content, kind: value})
+    elif kind == "answer":
+        Console().print_json(json.dumps(value))
+    elif kind == "text":
+        click.echo("\n".join(map(shown, value.splitlines())) if sys.stdout.isatty() else value)
+    elif sys.stdout.isatty():
+        click.echo(
+            f"{len(result.body)} bytes of {shown(result.content_type or 'unknown type')}: "
+            "redirect standard output to a file to keep them",
+            err=True,
+        )
+    else:
+        sys.stdout.buffer.write(result.body)
+
+
+def _decoded(result: Result) -> tuple[str, Any]:
+    """Return ``answer``, ``text`` or ``base64``, and the value."""
+    if result.outputs:
+        return "answer", {name: array.tolist() for name, array in result.outputs.items()}
+    try:
+        return "answer", result.json()
+    except ValueError:
+        pass
+    if result.content_type.startswith("text/"):
+        return "text", result.body.decode(errors="replace")
+    return "base64", base64.b64encode(result.body).decode()
+
+
+def _print_events(client: Client, *, follow: bool, as_json: bool) -> None:
+    after = 0
+    while True:
+        rows = client.call("events", {"after": after, "wait_s": _POLL_S if follow and after else 0})
+        for row in rows:
+            after = max(after, row["number"])
+            click.echo(json.dumps(row) if as_json else event_text(row))
+        if not follow:
+            return
+        after = max(after, 1)
 
 
 def _change(socket_path: str, verb: str, args: dict[str, Any], *, no_wait: bool, as_json: bool) -> None:
     with _client(socket_path) as client:
         begun = client.call(verb, args)
         if no_wait:
-            _print_json(begun) if as_json else click.echo(f"deployment {begun['deployment']} begun")
+            if as_json:
+                _print_json(begun)
+            else:
+                click.echo(f"deployment {shown(begun['deployment'])} begun")
             return
-        record = _follow(client, begun["deployment"], quiet=as_json)
+        try:
+            record = _follow(client, begun["deployment"], quiet=as_json)
+        except KeyboardInterrupt:
+            click.echo(f"deployment {shown(begun['deployment'])} goes on; see inferctl deployments", err=True)
+            sys.exit(_INTERRUPTED)
+    good = record["state"] == _FINAL_GOOD
     if as_json:
         _print_json(record)
-    elif record["state"] == _FINAL_GOOD:
-        click.echo(f"{record['slot']} serves {record['version']} ({record['message'] or 'confirmed'})")
     else:
-        reason = f"{record['code']}: {record['message']}" if record["code"] else record["message"]
-        click.echo(f"{record['slot']}: {record['state']}: {reason}", err=True)
-    sys.exit(0 if record["state"] == _FINAL_GOOD else 1)
+        click.echo(_end_text(record), err=not good)
+    sys.exit(0 if good else 1)
+
+
+def _end_text(record: dict[str, Any]) -> str:
+    """Return how a deployment ended, and which version a channel stood for."""
+    slot, version, reason = shown(record["slot"]), shown(record["version"]), shown(reason_text(record))
+    if record["state"] == _FINAL_GOOD:
+        channel = "" if record["wanted"] else f", the newest of channel {shown(record['channel'])}"
+        return f"{slot} serves {version}{channel} ({reason or 'confirmed'})"
+    tried = version or shown(record["wanted"]) or f"channel {shown(record['channel'])}"
+    return f"{slot} {tried}: {shown(record['state'])}: {reason}"
 
 
 def _follow(client: Client, deployment_id: str, *, quiet: bool) -> dict[str, Any]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
         task = progress.add_task("begun", total=None)
         args: dict[str, Any] = {"id": deployment_id, "wait_s": _POLL_S}
         while True:
@@ -268,7 +314,7 @@ def _follow(client: Client, deployment_id: str, *, quiet: bool) -> dict[str, Any
             total = record["bytes_total"] or None
             progress.update(
                 task,
-                description=f"{record['slot']} {record['version']}: {record['state']}",
+                description=shown(f"{record['slot']} {record['version']}: {record['state']}"),
                 completed=record["bytes_done"],
                 total=total,
             )
@@ -284,7 +330,7 @@ def _client(socket_path: str) -> Iterator[Client]:
         with Client(socket_path) as client:
             yield client
     except AgentError as error:
-        click.echo(f"inferctl: {error.code}: {error}", err=True)
+        click.echo(f"inferctl: {error.code}: {shown(error)}", err=True)
         sys.exit(1)
 
 
@@ -296,55 +342,10 @@ def _require_daemon(socket_path: str) -> None:
     except OSError as error:
         click.echo(
             f"inferctl: cannot reach the daemon at {socket_path}: {error.strerror or error}\n"
-            "Is it running (systemctl status inferd)? Another socket is named with --socket PATH.",
+            f"{_HINT_REFUSED if isinstance(error, PermissionError) else _HINT}",
             err=True,
         )
         sys.exit(3)
-
-
-def _print_models(console: Console, rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if "version" not in row:
-            console.print(f"[bold]{row['model']}[/]: not ready: {row['reason']}")
-            continue
-        latency, answers = row["latency_s"], row["answers"]
-        state = "[green]ready[/]" if row["ready"] else f"[red]not ready: {row['reason']}[/]"
-        console.print(
-            f"[bold]{row['model']} {row['version']}[/] {state}, {row['variant']} on {row['device']}, "
-            f"sandbox {(row['sandbox'] or {}).get('level', 'unknown')}; {answers['good']} good answers, "
-            f"{answers['faults']} faults" + _latency_text(latency)
-        )
-        for skip in row["fallbacks"]:
-            console.print(f"  not {skip['variant']}: {skip['reason']}")
-
-
-def _latency_text(latency: dict[str, float]) -> str:
-    if not latency["p50"]:
-        return ""
-    return f"; p50 ≤ {latency['p50'] * 1e3:g} ms, p99 ≤ {latency['p99'] * 1e3:g} ms"
-
-
-def _tensors_text(tensors: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{tensor['name']} {tensor['datatype']}{tensor['shape']}" for tensor in tensors) or "-"
-
-
-def _link_text(link: dict[str, Any]) -> str:
-    if not link.get("configured", True):
-        return "no broker configured"
-    state = "connected" if link.get("connected") else f"offline ({link.get('reason') or 'not connected yet'})"
-    return f"{state}, {link.get('outbox_rows', 0)} rows wait in the outbox"
-
-
-def _event_text(row: dict[str, Any]) -> str:
-    when = time.strftime("%H:%M:%S", time.localtime(row["wall_s"]))
-    fields = " ".join(f"{name}={value}" for name, value in row["data"].items())
-    return f"{when} {row['severity']:7} {row['type']:28} {fields}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else (f"{minutes} min {seconds} s" if minutes else f"{seconds} s")
 
 
 def _print_json(value: Any) -> None:

@@ -6,11 +6,12 @@ msgspec structs instead of dataclasses: they refuse unknown keys and name the of
 
 from __future__ import annotations
 
+import difflib
 import re
 import socket
 import tomllib
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -19,6 +20,7 @@ from agent.errors import ConfigError
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_UNKNOWN_KEY: Final = re.compile(r"unknown field `(.+)`")
 _DEVICE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Role = Literal["infer", "read", "operate", "admin"]
@@ -32,8 +34,8 @@ class DeviceConfig(Section, frozen=True):
     """Who this box is and where its files live."""
 
     id: str = ""  # empty: the host name
-    tenant: str = "default"
-    state_dir: str = "/var/lib/inferd"
+    tenant: str = "default"  # the fleet this box belongs to: part of every MQTT topic and signed command
+    state_dir: str = "/var/lib/inferd"  # bundles, pointers, journal and outbox; one daemon per folder
     profile: str = "auto"  # file name in profiles/ without .toml, or "auto"
 
     def __post_init__(self) -> None:
@@ -49,12 +51,12 @@ class DeviceConfig(Section, frozen=True):
 class ServingConfig(Section, frozen=True):
     """The listeners. systemd's sockets named ``frames``, ``http-unix`` and ``http`` replace the paths and the port."""
 
-    frame_socket: str = "/run/inferd/inferd.sock"
-    http_socket: str = "/run/inferd/http.sock"
-    http_host: str = "127.0.0.1"
+    frame_socket: str = "/run/inferd/inferd.sock"  # client library and inferctl; its file mode says who may connect
+    http_socket: str = "/run/inferd/http.sock"  # HTTP for local peers, who are known by uid and gid
+    http_host: str = "127.0.0.1"  # address of the TCP listener; only loopback takes clients without a token
     http_port: int = 8080  # 0: no TCP listener
-    header_bytes_max: int = 64 * KIB
-    body_bytes_max: int = 64 * MIB
+    header_bytes_max: int = 64 * KIB  # of one request: frame header, or HTTP request line and headers
+    body_bytes_max: int = 64 * MIB  # of one request or answer
     read_timeout_s: float = 10.0  # for the rest of a request whose first byte has arrived
     idle_timeout_s: float = 75.0  # an HTTP keep-alive connection without a request
     connections_max: int = 512  # per listener
@@ -62,7 +64,7 @@ class ServingConfig(Section, frozen=True):
     output_bytes_max: int = 16 * MIB  # answers waiting for one slow client; with more waiting it is cut
     receive_bytes_max: int = 256 * MIB  # half-received bodies of all clients together; above it they are refused
     deadline_ms_default: int = 30_000  # queue time included
-    drain_timeout_s: float = 20.0
+    drain_timeout_s: float = 20.0  # at shutdown, for requests that were accepted
 
     def __post_init__(self) -> None:
         _require(0 <= self.http_port <= 65535, "http_port: 0..65535")
@@ -94,15 +96,15 @@ class SharedMemoryConfig(Section, frozen=True):
         _require(0 <= self.total_regions_max <= 65536, "total_regions_max: 0..65536")
         _require(self.total_bytes_max >= self.region_bytes_max, "total_bytes_max: at least region_bytes_max")
         _require(0 <= self.arena_bytes_max <= 1 << 40, "arena_bytes_max: 0..1 TiB")
-        _require(0 <= self.arena_idle_bytes_max, "arena_idle_bytes_max: not negative")
+        _require(self.arena_idle_bytes_max >= 0, "arena_idle_bytes_max: not negative")
 
 
 class TokenConfig(Section, frozen=True):
     """One bearer token of the TCP listener; only its hash is stored."""
 
-    name: str
+    name: str  # who holds it, for the log and audit events
     sha256: str  # lower-case hex of the token's bytes: ``printf %s TOKEN | sha256sum``
-    roles: tuple[Role, ...] = ("infer",)
+    roles: tuple[Role, ...] = ("infer",)  # what the token may do
 
     def __post_init__(self) -> None:
         _require(bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256)), "sha256: 64 lower-case hex digits")
@@ -112,10 +114,10 @@ class AuthConfig(Section, frozen=True):
     """Who may do what. Unix peers are known by uid and gid, TCP clients by token."""
 
     unix_default_roles: tuple[Role, ...] = ("infer", "read")  # any peer that the socket's file mode lets in
-    operate_uids: tuple[int, ...] = ()  # root and the daemon's own uid always hold admin
-    operate_gids: tuple[int, ...] = ()
+    operate_uids: tuple[int, ...] = ()  # may deploy and roll back; root and the daemon's own uid always hold admin
+    operate_gids: tuple[int, ...] = ()  # peers of these groups may deploy and roll back
     tcp_anonymous_roles: tuple[Role, ...] = ("infer", "read")  # loopback only; never operate or admin
-    tokens: tuple[TokenConfig, ...] = ()
+    tokens: tuple[TokenConfig, ...] = ()  # see `[[auth.tokens]]`
 
     def __post_init__(self) -> None:
         _require(
@@ -128,13 +130,13 @@ class StoreConfig(Section, frozen=True):
     """Where bundles come from and how much a pull may take."""
 
     urls: tuple[str, ...] = ()  # file:// or http(s)://, mirrors in order
-    anchor: str = "/usr/share/inferd/anchor/root.json"
+    anchor: str = "/usr/share/inferd/anchor/root.json"  # the root of trust (root.json), installed with the box
     poll_interval_s: float = 3600.0  # for models that follow a channel; 0: never
-    connections: int = 4
+    connections: int = 4  # parallel downloads of one pull
     stall_timeout_s: float = 30.0  # no byte for so long: try again
     metadata_timeout_s: float = 30.0  # whole download of one metadata file
     disk_reserve_bytes: int = 64 * MIB  # never filled by a pull
-    bundle_bytes_max: int = 16 * 1024 * MIB
+    bundle_bytes_max: int = 16 * 1024 * MIB  # a larger bundle is refused before it is fetched
     tries: int = 3  # per chunk and source
 
     def __post_init__(self) -> None:
@@ -151,9 +153,11 @@ class StoreConfig(Section, frozen=True):
 class PolicyConfig(Section, frozen=True):
     """What a signed bundle is allowed to be on this box."""
 
-    handler_code: Literal["signed", "never"] = "signed"
-    native_formats: Literal["signed", "never"] = "never"
-    fallback: Literal["prefer", "require", "cpu"] = "prefer"  # require: only the best variant; cpu: CPU variants only
+    handler_code: Literal["signed", "never"] = "signed"  # never: only built-in handlers, no code of a bundle
+    native_formats: Literal["signed", "never"] = "never"  # variants whose format holds native code
+    fallback: Literal["prefer", "require", "cpu"] = (
+        "prefer"  # require: the best variant or none; cpu: CPU variants only
+    )
     sandbox: Literal["enforce", "best_effort"] = "enforce"  # enforce: no worker without seccomp and Landlock
 
 
@@ -162,15 +166,15 @@ class EngineConfig(Section, frozen=True):
 
     workers: int = 1  # per model
     queue_requests_max: int = 256  # waiting and running, per model
-    queue_bytes_max: int = 256 * MIB
+    queue_bytes_max: int = 256 * MIB  # their bodies, per model
     start_timeout_s: float = 120.0  # fork to ready: load, warm-up and self-test
     hang_timeout_s: float = 60.0  # a dispatched request without an answer for so long: the worker is killed
-    restart_first_s: float = 0.05
-    restart_cap_s: float = 30.0
+    restart_first_s: float = 0.05  # before a dead worker's first restart; doubles up to restart_cap_s
+    restart_cap_s: float = 30.0  # longest wait between restarts
     deaths_max: int = 5  # within deaths_window_s: the next variant takes over
-    deaths_window_s: float = 60.0
+    deaths_window_s: float = 60.0  # over which deaths are counted
     memory_bytes_max: int = 0  # RLIMIT_AS of a worker; 0: from the manifest's measured memory, with head room
-    open_files_max: int = 256
+    open_files_max: int = 256  # RLIMIT_NOFILE of a worker
 
     def __post_init__(self) -> None:
         _require(1 <= self.workers <= 64, "workers: 1..64")
@@ -207,11 +211,11 @@ class DeployConfig(Section, frozen=True):
 
     probation_s: float = 60.0  # at least so long
     probation_calls_min: int = 20  # and so many good answers; idle models are probed by their golden inputs
-    probation_limit_s: float = 600.0
+    probation_limit_s: float = 600.0  # without enough good answers by then, the version is rolled back
     probation_errors_max: float = 0.02  # share of failed answers above the previous version's
-    starts_in_trial_max: int = 3
-    fetch_retry_cap_s: float = 300.0
-    fetch_limit_s: float = 72 * 3600.0
+    starts_in_trial_max: int = 3  # daemon starts during one trial; with more the version is rolled back
+    fetch_retry_cap_s: float = 300.0  # longest wait between tries while the store cannot be reached
+    fetch_limit_s: float = 72 * 3600.0  # with the store unreachable for so long, the deployment fails
     keep_versions: int = 2  # per slot on disk, beside active and previous
 
     def __post_init__(self) -> None:
@@ -225,7 +229,7 @@ class DeployConfig(Section, frozen=True):
 class OutboxConfig(Section, frozen=True):
     """Bounds of the offline telemetry queue; the oldest rows of the lowest class go first."""
 
-    size_bytes_max: int = 64 * MIB
+    size_bytes_max: int = 64 * MIB  # of the database on disk, its log included
     floors_percent: tuple[int, int, int, int] = (25, 12, 38, 25)  # P0 deploy/security/audit, P1 health, P2 metrics, P3
     inflight_max: int = 16  # unacknowledged publishes
     row_bytes_max: int = 64 * KIB  # one message; a larger one is dropped, counted and reported as a gap
@@ -249,25 +253,23 @@ class OutboxConfig(Section, frozen=True):
 class TelemetryConfig(Section, frozen=True):
     """The MQTT link. An empty ``host`` means no link; events still fill the outbox."""
 
-    host: str = ""
-    port: int = 1883
-    username: str = ""
-    password_file: str = ""
+    host: str = ""  # the broker; empty: no link
+    port: int = 1883  # 1883 without TLS, 8883 with, by custom
+    username: str = ""  # at the broker
+    password_file: str = ""  # a file that holds the password alone; needs username
     tls_ca_file: str = ""  # set: TLS
-    tls_certificate_file: str = ""
-    tls_key_file: str = ""
-    keepalive_s: int = 30
-    connect_timeout_s: float = 10.0
-    reconnect_first_s: float = 1.0
-    reconnect_cap_s: float = 300.0
-    session_expiry_s: int = 86_400
+    tls_certificate_file: str = ""  # PEM; this box's own certificate, if the broker asks for one
+    tls_key_file: str = ""  # PEM; the key of that certificate
+    keepalive_s: int = 30  # a silent connection is checked so often
+    connect_timeout_s: float = 10.0  # for connecting, and for the broker's answer to it
+    reconnect_first_s: float = 1.0  # before the first reconnect; doubles up to reconnect_cap_s, with a random part
+    reconnect_cap_s: float = 300.0  # longest wait between reconnects
+    session_expiry_s: int = 86_400  # the broker keeps commands for us for so long
     stable_after_s: float = 60.0  # a connection that held so long resets the reconnect delay
-    first_connect_spread_s: float = (
-        0.0  # a fleet's boxes spread their first connect over so long, by a hash of their id
-    )
+    first_connect_spread_s: float = 0.0  # boxes of a fleet spread their first connect over so long, by their ids
     will_delay_s: int = 20  # the broker reports us lost after so long without a reconnect
     flush_timeout_s: float = 2.0  # at shutdown, for what is still in the outbox
-    metrics_interval_s: float = 60.0
+    metrics_interval_s: float = 60.0  # between two messages of measurements
     reported_interval_s: float = 5.0  # between two changes of the retained ``reported`` document
     commands_per_minute_max: int = 30  # signature checks; more commands than that are counted and dropped
     outbox: OutboxConfig = msgspec.field(default_factory=OutboxConfig)
@@ -292,10 +294,10 @@ class TelemetryConfig(Section, frozen=True):
 class ModelConfig(Section, frozen=True):
     """A model this box serves unless the fleet or a local pin says otherwise."""
 
-    name: str
-    team: str
+    name: str  # the slot: what clients ask for, and the model's name in the store
+    team: str  # whose signature its bundles need
     version: str = ""  # exact version; empty: follow ``channel``
-    channel: str = "stable"
+    channel: str = "stable"  # followed when no version is named
 
     def __post_init__(self) -> None:
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
@@ -305,8 +307,8 @@ class ModelConfig(Section, frozen=True):
 class LogConfig(Section, frozen=True):
     """Standard error, which systemd sends to the journal."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    style: Literal["auto", "json", "text"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"  # what is less severe is dropped
+    style: Literal["auto", "json", "text"] = "auto"  # auto: text on a terminal, JSON elsewhere
 
 
 class Config(Section, frozen=True):
@@ -355,7 +357,33 @@ def parse(raw: dict[str, Any]) -> Config:
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$")
         key = where.rstrip("`").lstrip(".")
+        message += _advice(message, key)
         raise ConfigError(f"[{key}] {message}" if key else message) from error
+
+
+def _advice(message: str, key: str) -> str:
+    """Return what the value may be, or which key was probably meant, as far as that is known."""
+    kind = _kind_at(key)
+    if message.startswith("Invalid enum value") and get_origin(kind) is Literal:
+        return f"; one of {', '.join(map(repr, get_args(kind)))}"
+    unknown = _UNKNOWN_KEY.search(message)
+    if unknown and isinstance(kind, type) and issubclass(kind, Section):
+        close = difflib.get_close_matches(unknown[1], kind.__struct_fields__, n=1)
+        return f"; did you mean `{close[0]}`?" if close else f"; there are {', '.join(kind.__struct_fields__)}"
+    return ""
+
+
+def _kind_at(key: str) -> Any:
+    """Return the type of the value that a path such as ``auth.tokens[0].roles[1]`` names; ``None`` if unknown."""
+    kind: Any = Config
+    for name in key.split(".") if key else ():
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            return None
+        field, *brackets = name.split("[")
+        kind = get_type_hints(kind).get(field)
+        for _ in brackets:
+            kind = next(iter(get_args(kind)), None)
+    return kind
 
 
 def _require(condition: bool, message: str) -> None:

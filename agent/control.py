@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -42,6 +43,8 @@ _IMPLIED: Final[Mapping[str, Roles]] = {
     "admin": frozenset({"admin"}),
 }
 _WAIT_S_MAX: Final = 60.0
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}(-[0-9A-Za-z.-]{1,32})?")
 _GOOD_ENDS: Final = frozenset({State.CONFIRMED})
 
 
@@ -123,15 +126,7 @@ class Control:
             raise CommandError(f"no command {name!r}")
         model = _text(args, "model")
         if name == "deploy":
-            wish = Desired(
-                id=command_id,
-                slot=model,
-                team=_text(args, "team"),
-                version=str(args.get("version") or ""),
-                channel=str(args.get("channel") or "stable"),
-                source="fleet",
-                force=bool(args.get("force")),
-            )
+            wish = _wish(command_id, args, "fleet")
         else:
             wish = await self._rollback_wish(model, command_id, "fleet")
         await self._reconciler.want(wish)
@@ -173,8 +168,12 @@ class Control:
             "models": self._engine.status(),
             "slots": self._reconciler.slots(),
             "telemetry": await self._telemetry.status(),
-            "processes": [{"pid": pid, "role": "daemon", "pss_bytes": pss_bytes(pid)}, *self._engine.processes()],
+            "processes": await asyncio.to_thread(self._processes),
         }
+
+    def _processes(self) -> list[dict[str, Any]]:
+        pid = os.getpid()
+        return [{"pid": pid, "role": "daemon", "pss_bytes": pss_bytes(pid)}, *self._engine.processes()]
 
     async def _models(self, _args: dict[str, Any], _peer: str) -> list[dict[str, Any]]:
         rows = []
@@ -192,7 +191,7 @@ class Control:
         return rows
 
     async def _recent_events(self, args: dict[str, Any], _peer: str) -> list[dict[str, Any]]:
-        after, wait_s = int(args.get("after", 0)), _wait_s(args)
+        after, wait_s = _integer(args, "after", 0), _wait_s(args)
         found = self._events.recent(after=after)
         if not found and wait_s:
             heard = asyncio.Event()
@@ -204,12 +203,12 @@ class Control:
     async def _deployments(self, args: dict[str, Any], _peer: str) -> list[dict[str, Any]]:
         return [
             {**record.plain(), "final": record.state in FINAL}
-            for record in await self._reconciler.history(limit=int(args.get("limit", 50)))
+            for record in await self._reconciler.history(limit=_integer(args, "limit", 50, least=1, most=200))
         ]
 
     async def _deployment(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         """Return the deployment as soon as it is past ``after_step`` or its bytes moved, at most ``wait_s`` later."""
-        seen = (int(args.get("after_step", -1)), int(args.get("after_bytes", -1)))
+        seen = (_integer(args, "after_step", -1, least=-1), _integer(args, "after_bytes", -1, least=-1))
         deployment_id = _text(args, "id")
         try:
             record = await asyncio.wait_for(self._reconciler.beyond(deployment_id, seen), _wait_s(args) or 0.05)
@@ -231,15 +230,7 @@ class Control:
         team = str(args.get("team") or self._reconciler.active_team(model) or "")
         if not team:
             raise InvalidInputError(f"{model!r} is new on this box: name its team (inferctl deploy --team TEAM)")
-        wish = Desired(
-            id=f"pin-{uuid.uuid4().hex[:12]}",
-            slot=model,
-            team=team,
-            version=str(args.get("version") or ""),
-            channel=str(args.get("channel") or "stable"),
-            source="pin",
-            force=bool(args.get("force")),
-        )
+        wish = _wish(f"pin-{uuid.uuid4().hex[:12]}", {**args, "model": model, "team": team}, "pin")
         await self._reconciler.want(wish)
         return {"deployment": wish.id}
 
@@ -261,6 +252,31 @@ class Control:
         return Desired(id=wish_id, slot=model, team=team, version=version, source=source, local=True)
 
 
+def _wish(wish_id: str, args: dict[str, Any], source: str) -> Desired:
+    """Return the wish of a deploy; checked here, because what is stored stays in force.
+
+    Raises:
+        InvalidInputError: a name or version that no store can hold.
+    """
+    version = args.get("version") or ""
+    channel = args.get("channel") or "stable"
+    names = {"model": _text(args, "model"), "team": _text(args, "team"), "channel": channel}
+    for what, value in names.items():
+        if not isinstance(value, str) or not _NAME.fullmatch(value):
+            raise InvalidInputError(f"{what} {value!r}: lower-case letters, digits, '.', '_', '-', at most 64")
+    if not isinstance(version, str) or (version and not _VERSION.fullmatch(version)):
+        raise InvalidInputError(f"version {version!r}: three numbers such as 1.4.0, or 1.4.0-rc.1")
+    return Desired(
+        id=wish_id,
+        slot=names["model"],
+        team=names["team"],
+        version=version,
+        channel=names["channel"],
+        source=source,
+        force=bool(args.get("force")),
+    )
+
+
 def _text(args: dict[str, Any], name: str) -> str:
     value = args.get(name)
     if not isinstance(value, str) or not value:
@@ -269,7 +285,17 @@ def _text(args: dict[str, Any], name: str) -> str:
 
 
 def _wait_s(args: dict[str, Any]) -> float:
-    return min(_WAIT_S_MAX, max(0.0, float(args.get("wait_s", 0.0))))
+    value = args.get("wait_s", 0.0)
+    if type(value) not in (int, float) or not 0 <= value <= _WAIT_S_MAX:
+        raise InvalidInputError(f"'wait_s' must be a number from 0 to {_WAIT_S_MAX:g}")
+    return float(value)
+
+
+def _integer(args: dict[str, Any], name: str, default: int, *, least: int = 0, most: int = 1 << 62) -> int:
+    value = args.get(name, default)
+    if type(value) is not int or not least <= value <= most:
+        raise InvalidInputError(f"{name!r} must be an integer from {least} to {most}")
+    return value
 
 
 def _short(args: dict[str, Any]) -> dict[str, str]:

@@ -62,6 +62,7 @@ _log = get_logger("daemon")
 _CONFIG: Final = Path("/etc/inferd/inferd.toml")
 _EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG: systemd need not try again at once
 _PROGRESS_TIMEOUT_S: Final = 10.0
+_BOOT_GRACE_S: Final = 10.0
 
 
 class Watchdog:
@@ -156,6 +157,7 @@ async def serve(config: Config, state_dir: Path) -> None:
             stamper=stamper,
             clock=clock,
             rng=random.Random(),
+            facts=lambda: {"processes": engine.processes()},
         )
         stack.enter_context(reporter.listening())
         events.emit(Stream.HEALTH, "daemon.started", version=__version__, profile=profile.name)
@@ -164,7 +166,13 @@ async def serve(config: Config, state_dir: Path) -> None:
             bytes_max=config.shared_memory.arena_bytes_max, idle_bytes_max=config.shared_memory.arena_idle_bytes_max
         )
         engine = Engine(
-            config.engine, scratch=state_dir / "scratch", wire=limits, events=events, metrics=metrics, arena=arena
+            config.engine,
+            scratch=state_dir / "scratch",
+            wire=limits,
+            events=events,
+            metrics=metrics,
+            arena=arena,
+            limits=config.limits,
         )
         await stack.enter_async_context(engine.running())
         puller = Puller(config.store, config.policy, state_dir, hardware, profile)
@@ -182,9 +190,9 @@ async def serve(config: Config, state_dir: Path) -> None:
             configured=[_configured(model) for model in config.models],
             poll_interval_s=config.store.poll_interval_s,
         )
-        if any((state_dir / "active").glob("*.json")):
+        await reconciler.open()
+        if not reconciler.booted.is_set():
             engine.warm("onnx")
-        await reconciler.boot()
         # The fleet.
         topics = Topics(config.device.tenant, config.device.effective_id)
         presence = Presence(lambda: _birth(engine))
@@ -226,12 +234,16 @@ async def serve(config: Config, state_dir: Path) -> None:
                     metrics=metrics,
                 ).opened()
             )
-            reported = ReportedState(reconciler=reconciler, engine=engine, presence=presence, events=events)
+            reported = ReportedState(
+                reconciler=reconciler, engine=engine, presence=presence, inbox=inbox, events=events
+            )
             components += [link, inbox, reported]
         if watchdog_s is not None:
             components.append(Watchdog(watchdog_s, journal))
         await stack.enter_async_context(supervisor.running(*components))
         # Listeners: innermost, so that intake stops first.
+        # What is on disk is served before anybody may ask, unless a model takes its time.
+        await _first_of(reconciler.booted, stop, timeout_s=_BOOT_GRACE_S)
         servers = _servers(config, inherited, engine=engine, control=control, metrics=metrics, arena=arena)
         await stack.enter_async_context(_listening(servers))
         sdnotify.notify("READY=1", f"STATUS=serving {', '.join(engine.models()) or 'no model yet'}")
@@ -240,6 +252,15 @@ async def serve(config: Config, state_dir: Path) -> None:
         sdnotify.notify("STOPPING=1")
         _log.info("stopping")
         events.emit(Stream.HEALTH, "daemon.stopping")
+
+
+async def _first_of(*events: asyncio.Event, timeout_s: float) -> None:
+    """Return when one of the events is set, or the time is up."""
+    async with asyncio.TaskGroup() as group:
+        waiting = [group.create_task(event.wait()) for event in events]
+        await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
 
 
 @asynccontextmanager

@@ -364,7 +364,7 @@ def _parse_tensor(entry: object, offset: int) -> Tensor:
     if type(nbytes) is not int or nbytes < 0:
         raise TensorError(f"tensor {name!r}: nbytes must be an integer from 0")
     elements = prod(shape)
-    if elements > _ELEMENTS_MAX:
+    if elements > _ELEMENTS_MAX or (not elements and prod(filter(None, shape)) > _ELEMENTS_MAX):  # NumPy's bound too
         raise TensorError(f"tensor {name!r}: shape {shape} is too large")
     width = DTYPES[dtype]
     if width is not None and elements * width != nbytes:

@@ -12,6 +12,7 @@ Leaves out: isolation. Code that only runs here may be refused by the sandbox of
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import json
 import mimetypes
@@ -49,13 +50,23 @@ def answer(handler: Handler, run: Run, body: bytes, content_type: str) -> Json |
 
 
 def load_model(path: Path) -> tuple[Run, dict[str, Any]]:
-    """Return a function that runs an ONNX model on the CPU, and the model's signature."""
+    """Return a function that runs an ONNX model on the CPU, and the model's signature.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an ONNX model; the message is ONNX Runtime's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is imported
     import onnxruntime  # authors' machines have it; boxes never come here
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's classes derive from Exception alone
+        raise ValueError(f"{path}: {error}") from error
     names = [node.name for node in session.get_outputs()]
 
     def run(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -68,10 +79,10 @@ def load_handler(name: str, context: Context) -> Handler:
     """Return the handler of a built-in id (``tensors/v1``) or of ``file.py:Class``.
 
     Raises:
-        ValueError: no such file or class, or not a ``Handler``.
+        ValueError: no such file or class, not a ``Handler``, or its constructor refuses the context.
     """
     if name in registry.BUILT_IN:
-        return registry.find(name)(context)
+        return _made(registry.find(name), context)
     file, _, class_name = name.partition(":")
     importable = importlib.util.spec_from_file_location("inferd_bundle_handler", file)
     if importable is None or importable.loader is None or not Path(file).is_file():
@@ -81,36 +92,55 @@ def load_handler(name: str, context: Context) -> Handler:
     found = getattr(module, class_name, None)
     if not isinstance(found, type) or not issubclass(found, Handler):
         raise ValueError(f"{file} has no class {class_name!r} derived from handlers.base.Handler")
-    return found(context)
+    return _made(found, context)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answer each input file on standard output; return 1 if any was refused."""
+    """Answer each input file on standard output; return 1 if any was refused, 2 if there was nothing to try."""
     parser = argparse.ArgumentParser(prog="handlers.testing", description="Try a handler on a model, in process.")
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--handler", required=True, help="built-in id, or FILE.py:CLASS")
-    parser.add_argument("--params", default="{}", type=json.loads, help="JSON object")
+    parser.add_argument("--params", default="{}", type=_json_object, help="JSON object")
     parser.add_argument("--classes", type=Path, help="one label per line")
     parser.add_argument("--content-type", help="default: guessed from each file's name")
     parser.add_argument("inputs", nargs="+", type=Path)
     options = parser.parse_args(arguments)
-    run, signature = load_model(options.model)
-    context = Context(
-        bundle_dir=options.model.parent,
-        params=options.params,
-        classes=options.classes.read_text().splitlines() if options.classes else None,
-        signature=signature,
-    )
-    handler = load_handler(options.handler, context)
+    try:
+        run, signature = load_model(options.model)
+        context = Context(
+            bundle_dir=options.model.parent,
+            params=options.params,
+            classes=options.classes.read_text().splitlines() if options.classes else None,
+            signature=signature,
+        )
+        handler = load_handler(options.handler, context)
+        bodies = {path: path.read_bytes() for path in options.inputs}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     refused = 0
-    for path in options.inputs:
+    for path, body in bodies.items():
         content_type = options.content_type or mimetypes.guess_type(path)[0] or "application/octet-stream"
         try:
-            print(f"{path}: {_shown(answer(handler, run, path.read_bytes(), content_type))}")
+            print(f"{path}: {_shown(answer(handler, run, body, content_type))}")
         except InputError as error:
             refused += 1
             print(f"{path}: refused: {error}")
     return 1 if refused else 0
+
+
+def _made(kind: type[Handler], context: Context) -> Handler:
+    try:
+        return kind(context)
+    except Exception as error:  # the author's code: a missing parameter is a KeyError
+        about = f"{kind.__name__} cannot be made with --params {json.dumps(dict(context.params))}"
+        raise ValueError(f"{about}: {type(error).__name__}: {error}") from error
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)  # argparse makes a message of its ValueError
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is not a JSON object")
+    return value
 
 
 def _check(given: object, names: Sequence[str]) -> int:

@@ -34,8 +34,9 @@ class Box(Stage):
         handler: str | None = None,
         channel: str = "stable",
         extra_variant: str = "",
+        prepare_only: bool = False,
     ) -> Path:
-        """Pack and publish a version of the scale model; return the bundle."""
+        """Pack a version of the scale model, publish it unless ``prepare_only``, and return the bundle."""
         source, bundle = self.folder / "sources" / version, self.folder / "bundles" / version
         for variant in ("first", "second"):
             write_scale_model(source / variant / "model.onnx", factor=factor)
@@ -80,7 +81,8 @@ compare = [{{ output = "y", metric = "allclose", rtol = 1e-5, atol = 1e-6 }}]
 """
         )
         self.hub("pack", source, "--out", bundle, *(("--untried", "gpu") if extra_variant else ()))
-        self.publish(bundle, *(("--channel", channel) if channel else ()))
+        if not prepare_only:
+            self.publish(bundle, *(("--channel", channel) if channel else ()))
         return bundle
 
     def configure(self, *, broker_port: int | None = None, more: str = "") -> None:

@@ -29,6 +29,27 @@ def write_scale_model(path: Path, *, factor: float = 2.0) -> None:
 
 
 HANDLERS: dict[str, str] = {
+    # Never finishes loading.
+    "stuck": '''
+import time
+
+from handlers.base import Handler
+
+
+class StuckHandler(Handler):
+    """Hangs in its constructor."""
+
+    def __init__(self, context):
+        super().__init__(context)
+        while True:
+            time.sleep(3600)
+
+    def preprocess(self, body, content_type):
+        return {}
+
+    def postprocess(self, outputs, rows):
+        return None
+''',
     # Answers a JSON number list; a body can make it misbehave.
     "odd": '''
 import json
@@ -59,6 +80,35 @@ class OddHandler(Handler):
 
     def postprocess(self, outputs, rows):
         return {"y": outputs["y"].tolist()}
+''',
+    # Writes to its worker's channel what its bundle or its caller says: a false hello, or a false answer.
+    "liar": '''
+import json
+import os
+
+import msgpack
+import numpy as np
+
+from agent.wire import encode
+from handlers.base import Handler
+
+
+class LiarHandler(Handler):
+    """Speaks for its worker."""
+
+    def __init__(self, context):
+        super().__init__(context)
+        lie = context.path("lie")
+        if lie.exists():
+            os.write(3, b"".join(encode({"kind": "hello", **msgpack.unpackb(lie.read_bytes())})))
+
+    def preprocess(self, body, content_type):
+        for number in range(1, 100):
+            os.write(3, b"".join(encode({**json.loads(body), "id": number})))
+        return {"x": np.zeros((1, 4), dtype=np.float32)}
+
+    def postprocess(self, outputs, rows):
+        return {}
 ''',
 }
 

@@ -113,8 +113,9 @@ def _await_answer(stage: Stage, inputs: dict[str, Array]) -> None:
 @click.option("--repetitions", default=5, show_default=True, help="Interleaved repetitions; medians are reported.")
 @click.option("--seconds", default=1.0, show_default=True, help="Per way and repetition.")
 @click.option("--results", type=click.Path(path_type=Path), help="Folder of the results.  [default: STATE/results]")
+@click.option("--rate", default=500.0, show_default=True, help="Of the open loop, requests a second; 0: none.")
 @click.option("--starts", default=5, show_default=True, help="Cold starts to time.")
-def main(state: Path, repetitions: int, seconds: float, results: Path | None, starts: int) -> None:
+def main(state: Path, repetitions: int, seconds: float, results: Path | None, rate: float, starts: int) -> None:
     """Measure inferd against in-process inference of the same model, in one run."""
     with Stage(state, fresh=True) as stage:
         click.echo("preparing a store and a box …", err=True)
@@ -135,6 +136,7 @@ def main(state: Path, repetitions: int, seconds: float, results: Path | None, st
             *(sys.executable, "-m", "tools.loadgen", "--socket", str(stage.socket)),
             *("--http", f"http://127.0.0.1:{stage.http_port}", "--model", MODEL, "--model-file", str(model_file)),
             *("-c", "1", "-c", "32", "--repetitions", str(repetitions), "--seconds", str(seconds)),
+            *("--rate", str(rate)),
             *("--pid", str(stage.daemon.pid), "--results", str(results), "--build", str(stage.folder / "build")),
         ]
         code = subprocess.run(command, check=False).returncode

@@ -36,7 +36,8 @@ if ! "$python" -c 'import ensurepip' 2>/dev/null; then
         say "python3-venv is missing: apt-get install python3-venv"; exit 1
     fi
 fi
-[ -x "$venv/bin/python" ] || { say "creating $venv"; "$python" -m venv "$venv"; }
+# One that was interrupted has a Python and no pip: it is made again.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || { say "creating $venv"; "$python" -m venv --clear "$venv"; }
 say "installing inferd[$extra] into $venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$root/constraints.txt" \
     --editable "$root[$extra]"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args, get_origin
 
 import msgspec
 
@@ -34,7 +34,7 @@ tls_ca_file = "/etc/inferd/ca.pem"
 
 [[models]]
 name = "magika"
-team = "files"        # who signs it; version "" follows the channel
+team = "demo"         # who signs it; version "" follows the channel
 channel = "stable"
 ```
 
@@ -53,8 +53,8 @@ def render() -> str:
         )
         for field in msgspec.structs.fields(section):
             if not _is_section(field.type):
-                key = (section.__name__, field.name)
-                parts.append(f"| `{field.name}` | {_default(field)} | {comments.get(key, '')} |")
+                meaning = "; ".join(filter(None, (comments[section.__name__, field.name], _choices(field.type))))
+                parts.append(f"| `{field.name}` | {_default(field)} | {meaning} |")
     return "\n".join(parts) + "\n"
 
 
@@ -80,6 +80,13 @@ def _is_section(kind: Any) -> bool:
 def _item_section(kind: Any) -> Any:
     arguments = getattr(kind, "__args__", ())
     return next((item for item in arguments if _is_section(item)), None)
+
+
+def _choices(kind: Any) -> str:
+    """Return the allowed values of a field that has a few only, also of the items of a list."""
+    kinds = (kind, *get_args(kind)) if get_origin(kind) is tuple else (kind,)
+    found = next((item for item in kinds if get_origin(item) is Literal), None)
+    return "" if found is None else "one of " + ", ".join(f'`"{value}"`' for value in get_args(found))
 
 
 def _default(field: msgspec.structs.FieldInfo) -> str:

@@ -38,7 +38,8 @@ def main() -> None:
       inferhub keygen --role root --out keys/root-a      (root-b and root-c likewise)
       inferhub keygen --role targets --out keys/targets  (online, team and operator likewise)
       inferhub init store --root-key keys/root-a --root-key keys/root-b --root-key keys/root-c \\
-          --targets-key keys/targets --online-key keys/online --team vision=keys/team.pub --anchor anchor/root.json
+          --targets-key keys/targets --online-key keys/online --team demo=keys/team.pub \\
+          --operator-key keys/operator.pub --anchor anchor/root.json
       inferhub pack SRC --out BUNDLE
       inferhub publish BUNDLE --store store --team-key keys/team --online-key keys/online --channel stable
       inferhub verify --store store --anchor anchor/root.json --deep

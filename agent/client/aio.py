@@ -29,7 +29,7 @@ from agent.client.messages import (
     tensors_of,
     value_of,
 )
-from agent.client.regions import Plan, Region, SharedMemory
+from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory
 from agent.errors import AgentError, DeadlineError, FrameError, TooLargeError, UnavailableError
 from agent.tensors import Array
 from agent.wire import Buffer, Decoder, Frame
@@ -109,6 +109,8 @@ class AsyncClient:
 
         try:
             frame = await self._ask(build, deadline_ms, self._retries, plan)
+            if plan is None and len(frame.body) <= STAGED_BYTES_MIN:
+                return result_of(frame)
             return tensors_of(frame, model, plan, self._memory)
         except _StagingRefusedError:
             self._memory.refused()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory
+from agent.client.regions import Plan, Region, SharedMemory
 from agent.errors import AgentError, FrameError, by_code
 from agent.tensors import Array, as_array, pack, unpack
 from agent.wire import Buffer, Frame, Limits, encode, parse_tensors
@@ -120,8 +120,7 @@ def tensors_of(frame: Frame, model: str, plan: Plan | None, memory: SharedMemory
     body = memoryview(frame.body)
     if plan is None:
         outputs = unpack(header["tensors"], body, tensors_max=ANSWER_LIMITS.tensors_max)
-        if len(body) > STAGED_BYTES_MIN:
-            memory.learn(model, outputs.values())
+        memory.learn(model, outputs.values())
         return _result(header, outputs, b"")
     outputs = {}
     for tensor in parse_tensors(header["tensors"], len(body), tensors_max=ANSWER_LIMITS.tensors_max):

@@ -148,7 +148,7 @@ class SharedMemory:
         window_bytes = self._learned.get(model, 0) if reply is None else 0
         if not self._own and reply is None and not window_bytes:
             for value in inputs.values():
-                if _is_large(value):
+                if getattr(value, "nbytes", 0) > STAGED_BYTES_MIN:
                     break
             else:
                 return None

@@ -15,6 +15,8 @@ from agent.deploy.pointer import Pointer
 from agent.deploy.state import FINAL, TRIAL, Record, State
 
 PRECEDENCE: Final = ("pin", "fleet", "file")  # strongest first
+# Ends whose cause may pass by itself: the wish is tried again now and then.
+TRANSIENT: Final = frozenset({"metadata_expired", "disk_full", "offline", "store_transient", "store_failed"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,8 @@ def decide(wish: Desired | None, pointer: Pointer | None, latest: Record | None)
     if latest is not None and _serves(latest, wish):
         if pointer is None and latest.state is State.CONFIRMED:
             return Action.BEGIN  # it was lost from the disk
-        if not wish.version or (pointer is None and wish.source == "file"):
+        unserved = pointer is None and wish.source == "file"
+        if not wish.version or unserved or (latest.state is not State.CONFIRMED and latest.code in TRANSIENT):
             return Action.POLL
         return Action.NOTHING
     if pointer is not None and not pointer.trial and wish.version == pointer.active.version and wish.source == "file":

@@ -9,27 +9,32 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final, TypeVar
 
+import msgspec
+
 from agent.deploy.desired import Desired
-from agent.deploy.state import Record, State
+from agent.deploy.state import Record
 from agent.durable import set_aside
 from agent.errors import DiskFullError, StateError
+from agent.log import get_logger
 
 _KEEP_FINISHED: Final = 200  # per box
+# Rows are numbered in the order deployments began: the wall clock may jump and must not decide which is the newest.
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS deployment (
-    id TEXT PRIMARY KEY, slot TEXT NOT NULL, updated REAL NOT NULL, row TEXT NOT NULL
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, slot TEXT NOT NULL, row TEXT NOT NULL
 );
-CREATE INDEX IF NOT EXISTS deployment_slot ON deployment (slot, updated);
+CREATE INDEX IF NOT EXISTS deployment_slot ON deployment (slot, number);
 CREATE TABLE IF NOT EXISTS desired (slot TEXT, source TEXT, row TEXT NOT NULL, PRIMARY KEY (slot, source));
 CREATE TABLE IF NOT EXISTS refused (slot TEXT, digest TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest));
 """
 _T = TypeVar("_T")
+_log = get_logger("journal")
 
 
 class Journal:
@@ -49,30 +54,31 @@ class Journal:
         await self._do(self._close)
         self._thread.shutdown(wait=False)
 
+    async def begin(self, record: Record) -> None:
+        """Make a new deployment durable, as the newest of its slot; an older one of the same id is replaced."""
+        await self._do(lambda: self._begin(record))
+
     async def save(self, record: Record) -> None:
-        """Make the record durable."""
-        await self._do(lambda: self._save(record))
+        """Make a later state of a deployment durable."""
+        row = json.dumps(record.plain())
+        await self._do(lambda: self._execute("UPDATE deployment SET row = ? WHERE id = ?", row, record.id))
 
     async def get(self, deployment_id: str) -> Record | None:
         """Return one deployment."""
         rows = await self._do(lambda: self._query("SELECT row FROM deployment WHERE id = ?", deployment_id))
-        return _record(rows[0][0]) if rows else None
+        return next(_decoded(rows, Record), None)
 
     async def latest(self, slot: str) -> Record | None:
         """Return the slot's newest deployment."""
-        rows = await self._do(
-            lambda: self._query(
-                "SELECT row FROM deployment WHERE slot = ? ORDER BY updated DESC, rowid DESC LIMIT 1", slot
-            )
-        )
-        return _record(rows[0][0]) if rows else None
+        query = "SELECT row FROM deployment WHERE slot = ? ORDER BY number DESC LIMIT 1"
+        rows = await self._do(lambda: self._query(query, slot))
+        return next(_decoded(rows, Record), None)
 
     async def history(self, *, limit: int = 50) -> list[Record]:
         """Return the newest deployments, newest first."""
-        rows = await self._do(
-            lambda: self._query("SELECT row FROM deployment ORDER BY updated DESC, rowid DESC LIMIT ?", limit)
-        )
-        return [_record(row[0]) for row in rows]
+        query = "SELECT row FROM deployment ORDER BY number DESC LIMIT ?"
+        rows = await self._do(lambda: self._query(query, limit))
+        return list(_decoded(rows, Record))
 
     async def want(self, desired: Desired) -> None:
         """Record what a source wants of a slot."""
@@ -88,7 +94,7 @@ class Journal:
     async def wanted(self) -> list[Desired]:
         """Return everything any source wants."""
         rows = await self._do(lambda: self._query("SELECT row FROM desired"))
-        return [Desired(**json.loads(row[0])) for row in rows]
+        return list(_decoded(rows, Desired))
 
     async def refuse(self, slot: str, digest: str, reason: str) -> None:
         """Remember a version that failed here."""
@@ -128,18 +134,17 @@ class Journal:
             self._database.close()
             self._database = None
 
-    def _save(self, record: Record) -> None:
-        self._execute(
-            "INSERT OR REPLACE INTO deployment VALUES (?, ?, ?, ?)",
-            record.id,
-            record.slot,
-            record.updated,
-            json.dumps(record.plain()),
-        )
-        self._execute(
-            "DELETE FROM deployment WHERE id NOT IN (SELECT id FROM deployment ORDER BY updated DESC LIMIT ?)",
-            _KEEP_FINISHED,
-        )
+    def _begin(self, record: Record) -> None:
+        database = self._open_database()
+        with database:
+            database.execute("DELETE FROM deployment WHERE id = ?", (record.id,))
+            database.execute(
+                "INSERT INTO deployment (id, slot, row) VALUES (?, ?, ?)",
+                (record.id, record.slot, json.dumps(record.plain())),
+            )
+            database.execute(
+                "DELETE FROM deployment WHERE number <= (SELECT max(number) FROM deployment) - ?", (_KEEP_FINISHED,)
+            )
 
     def _execute(self, statement: str, *values: object) -> None:
         with self._open_database():
@@ -165,6 +170,10 @@ def _connect(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _record(row: str) -> Record:
-    raw = json.loads(row)
-    return Record(**{**raw, "state": State(raw["state"])})
+def _decoded(rows: list[tuple[str, ...]], kind: type[_T]) -> Iterator[_T]:
+    """Yield the rows that can be read; one of another program version is skipped and logged, not guessed at."""
+    for (row,) in rows:
+        try:
+            yield msgspec.json.decode(row, type=kind)
+        except (msgspec.DecodeError, UnicodeEncodeError) as error:
+            _log.error("journal row cannot be read", kind=kind.__name__, reason=str(error))

@@ -22,12 +22,13 @@ from agent.deploy.pointer import Pointer, Pointers, Target
 from agent.deploy.ports import Bundle, Host, Loaded, Progress, Store
 from agent.deploy.probation import Verdict, judge
 from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State, advance
-from agent.errors import AgentError, BundleError, StateError, StoreError, UntrustedError
+from agent.errors import AgentError, BundleError, SelfTestError, StateError, StoreError, UntrustedError
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
+_SUPERSEDED: Final = "superseded"
 _BAD: Final = frozenset(
     {State.REJECTED, State.FAILED, State.ROLLED_BACK, State.INCONSISTENT, State.ROLLING_BACK, State.FETCH_WAIT}
 )
@@ -54,6 +55,7 @@ class Performer:
         self.slot = slot
         self.pointer: Pointer | None = None
         self.active: Loaded | None = None
+        self.busy = False  # a deployment is under way
         self._config = config
         self._store = store
         self._host = host
@@ -151,16 +153,16 @@ class Performer:
             created=now,
             updated=now,
         )
-        await self._journal.save(record)
+        await self._journal.begin(record)
         self._tell(record)
         await self.perform(record)
 
     async def resume(self, record: Record) -> None:
         """Go on with a deployment that a restart interrupted."""
         ours = self.pointer is not None and self.pointer.active.digest == record.digest
-        if record.state in (State.PROBATION, State.CUTOVER) and ours:
+        if record.state in (State.PROBATION, State.CUTOVER) and ours and self.active is not None:
             pass  # boot() loaded it
-        elif record.state is State.PROBATION:
+        elif record.state is State.PROBATION or (record.state is State.CUTOVER and ours):
             record = await self._step(record, Event.FAIL, code="boot_failed", message="it did not survive a restart")
         elif record.state is not State.ROLLING_BACK and record.state is not State.RECEIVED:
             record = await self._step(record, Event.RESUME)
@@ -168,6 +170,14 @@ class Performer:
 
     async def perform(self, record: Record) -> None:
         """Do the work of each state until a final one."""
+        self.busy = True
+        try:
+            await self._perform(record)
+        finally:
+            self.busy = False
+            await self._discard_candidate()
+
+    async def _perform(self, record: Record) -> None:
         while record.state not in FINAL:
             if record.step >= TRANSITIONS_MAX and (record.state, Event.FAIL) in _FAILABLE:
                 record = await self._step(
@@ -177,7 +187,6 @@ class Performer:
                 record = await self._give_up(record)
             else:
                 record = await self._work[record.state](record)
-        await self._discard_candidate()
 
     async def give_up(self, record: Record) -> None:
         """End an interrupted deployment because another wish won."""
@@ -198,11 +207,11 @@ class Performer:
 
     async def _obtain(self, record: Record) -> Record:
         """VALIDATING, FETCHING and VERIFYING: one run of the trust child, followed by its progress."""
-        try:
-            if record.local:
-                return await self._obtain_local(record)
+        if not record.local:
             return await self._obtain_remote(record)
-        except AgentError as error:
+        try:
+            return await self._obtain_local(record)
+        except BundleError as error:
             return await self._obtain_failed(record, error)
 
     async def _obtain_local(self, record: Record) -> Record:
@@ -220,33 +229,37 @@ class Performer:
 
     async def _obtain_remote(self, record: Record) -> Record:
         progress: asyncio.Queue[Progress | None] = asyncio.Queue()
-        fetch = asyncio.ensure_future(
-            self._store.fetch(
+        async with asyncio.TaskGroup() as group:
+            fetch = group.create_task(self._fetch(record, progress), name=f"fetch {self.slot}")
+            while (seen := await progress.get()) is not None:
+                record = await self._follow(record, seen)
+                if record.state not in FINAL and self._superseded(record):
+                    record = await self._give_up(record)
+                if record.state in FINAL:
+                    fetch.cancel()
+                    return record
+        outcome = fetch.result()
+        if isinstance(outcome, AgentError):
+            return await self._obtain_failed(record, outcome)
+        self._bundle = outcome
+        while record.state is not State.STAGED:
+            record = await self._step(record, Event.DONE, version=outcome.version, digest=outcome.digest)
+        return record
+
+    async def _fetch(self, record: Record, progress: asyncio.Queue[Progress | None]) -> Bundle | AgentError:
+        """Return the bundle or why there is none; ``None`` ends the progress."""
+        try:
+            return await self._store.fetch(
                 team=record.team,
                 name=record.slot,
                 version=record.wanted,
                 channel=record.channel,
                 on_progress=progress.put_nowait,
             )
-        )
-        fetch.add_done_callback(lambda _: progress.put_nowait(None))
-        try:
-            while (seen := await progress.get()) is not None:
-                record = await self._follow(record, seen)
-                if record.state in FINAL:
-                    return record
-                if self._superseded(record):
-                    return await self._give_up(record)
-            self._bundle = await fetch
         except AgentError as error:
-            return await self._obtain_failed(record, error)
+            return error
         finally:
-            if not fetch.done():
-                fetch.cancel()
-                await asyncio.wait({fetch})
-        while record.state is not State.STAGED:
-            record = await self._step(record, Event.DONE, version=self._bundle.version, digest=self._bundle.digest)
-        return record
+            progress.put_nowait(None)
 
     async def _follow(self, record: Record, seen: Progress) -> Record:
         if seen.phase == "resolved" and record.state is State.VALIDATING:
@@ -306,11 +319,13 @@ class Performer:
         return await self._step(record, Event.DONE)
 
     async def _load(self, record: Record) -> Record:
-        assert self._bundle is not None
+        if self._bundle is None:
+            return await self._step(record, Event.RESUME)
         try:
             self._candidate = await self._host.load(self._bundle)
         except AgentError as error:
-            await self._journal.refuse(self.slot, record.digest, str(error))
+            if isinstance(error, SelfTestError):  # what else fails may be the box's fault, and may pass
+                await self._journal.refuse(self.slot, record.digest, str(error))
             event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
             return await self._step(record, event, code=error.code, message=str(error))
         return await self._step(record, Event.DONE, variant=self._candidate.evidence().variant)
@@ -337,7 +352,8 @@ class Performer:
         """Watch the version serve; probe an idle one with its own golden inputs."""
         if record.local:
             return await self._confirm(record, "it was confirmed before")
-        assert self.active is not None
+        if self.active is None:
+            return await self._step(record, Event.FAIL, code="boot_failed", message="it is not loaded")
         base = self._before.evidence() if self._before is not None else None
         answered = base.good + base.faults if base is not None else 0
         baseline = base.faults / answered if base is not None and answered else 0.0
@@ -351,8 +367,10 @@ class Performer:
                 return await self._confirm(record, judgement.reason)
             if judgement.verdict is Verdict.ROLL_BACK:
                 return await self._step(record, Event.FAIL, code="probation_failed", message=judgement.reason)
-            if self._superseded(record):
-                return await self._give_up(record)
+            if self._superseded(record) and self.pointer is not None and self.pointer.previous is not None:
+                return await self._step(
+                    record, Event.SUPERSEDE, code=_SUPERSEDED, message="another version was asked for while on trial"
+                )
             await self._clock.sleep(probe_s)
             try:
                 await self.active.self_test()
@@ -360,8 +378,7 @@ class Performer:
                 _log.warning("self-test on trial failed", slot=self.slot, error=str(error))
 
     async def _confirm(self, record: Record, reason: str) -> Record:
-        assert self.pointer is not None
-        if self.pointer.trial:
+        if self.pointer is not None and self.pointer.trial:
             self._point(replace(self.pointer, trial=False, starts_in_trial=0))
         await self._journal.forgive(self.slot, record.digest)
         record = await self._step(record, Event.DONE, message=reason)
@@ -373,7 +390,8 @@ class Performer:
     async def _roll_back(self, record: Record) -> Record:
         """Pointer first, then requests, then memory."""
         failed, pointer = self.active, self.pointer
-        await self._journal.refuse(self.slot, record.digest, record.message)
+        if record.code != _SUPERSEDED:
+            await self._journal.refuse(self.slot, record.digest, record.message)
         previous = pointer.previous if pointer is not None and pointer.trial else None
         try:
             if pointer is None or not pointer.trial:

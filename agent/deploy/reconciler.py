@@ -17,10 +17,10 @@ from typing import Final
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
-from agent.deploy.desired import Action, Desired, decide, effective
+from agent.deploy.desired import TRANSIENT, Action, Desired, decide, effective
 from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
-from agent.deploy.pointer import Pointers
+from agent.deploy.pointer import Pointer, Pointers
 from agent.deploy.ports import Host, Store
 from agent.deploy.state import FINAL, Record, State
 from agent.errors import AgentError, CommandError, NotFoundError
@@ -29,11 +29,11 @@ from agent.log import get_logger
 
 _log = get_logger("deploy")
 _REVIVE_S: Final = 30.0
-_FIRST_POLL_S: Final = 60.0  # for a configured model that has nothing to serve yet
+_FIRST_POLL_S: Final = 60.0  # for a model that has nothing to serve yet, or whose trouble may have passed
 
 
 class Reconciler:
-    """All slots of this box. Call ``boot`` once, then keep ``run`` supervised."""
+    """All slots of this box. Call ``open`` once, then keep ``run`` supervised."""
 
     name = "deploy.reconciler"
 
@@ -66,10 +66,11 @@ class Reconciler:
         self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
         self._change: asyncio.Future[None] | None = None
         self._new_slot = asyncio.Event()
-        self.fleet_changes = 0  # wishes of the fleet recorded by this process
+        self._to_boot: dict[str, Pointer] = {}
+        self.booted = asyncio.Event()  # every slot with a pointer serves, or could not be made to
 
-    async def boot(self) -> None:
-        """Serve what the pointers name: no network, no clock. Slots start side by side."""
+    async def open(self) -> None:
+        """Read what is on disk: journal, pointers, wishes. No network, no clock."""
         trouble = await self._journal.open()
         if trouble:
             _log.error("journal set aside", reason=trouble)
@@ -81,17 +82,19 @@ class Reconciler:
         await self._refresh_wishes()
         for slot in self._wishes:
             self._host.expect(slot, "its first version has not arrived yet")
-        async with asyncio.TaskGroup() as group:
-            for pointer in pointers:
-                group.create_task(self._performer(pointer.slot).boot(pointer))
+        self._to_boot = {pointer.slot: pointer for pointer in pointers}
+        for slot in self._to_boot:
+            self._host.expect(slot, "it is being loaded")
+        if not self._to_boot:
+            self.booted.set()
 
     async def run(self) -> None:
-        """Component: keep every slot's task alive."""
+        """Component: keep every slot's task alive; each first serves what its pointer names."""
         async with asyncio.TaskGroup() as group:
             running: set[str] = set()
             while True:
                 self._new_slot.clear()
-                for slot in self._performers.keys() | self._wishes.keys():
+                for slot in self._to_boot.keys() | self._performers.keys() | self._wishes.keys():
                     if slot not in running:
                         running.add(slot)
                         group.create_task(self._keep(slot), name=f"slot {slot}")
@@ -109,7 +112,6 @@ class Reconciler:
         if wish.source == "fleet" and held is not None and held.source == "pin":
             raise CommandError(f"{wish.slot} is pinned on the box to {held.version or held.channel}; unpin it first")
         await self._journal.want(wish)
-        self.fleet_changes += wish.source == "fleet"
         await self._refresh_wishes()
         self._look(wish.slot)
         self._wake()
@@ -150,7 +152,7 @@ class Reconciler:
         """Return the deployment's final record, telling ``on_change`` every step on the way.
 
         Raises:
-            CommandError: see ``beyond``.
+            NotFoundError: see ``beyond``.
         """
         seen = (-1, -1)
         while True:
@@ -165,14 +167,16 @@ class Reconciler:
         """Return the deployment once it has ended or moved past ``seen``: its step and bytes done.
 
         Raises:
-            CommandError: it never began, because another wish won.
+            NotFoundError: there is no such deployment: it is not known, or another wish won before it began.
         """
         while True:
             record = self._current.get(deployment_id) or await self._journal.get(deployment_id)
             if record is not None and (record.state in FINAL or (record.step, record.bytes_done) > seen):
                 return record
             if record is None and all(wish.id != deployment_id for wish in self._wishes.values()):
-                raise CommandError("another version was asked for before this deployment began")
+                raise NotFoundError(
+                    f"no deployment {deployment_id!r}: not known, or another version was asked for before it began"
+                )
             if self._change is None or self._change.done():
                 self._change = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._change)
@@ -211,6 +215,15 @@ class Reconciler:
     async def _keep(self, slot: str) -> None:
         """One slot's loop. Trouble with the disk or journal pauses it; what serves goes on."""
         performer, hint = self._performer(slot), self._hint(slot)
+        pointer = self._to_boot.get(slot)
+        if pointer is not None:
+            try:
+                await performer.boot(pointer)
+            except (AgentError, OSError) as error:
+                _log.error("boot failed", slot=slot, reason=str(error))
+            del self._to_boot[slot]
+            if not self._to_boot:
+                self.booted.set()
         backoff = Backoff(first_s=1.0, cap_s=60.0)
         while True:
             hint.clear()
@@ -251,7 +264,7 @@ class Reconciler:
     async def _poll(self, performer: Performer, hint: asyncio.Event, wish: Desired, latest: Record) -> None:
         """Wait for a hint or the poll interval; begin when the channel offers something else."""
         interval_s = self._poll_interval_s or None
-        if performer.pointer is None:
+        if performer.pointer is None or latest.code in TRANSIENT:
             interval_s = min(_FIRST_POLL_S, interval_s or _FIRST_POLL_S)
         try:
             await asyncio.wait_for(hint.wait(), interval_s)
@@ -266,7 +279,8 @@ class Reconciler:
         except AgentError as error:
             _log.info("poll failed", slot=wish.slot, code=error.code, reason=str(error))
             return
-        retry = latest.state is not State.CONFIRMED and performer.pointer is None
+        failed = latest.state is not State.CONFIRMED
+        retry = failed and (performer.pointer is None or latest.code in TRANSIENT)
         if digest != latest.digest or retry:
             exact = replace(wish, version=version)
             await performer.begin(exact, deployment_id=f"{wish.id}@{digest[:12]}")
@@ -274,6 +288,8 @@ class Reconciler:
 
     async def _collect(self) -> None:
         """Let the store remove versions no pointer names; never while something is unfinished elsewhere."""
+        if any(performer.busy for performer in self._performers.values()):
+            return  # its version may be staged and named by no pointer yet
         keep = set()
         for performer in self._performers.values():
             pointer = performer.pointer

@@ -35,7 +35,6 @@ class State(StrEnum):
     INCONSISTENT = "inconsistent"  # the rollback failed too
     REJECTED = "rejected"  # refused for good: trust, policy, no variant
     FAILED = "failed"
-    CANCELED = "canceled"
     SUPERSEDED = "superseded"
 
 
@@ -48,7 +47,6 @@ class Event(StrEnum):
     OFFLINE = "offline"
     ALREADY = "already"  # what is asked for serves already
     RESUME = "resume"  # a restart found it in the middle
-    CANCEL = "cancel"
     SUPERSEDE = "supersede"
 
 
@@ -80,7 +78,7 @@ TABLE: Final[Mapping[tuple[State, Event], State]] = {
     (State.CUTOVER, Event.FAIL): State.ROLLING_BACK,
     (State.PROBATION, Event.DONE): State.CONFIRMED,
     (State.PROBATION, Event.FAIL): State.ROLLING_BACK,
-    (State.PROBATION, Event.SUPERSEDE): State.SUPERSEDED,
+    (State.PROBATION, Event.SUPERSEDE): State.ROLLING_BACK,  # never left on trial without a watcher
     (State.ROLLING_BACK, Event.DONE): State.ROLLED_BACK,
     (State.ROLLING_BACK, Event.FAIL): State.INCONSISTENT,
     # Before the cut-over nothing that serves has changed: it may be given up, or begun again after a restart.
@@ -91,7 +89,6 @@ TABLE: Final[Mapping[tuple[State, Event], State]] = {
             State.LOADING,
         )
         for event, target in (
-            (Event.CANCEL, State.CANCELED),
             (Event.SUPERSEDE, State.SUPERSEDED),
             (Event.RESUME, State.RECEIVED),
         )

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Coroutine
+import shutil
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,8 @@ from typing import Any, Final
 import psutil
 
 from agent.arena import Arena
-from agent.config import EngineConfig
+from agent.config import ClientLimitConfig, EngineConfig
+from agent.engine.admission import Admission
 from agent.engine.job import Job, error_of
 from agent.engine.pool import Pool, PoolOwner
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
@@ -26,10 +28,12 @@ from agent.engine.version import Version
 from agent.engine.zygote import Zygote
 from agent.errors import AgentError, LoadError, UnavailableError, UnknownModelError
 from agent.events import EventBus
+from agent.log import get_logger
 from agent.metrics import Metrics
 from agent.wire import Limits
 
 _SWEEP_S: Final = 0.05
+_log = get_logger("engine")
 
 
 class ModelState:
@@ -56,7 +60,9 @@ class Engine:
         events: EventBus,
         metrics: Metrics,
         arena: Arena | None = None,
+        limits: Iterable[ClientLimitConfig] = (),
     ) -> None:
+        self._admission = Admission(limits)
         self._config = config
         self._scratch = scratch
         self._wire = wire
@@ -82,6 +88,8 @@ class Engine:
     async def running(self) -> AsyncIterator[None]:
         """The engine lives as long as the body; afterwards no worker and no zygote is left."""
         self._scratch.mkdir(parents=True, exist_ok=True)
+        for left in self._scratch.iterdir():  # of a daemon that was killed
+            shutil.rmtree(left, ignore_errors=True)
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
@@ -104,7 +112,7 @@ class Engine:
             busy = False
             for version in self._loaded:
                 pool = version.pool
-                if pool is not None and pool.outstanding:
+                if pool is not None and pool.busy:
                     busy = True
                     pool.sweep(now)
             if not busy:
@@ -117,9 +125,11 @@ class Engine:
     def submit(self, request: InferRequest) -> None:
         """Answer ``request`` once, sooner or later; never blocks, never raises for expected failures."""
         number = next(self._numbers)
-        job = Job(request, number, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        job = Job(request, number, now)
         try:
             job.version = self._route(request)
+            job.client = self._admission.admit(request.client, now)
             request.handle = job
             job.version.submit(job)
         except AgentError as error:
@@ -204,10 +214,6 @@ class Engine:
         if model not in self._active:
             self._expected[model] = reason
 
-    def forget_expected(self, model: str) -> None:
-        """The model is not wanted any more."""
-        self._expected.pop(model, None)
-
     # Views
 
     def models(self) -> list[str]:
@@ -286,7 +292,7 @@ class Engine:
         if self._group is None:
             work.close()
             return
-        task = self._group.create_task(work, name=name)
+        task = self._group.create_task(_contained(work, name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -298,6 +304,14 @@ class Engine:
 
     def _deaths(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), version.deaths) for name, version in self._active.items()]
+
+
+async def _contained(work: Coroutine[Any, Any, None], name: str) -> None:
+    """Trouble with one model's processes or with the disk must not end the others."""
+    try:
+        await work
+    except (AgentError, OSError) as error:
+        _log.error("background work failed", task=name, reason=str(error))
 
 
 def pss_bytes(pid: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from agent.engine.admission import Client, Shares
 from agent.engine.types import InferRequest
 from agent.errors import AgentError
 from agent.wire import Buffer, error_header
@@ -14,7 +15,8 @@ class Job:
     """One admitted request. ``number`` is its id towards workers, unique in the engine."""
 
     __slots__ = (
-        "arrived", "attempts", "body_bytes", "dispatched", "link", "number", "regions", "request", "settled", "version",
+        "arrived", "attempts", "body_bytes", "client", "dispatched", "link", "number", "regions", "request", "settled",
+        "shares", "version",
     )  # fmt: skip
 
     def __init__(self, request: InferRequest, number: int, arrived: float) -> None:
@@ -27,6 +29,8 @@ class Job:
         self.link: Any = None  # the WorkerLink that holds it
         self.version: Any = None  # the Version it was routed to
         self.regions = request.regions  # held from here until the job is settled: a retry needs them again
+        self.client: Client | None = None  # whose rate and quota it counts against
+        self.shares: Shares | None = None  # of the queue it has a place in
         self.settled = False  # answered or withdrawn
         for _, region in self.regions:
             region.hold()
@@ -42,17 +46,17 @@ class Job:
         self.request.answer(header, body)
 
     def settle(self) -> None:
-        """Nothing more is to be done for this job: let go of its shared memory. A second call does nothing."""
+        """Nothing more is to be done for this job: let go of its place and its shared memory. A second call does nothing."""
         if not self.settled:
             self.settled = True
+            if self.client is not None:
+                self.client.outstanding -= 1
+            if self.shares is not None:
+                self.shares.remove(self.request.client)
             self.request.body = b""  # request and job know each other: the body must not wait for the collector
         regions, self.regions = self.regions, ()
         for _, region in regions:
             region.release()
-
-    def fail(self, error: AgentError) -> None:
-        """Answer with ``error``."""
-        self.answer(error_of(error, None))
 
 
 def error_of(error: AgentError, request_id: int | None) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The daemon's end of one worker's channel: frames out, coalesced; frames in, matched to their requests.
 
 Synchronous by design: every method runs on the loop's thread and returns at once. Promises: each job given to
-``send`` ends in exactly one ``on_answer`` or is handed back by ``on_death``; the shared memory of a job is held until
-the worker has answered it or is dead, also when nobody waits for the answer any more; a worker has each region
-attached once, at its first use. Leaves out: what to do about a death.
+``send`` ends in exactly one ``on_answer`` or is handed back by ``on_death``; a job that is forgotten keeps its place
+until the worker has answered it, so that what waits before a slow worker stays bounded; the shared memory of a job is
+held until the worker has answered it or is dead; a worker has each region attached once, at its first use. Leaves out:
+what to do about a death.
 """
 
 from __future__ import annotations
@@ -40,14 +41,17 @@ class WorkerLink:
         limits: Limits,
         arena: Arena,
         regions_max: int,
-        on_answer: Callable[[WorkerLink, Job, dict[str, Any], Buffer], None],
+        on_answer: Callable[[Job | None, dict[str, Any], Buffer], None],
         on_frame: Callable[[WorkerLink, dict[str, Any]], None],
         on_death: Callable[[WorkerLink], None],
     ) -> None:
         self.process = process
         self.hello: dict[str, Any] = {}
         self.jobs: dict[int, Job] = {}
-        self.held_bytes = 0
+        self.held_bytes = 0  # bodies of all that is owed
+        self.owed: dict[int, int] = {}  # jobs handed over and not answered, forgotten ones included: their body's bytes
+        self.ready_at = 0.0  # loop seconds
+        self._heard_at = 0.0  # loop seconds of the last answer, or of the first job after a pause
         self.alive = True
         self.gone = asyncio.Event()
         self.scratch: Path | None = None  # removed by whoever buries the worker
@@ -71,7 +75,10 @@ class WorkerLink:
     def send(self, job: Job, header: dict[str, Any]) -> None:
         """Hand ``job`` to the worker under ``header``, whose id is the job's number."""
         self.jobs[job.number] = job
+        if not self.owed:
+            self._heard_at = self._loop.time()
         body = job.request.body
+        self.owed[job.number] = job.body_bytes
         self.held_bytes += job.body_bytes
         if job.regions or job.body_bytes > SHARED_BYTES_MIN or self._answer_bytes:
             body = self._share(job, header)
@@ -89,15 +96,18 @@ class WorkerLink:
         return head
 
     def forget(self, job: Job) -> None:
-        """Stop waiting for ``job``: its late answer will be dropped."""
-        if self.jobs.pop(job.number, None) is not None:
-            self.held_bytes -= job.body_bytes
+        """Stop waiting for ``job``: its late answer will be given to ``on_answer`` without it."""
+        self.jobs.pop(job.number, None)
 
     def region_gone(self, region: Region) -> None:
         """Let the worker unmap a region that ends, see ``regions.RegionUser``."""
         if region in self._attached:
             del self._attached[region]
             self.post({"kind": "detach", "region": region.number})
+
+    def silent_s(self, now: float) -> float:
+        """Return for how long the worker has owed an answer and given none (seconds)."""
+        return now - self._heard_at if self.owed and self.alive else 0.0
 
     def kill(self) -> None:
         """SIGKILL the worker; ``on_death`` follows."""
@@ -265,10 +275,11 @@ class WorkerLink:
                     self._kill_for(error)
                     return
                 self._return_lent(header["id"])
-            job = self.jobs.pop(header["id"], None)
-            if job is not None:
-                self.held_bytes -= job.body_bytes
-                self._on_answer(self, job, header, body)
+            held = self.owed.pop(header["id"], None)
+            if held is not None:
+                self.held_bytes -= held
+                self._heard_at = self._loop.time()
+                self._on_answer(self.jobs.pop(header["id"], None), header, body)
         else:
             self._on_frame(self, header)
 

@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 from agent.arena import Arena
 from agent.backoff import Backoff
 from agent.config import EngineConfig
+from agent.engine.claims import answer_of, hello_of
 from agent.engine.job import Job
 from agent.engine.link import WorkerLink
 from agent.engine.types import VariantSpec
@@ -155,6 +156,16 @@ class Pool:
         return len(self.waiting) + sum(len(link.jobs) for link in self.links)
 
     @property
+    def queue_requests_max(self) -> int:
+        """The most requests the pool admits at once."""
+        return self._config.queue_requests_max
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to sweep: a job, or a worker that owes an answer nobody waits for any more."""
+        return bool(self.waiting) or any(link.owed for link in self.links)
+
+    @property
     def held_bytes(self) -> int:
         """Body bytes of all outstanding jobs."""
         return self._waiting_bytes + sum(link.held_bytes for link in self.links)
@@ -191,7 +202,7 @@ class Pool:
         link = job.link
         if link is not None and job.number in link.jobs:
             link.forget(job)
-            link.post({"kind": "cancel", "id": job.number})
+            link.post({"kind": "cancel", "id": job.number})  # its place is free once the worker has answered that
             self._check_drained()
             return True
         try:
@@ -208,13 +219,10 @@ class Pool:
             self.cancel(job)
             self._finish_failed(job, DeadlineError("the deadline passed while the request waited"))
         for link in self.links:
-            oldest = now
-            for job in list(link.jobs.values()):
-                oldest = min(oldest, job.dispatched)
-                if job.request.deadline <= now:
-                    self.cancel(job)
-                    self._finish_failed(job, DeadlineError("the deadline passed before the model answered"))
-            if now - oldest > self._config.hang_timeout_s and link.alive:
+            for job in [job for job in link.jobs.values() if job.request.deadline <= now]:
+                self.cancel(job)
+                self._finish_failed(job, DeadlineError("the deadline passed before the model answered"))
+            if link.silent_s(now) > self._config.hang_timeout_s:
                 _log.error("worker hangs; killing it", variant=self.spec.id, pid=link.process.pid)
                 link.kill()
 
@@ -243,10 +251,10 @@ class Pool:
         """The worker with the fewest jobs, if it has room."""
         best = None
         for link in self.links:
-            if len(link.jobs) < self.spec.window and link.held_bytes < _HELD_BYTES_MAX:
-                if not link.jobs:
+            if len(link.owed) < self.spec.window and link.held_bytes < _HELD_BYTES_MAX:
+                if not link.owed:
                     return link
-                if best is None or len(link.jobs) < len(best.jobs):
+                if best is None or len(link.owed) < len(best.owed):
                     best = link
         return best
 
@@ -273,8 +281,10 @@ class Pool:
             self._waiting_bytes -= job.body_bytes
             self._dispatch(link, job)
 
-    def _on_answer(self, _link: WorkerLink, job: Job, header: dict[str, Any], body: Buffer) -> None:
-        self._owner.answered(job, header, (body,) if len(body) else ())
+    def _on_answer(self, job: Job | None, header: dict[str, Any], body: Buffer) -> None:
+        """Pass on the answer of ``job``, or of one nobody waits for; either way there is room for another."""
+        if job is not None:
+            self._owner.answered(job, answer_of(header), (body,) if len(body) else ())
         if self.waiting:
             self._refill()
         elif self._closed.is_set():
@@ -289,7 +299,15 @@ class Pool:
             self._drained.set()
 
     async def _start_worker(self) -> None:
-        scratch = Path(tempfile.mkdtemp(prefix=f"{self.spec.id}-", dir=self._scratch))
+        """Fork a worker and wait until it is ready.
+
+        Raises:
+            WorkerError: it is not; the worker is killed and its scratch folder removed.
+        """
+        try:
+            scratch = Path(tempfile.mkdtemp(prefix=f"{self.spec.id}-", dir=self._scratch))
+        except OSError as error:
+            raise LoadError(f"no scratch folder: {error.strerror}") from error
         try:
             process = await self._forker.fork({**self.spec.worker, "scratch_dir": str(scratch)})
             link = WorkerLink(
@@ -305,10 +323,12 @@ class Pool:
             self._starting[link] = ready
             try:
                 await asyncio.wait_for(ready, self._config.start_timeout_s)
-            except TimeoutError as error:
-                raise LoadError(f"not ready within {self._config.start_timeout_s} s") from error
-            except BaseException:
+                if not link.alive:
+                    raise LoadError("the worker died as soon as it was ready")
+            except BaseException as error:
                 link.kill()
+                if isinstance(error, TimeoutError):
+                    raise LoadError(f"not ready within {self._config.start_timeout_s:g} s") from error
                 raise
             finally:
                 self._starting.pop(link, None)
@@ -322,6 +342,7 @@ class Pool:
             return
         self.hello = link.hello
         self._idempotent = bool(link.hello.get("idempotent", True))
+        link.ready_at = self._loop.time()
         self.links.append(link)
         self._owner.worker_ready(process.pid)
         self._refill()
@@ -335,8 +356,12 @@ class Pool:
                 future.set_result(header.get("value"))
         elif started is not None and not started.done():
             if kind == "hello":
-                link.hello = header
-                started.set_result(None)
+                try:
+                    link.hello = hello_of(header)
+                except LoadError as malformed:
+                    started.set_exception(malformed)
+                else:
+                    started.set_result(None)
             elif kind == "error":
                 error = by_code(str(header.get("code")), str(header.get("message")))
                 started.set_exception(error if isinstance(error, WorkerError) else LoadError(f"{error.code}: {error}"))
@@ -371,8 +396,9 @@ class Pool:
             self._check_drained()
             return
         now = self._loop.time()
-        self._deaths.append(now)
-        if len(self._deaths) == self._config.deaths_max and now - self._deaths[0] < self._config.deaths_window_s:
+        if now - link.ready_at > self._config.deaths_window_s:
+            self._backoff.reset()
+        if self._count_death(now) and not self.links:
             self._lose(WorkerDiedError(f"{len(self._deaths)} deaths within {self._config.deaths_window_s:g} s"))
         else:
             self._spawn(self._restart(self._backoff.next()), f"restart {self.spec.id}")
@@ -416,14 +442,19 @@ class Pool:
                 if self._closed.is_set():
                     return
                 _log.error("worker does not start", variant=self.spec.id, code=error.code, error=str(error))
-                self._deaths.append(self._loop.time())
-                if len(self._deaths) == self._config.deaths_max and not self.links:
+                if self._count_death(self._loop.time()) and not self.links:
                     self._lose(error)
                     return
                 delay_s = self._backoff.next()
             else:
                 self.restarts += 1
                 return
+
+    def _count_death(self, now: float) -> bool:
+        """Note one death; return whether there were too many within the window."""
+        self._deaths.append(now)
+        config = self._config
+        return len(self._deaths) == config.deaths_max and now - self._deaths[0] < config.deaths_window_s
 
     def _lose(self, error: WorkerError) -> None:
         if not self._closed.is_set():

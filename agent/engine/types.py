@@ -6,11 +6,14 @@ Values and protocols only. The composition root translates bundles into ``Versio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from agent.regions import Region
 from agent.wire import Buffer
+
+# What a forwarded header may grow by: the daemon adds a deadline and its own number.
+FORWARDED_BYTES: Final = 256
 
 # The Open Inference Protocol's names of the wire's dtypes.
 OIP_DATATYPES: Final[Mapping[str, str]] = {
@@ -74,4 +77,3 @@ class VersionSpec:
     variants: tuple[VariantSpec, ...]
     dropped: tuple[tuple[str, str], ...] = ()  # (variant, why it cannot run here)
     platform: str = "onnxruntime"
-    labels: Mapping[str, str] = field(default_factory=dict)

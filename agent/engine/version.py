@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from agent.engine.admission import Shares
 from agent.engine.job import Job
 from agent.engine.pool import Pool, PoolOwner
 from agent.engine.types import OIP_DATATYPES, VariantSpec, VersionSpec
@@ -45,13 +46,11 @@ class Version:
         self.spec = spec
         self.pool: Pool | None = None
         self.reason = "loading"  # why it cannot serve; empty while it can
-        self.skipped: list[dict[str, str]] = [
-            {"variant": name, "code": "no_variant", "reason": reason} for name, reason in spec.dropped
-        ]
+        self.skipped: list[dict[str, str]] = []
         self.deaths = 0
         self.good = 0
         self.faults = 0
-        self.closed = False
+        self._closing = asyncio.Event()
         self._make_pool = make_pool
         self._spawn = spawn
         self._events = events
@@ -59,7 +58,10 @@ class Version:
         self._answers = answers
         self._now = now
         self._revive_s = revive_s
+        self._shares = Shares()
         self._rung = 0  # the variant in use or tried next
+        for name, reason in spec.dropped:
+            self._skip(name, "no_variant", reason)
 
     @property
     def ready(self) -> bool:
@@ -74,28 +76,31 @@ class Version:
         """
         last: WorkerError | None = None
         jobs = list(carried)
-        while self._rung < len(self.spec.variants):
+        while self._rung < len(self.spec.variants) and not self._closing.is_set():
             variant = self.spec.variants[self._rung]
             pool = self._make_pool(variant, self)
+            for job in jobs:  # they wait in the new pool, where deadlines and cancels find them
+                pool.adopt(job)
             self.pool = pool
             try:
                 await pool.start()
             except WorkerError as error:
+                jobs = pool.take_waiting()
                 self.pool = None
-                jobs += pool.take_waiting()
                 await pool.close(timeout_s=0)
-                self._skip(variant, error)
+                self._skip(variant.id, error.code, str(error))
                 last = error
                 self._rung += 1
                 continue
+            if self._closing.is_set():
+                await pool.close(timeout_s=0)
+                return
             self.reason = ""
-            for job in jobs:
-                pool.adopt(job)
-            if self._rung or self.spec.dropped:
+            if self.skipped:
                 _log.warning("serving a fallback", model=self.spec.model, variant=variant.id, skipped=self.skipped)
             return
         reasons = "; ".join(f"{skip['variant']}: {skip['reason']}" for skip in self.skipped)
-        self.reason = f"no variant loads: {reasons}"
+        self.reason = "unloaded" if self._closing.is_set() else f"no variant loads: {reasons}"
         for job in jobs:
             self._fail(job, UnavailableError(self.reason))
         raise type(last or LoadError(""))(self.reason) from last
@@ -105,15 +110,20 @@ class Version:
 
         Raises:
             UnavailableError: no variant is serving.
-            OverloadedError: the queue is full.
+            OverloadedError: the queue is full, or crowded and this client holds its part.
         """
-        if self.pool is None or self.closed:
+        if self.pool is None or self._closing.is_set():
             raise UnavailableError(f"{self.spec.model} {self.spec.version}: {self.reason or 'unloaded'}")
+        client = job.request.client
+        self._shares.check(client, outstanding=self.pool.outstanding, bound=self.pool.queue_requests_max)
         self.pool.submit(job)
+        if not job.settled:
+            self._shares.add(client)
+            job.shares = self._shares
 
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then end the workers."""
-        self.closed = True
+        self._closing.set()
         if self.pool is not None:
             await self.pool.close(timeout_s=timeout_s)
 
@@ -210,18 +220,20 @@ class Version:
     def worker_ready(self, pid: int) -> None:
         """Note a worker that serves."""
         self.reason = ""
-        _log.info("worker ready", model=self.spec.model, version=self.spec.version, pid=pid)
+        data: dict[str, Any] = {"model": self.spec.model, "version": self.spec.version, "pid": pid}
+        _log.info("worker ready", **data)
+        self._events.emit(Stream.HEALTH, "worker.ready", **data)
 
     def pool_lost(self, error: WorkerError) -> None:
         """Leave a variant that cannot be kept alive."""
-        assert self.pool is not None
-        self._skip(self.pool.spec, error)
-        self._spawn(self._step_down(self.pool), f"fallback {self.spec.model}")
+        lost = self.pool
+        if lost is None or self._closing.is_set():
+            return
+        self._skip(lost.spec.id, error.code, str(error))
+        self._spawn(self._step_down(lost), f"fallback {self.spec.model}")
 
     async def _step_down(self, lost: Pool) -> None:
         jobs = lost.take_waiting()
-        self.pool = None
-        await lost.close(timeout_s=0)
         self._rung += 1
         self.reason = "its variant kept failing; the next one is starting"
         try:
@@ -236,12 +248,16 @@ class Version:
                 version=self.spec.version,
                 reason=self.reason,
             )
+        await lost.close(timeout_s=0)
+        if self.pool is None:
             await self._revive()
 
     async def _revive(self) -> None:
         """Try the whole ladder again now and then: what failed may have been the box."""
-        while not self.closed:
+        while True:
             await asyncio.sleep(self._revive_s)
+            if self._closing.is_set():
+                return
             self._rung = 0
             del self.skipped[len(self.spec.dropped) :]
             try:
@@ -255,8 +271,8 @@ class Version:
         header = {"kind": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
         self.answered(job, header, ())
 
-    def _skip(self, variant: VariantSpec, error: WorkerError) -> None:
-        skip: dict[str, str] = {"variant": variant.id, "code": error.code, "reason": str(error)}
+    def _skip(self, variant: str, code: str, reason: str) -> None:
+        skip = {"variant": variant, "code": code, "reason": reason}
         self.skipped.append(skip)
         data: dict[str, Any] = {"model": self.spec.model, "version": self.spec.version, **skip}
         _log.warning("variant skipped", **data)

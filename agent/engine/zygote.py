@@ -100,31 +100,32 @@ class Zygote:
             LoadError: the zygote could not be started or could not fork.
         """
         await self.start()
-        assert self._control is not None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        packed = msgpack.packb(spec)
-        spec_file = _memory_file(packed)
+        control = self._control
+        if control is None:
+            raise LoadError(f"zygote {self.runtime} was lost")
         self._token += 1
         token = self._token
         answer: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
         self._forks[token] = answer
-        try:
-            for side in (ours, theirs):
-                side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BUFFER_BYTES)
-            ours.setblocking(False)
-            order = msgpack.packb({"op": "fork", "token": token, "spec_len": len(packed)})
-            socket.send_fds(self._control, [order], [theirs.fileno(), spec_file])
-            pid, pidfd = await asyncio.wait_for(answer, self._start_timeout_s)
-        except (OSError, TimeoutError) as error:
-            ours.close()
-            raise LoadError(f"zygote {self.runtime} cannot fork: {error or 'no answer'}") from error
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            self._forks.pop(token, None)
-            theirs.close()
-            os.close(spec_file)
+        with contextlib.ExitStack() as ours_on_failure, contextlib.ExitStack() as theirs_always:
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                ours_on_failure.callback(ours.close)
+                theirs_always.callback(theirs.close)
+                packed = msgpack.packb(spec)
+                spec_file = _memory_file(packed)
+                theirs_always.callback(os.close, spec_file)
+                for side in (ours, theirs):
+                    side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BUFFER_BYTES)
+                ours.setblocking(False)
+                order = msgpack.packb({"op": "fork", "token": token, "spec_len": len(packed)})
+                socket.send_fds(control, [order], [theirs.fileno(), spec_file])
+                pid, pidfd = await asyncio.wait_for(answer, self._start_timeout_s)
+            except (OSError, TimeoutError) as error:
+                raise LoadError(f"zygote {self.runtime} cannot fork: {error or 'no answer'}") from error
+            finally:
+                self._forks.pop(token, None)
+            ours_on_failure.pop_all()
         return WorkerProcess(pid=pid, pidfd=pidfd, channel=ours)
 
     async def exit_of(self, worker: WorkerProcess, *, timeout_s: float = 1.0) -> Exit:
@@ -158,7 +159,10 @@ class Zygote:
                 return
             if self._process is not None:
                 await _collect(self._process)
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            except OSError as error:
+                raise LoadError(f"zygote {self.runtime} cannot start: {error}") from error
             ours.setblocking(False)
             loop = asyncio.get_running_loop()
             self._ready = loop.create_future()

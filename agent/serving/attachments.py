@@ -37,9 +37,6 @@ class Attachments:
         self._bytes = 0
         self._waiting: deque[int] = deque()
 
-    def __len__(self) -> int:
-        return len(self._regions)
-
     @property
     def descriptors_wait(self) -> bool:
         """Whether descriptors have come that no frame has claimed."""
@@ -105,6 +102,8 @@ class Attachments:
 
     def named_in(self, header: dict[str, Any]) -> tuple[NamedRegion, ...]:
         """Return the regions an ``infer`` header names, those that are not attached left out: the worker says so."""
+        if not self._regions:
+            return ()
         named: dict[int, Region] = {}
         entries = header.get("tensors")
         places = [*entries, header.get("reply")] if isinstance(entries, list) else ()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -82,7 +83,7 @@ class FrameConnection:
         self._mid_since = 0.0  # when the frame under way began (loop seconds); 0: none is
         self._blocked_since = 0.0  # since when the peer has taken nothing (loop seconds); 0: it is not behind
         self._reserved = 0  # bytes of the receive budget
-        self._shared = Attachments(server.regions, server.shared_memory)
+        self._shared: Attachments | None = None  # made for the first descriptor: most clients pass none
         self._flush_due = False
         self._paused = False
         self._finishing = False  # no more is read; closes when everything is answered
@@ -95,11 +96,30 @@ class FrameConnection:
         self._loop.add_reader(self._sock.fileno(), self._readable)
 
     def finish(self) -> None:
-        """Read no more, answer what was accepted, then close."""
-        if not self._closed and not self._finishing:
-            self._finishing = True
-            self._loop.remove_reader(self._sock.fileno())
-            self._close_if_done()
+        """Take what has arrived, let nothing more arrive, answer, then close.
+
+        From here on the peer's ``send`` fails, so it knows that a request was not taken; one that had arrived whole is
+        answered like any other.
+        """
+        if self._closed or self._finishing:
+            return
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+        self._loop.remove_reader(self._sock.fileno())
+        self._finishing = True
+        self._take_rest()
+        self._close_if_done()
+
+    def _take_rest(self) -> None:
+        """Handle the whole frames that lie in the socket's buffer; a begun one was never accepted."""
+        try:
+            while not self._closed and not self._failing:
+                for frame in self._receive():
+                    self._handle(frame)
+        except OSError:  # the end of what had arrived
+            return
+        except (FrameError, TooLargeError, OverloadedError) as error:
+            self._fail(error, error.code)
 
     def close(self, reason: str = "") -> None:
         """Close now; what is outstanding is canceled, what is unsent is lost. A second call does nothing."""
@@ -111,7 +131,8 @@ class FrameConnection:
         self._sock.close()
         self._release_budget()
         self._withdraw()
-        self._shared.close()
+        if self._shared is not None:
+            self._shared.close()
         self._decoder.drop()
         self._server.closed(self, reason)
 
@@ -132,7 +153,7 @@ class FrameConnection:
                 self._handle(frame)
                 if self._closed or self._failing:
                     return
-            if self._shared.descriptors_wait and not self._decoder.mid_frame:
+            if self._shared is not None and self._shared.descriptors_wait and not self._decoder.mid_frame:
                 raise FrameError("a descriptor came with a frame that takes none")
         except (BlockingIOError, InterruptedError):
             return
@@ -152,7 +173,7 @@ class FrameConnection:
         if body is not None:
             count, ancillary, flags, _ = self._sock.recvmsg_into((body,), ANCILLARY_BYTES, _CLOSE_ON_EXEC)
             if ancillary or flags & socket.MSG_CTRUNC:
-                self._shared.receive(ancillary, flags)
+                self._attachments().receive(ancillary, flags)
             if not count:
                 raise ConnectionResetError("the peer closed")
             frame = self._decoder.body_filled(count)
@@ -162,7 +183,7 @@ class FrameConnection:
             return (frame,)
         data, ancillary, flags, _ = self._sock.recvmsg(_READ_BYTES, ANCILLARY_BYTES, _CLOSE_ON_EXEC)
         if ancillary or flags & socket.MSG_CTRUNC:
-            self._shared.receive(ancillary, flags)
+            self._attachments().receive(ancillary, flags)
         if not data:
             raise ConnectionResetError("the peer closed")
         frames = self._decoder.feed(data)
@@ -216,7 +237,7 @@ class FrameConnection:
                 deadline=self._loop.time() + self._deadline_s(header, self._server.config.deadline_ms_default),
                 client=self.caller.key,
                 answer=partial(self._answer, header),
-                regions=self._shared.named_in(header) if len(self._shared) else (),
+                regions=self._shared.named_in(header) if self._shared is not None else (),
             )
         except AgentError as error:
             self._send_error(request_id, error)
@@ -246,13 +267,18 @@ class FrameConnection:
             return
         self._send_error(request_id, CanceledError("canceled by the client"))
 
+    def _attachments(self) -> Attachments:
+        if self._shared is None:
+            self._shared = Attachments(self._server.regions, self._server.shared_memory)
+        return self._shared
+
     def _attach_or_detach(self, request_id: int, header: dict[str, Any]) -> None:
         self._check_unused(request_id)
         try:
             if header["kind"] == "attach":
-                number = self._shared.attach(header, self.caller)
+                number = self._attachments().attach(header, self.caller)
             else:
-                number = self._shared.detach(header)
+                number = self._attachments().detach(header)
         except FrameError:
             raise
         except AgentError as error:

@@ -19,7 +19,8 @@ from urllib.parse import unquote
 
 import httptools
 
-from agent.errors import AgentError, InvalidInputError, TooLargeError
+from agent.errors import AgentError, InvalidInputError, OverloadedError, TooLargeError
+from agent.serving.budget import ReceiveBudget
 from agent.serving.identity import Caller, require
 from agent.serving.ports import DEADLINE_MS_MAX, Engine, InferRequest
 from agent.serving.replies import Dialect, Reply, engine_reply, error_reply, response_bytes
@@ -32,11 +33,13 @@ HEADERS: Final = frozenset(
         b"authorization",
         b"content-encoding",
         b"content-type",
+        b"host",
         b"inference-header-content-length",
         b"x-deadline-ms",
         b"x-request-id",
     }
 )
+_TEXT_BYTES_MAX: Final = 1024  # of Content-Type and Accept
 _INFLATE_STEP_BYTES: Final = 256 * 1024  # of output between two turns of the loop: under a millisecond
 _WINDOW_BITS: Final = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -66,8 +69,11 @@ class Line(Protocol):
     @property
     def loop(self) -> asyncio.AbstractEventLoop: ...
 
-    def caller(self, authorization: bytes | None) -> Caller:
-        """Return who asks; ``UnauthenticatedError`` if the given credentials are wrong."""
+    @property
+    def budget(self) -> ReceiveBudget: ...
+
+    def caller(self, authorization: bytes | None, host: bytes | None) -> Caller:
+        """Return who asks, by the request's headers; ``UnauthenticatedError`` if the given credentials are wrong."""
 
     def send(self, data: bytes) -> None:
         """Write a part of the answer."""
@@ -133,7 +139,7 @@ class InferenceExchange:
             self._fail(InvalidInputError("use POST"), status=405)
             return
         try:
-            caller = self._line.caller(self._asked.get(b"authorization"))
+            caller = self._line.caller(self._asked.get(b"authorization"), self._asked.get(b"host"))
             require(caller, "infer")
         except AgentError as error:
             self._fail(error)
@@ -166,11 +172,13 @@ class InferenceExchange:
         if encoding is None:
             self._submit(body)
         else:
-            self._inflate_on(inflate(body, encoding.strip().lower(), bytes_max=self._line.body_bytes_max))
+            line = self._line
+            self._inflate_on(inflate(body, encoding.strip().lower(), bytes_max=line.body_bytes_max, budget=line.budget))
 
     def _inflate_on(self, steps: Generator[None, None, bytes]) -> None:
         """Inflate one step a turn of the loop, so that others are served in between."""
         if self.disconnected:
+            steps.close()
             return
         try:
             next(steps)
@@ -249,17 +257,19 @@ def parse_target(raw_path: bytes) -> Target | None:
     return Target(_unquote(model), _unquote(version) or None, dialect)
 
 
-def inflate(data: bytes, encoding: bytes, *, bytes_max: int) -> Generator[None, None, bytes]:
+def inflate(data: bytes, encoding: bytes, *, bytes_max: int, budget: ReceiveBudget) -> Generator[None, None, bytes]:
     """Return ``data`` decompressed, in steps of bounded work.
 
     Args:
         data: The body as sent.
         encoding: Content-Encoding, lower case.
         bytes_max: Bound of the result (bytes).
+        budget: Holds what has been decompressed so far, beyond the first step, until the result is whole.
 
     Raises:
         InvalidInputError: an unknown encoding, damaged or cut data, or bytes behind its end.
         TooLargeError: the result would exceed the bound.
+        OverloadedError: the budget is used up.
     """
     if encoding == b"identity":
         return data
@@ -267,21 +277,28 @@ def inflate(data: bytes, encoding: bytes, *, bytes_max: int) -> Generator[None, 
         raise InvalidInputError(f"Content-Encoding {encoding.decode('latin-1')!r} is not supported; use gzip, deflate")
     inflater = zlib.decompressobj(_WINDOW_BITS[encoding])
     parts: list[bytes] = []
-    size = 0
+    size = reserved = 0
     rest = data
-    while not inflater.eof:
-        try:
-            part = inflater.decompress(rest, _INFLATE_STEP_BYTES)
-        except zlib.error as error:
-            raise InvalidInputError(f"the body is not valid {encoding.decode()}") from error
-        if not part and not inflater.eof:
-            raise InvalidInputError(f"the {encoding.decode()} body is cut")
-        size += len(part)
-        if size > bytes_max:
-            raise TooLargeError(f"the decompressed body is above {bytes_max} bytes")
-        parts.append(part)
-        rest = inflater.unconsumed_tail
-        yield
+    try:
+        while not inflater.eof:
+            try:
+                part = inflater.decompress(rest, _INFLATE_STEP_BYTES)
+            except zlib.error as error:
+                raise InvalidInputError(f"the body is not valid {encoding.decode()}") from error
+            if not part and not inflater.eof:
+                raise InvalidInputError(f"the {encoding.decode()} body is cut")
+            if size + len(part) > bytes_max:
+                raise TooLargeError(f"the decompressed body is above {bytes_max} bytes")
+            if size:  # one step needs no room in the budget, so that small requests always get through
+                if not budget.take(len(part)):
+                    raise OverloadedError("too many large bodies are being received")
+                reserved += len(part)
+            size += len(part)
+            parts.append(part)
+            rest = inflater.unconsumed_tail
+            yield
+    finally:
+        budget.give_back(reserved)
     if inflater.unused_data:
         raise InvalidInputError(f"bytes follow the end of the {encoding.decode()} body")
     return b"".join(parts)
@@ -304,10 +321,19 @@ def _engine_header(target: Target, asked: Mapping[bytes, bytes], request_id: byt
         if json_bytes is not None:
             header["params"] = {"oip_header_bytes": json_bytes}
     else:
-        header["content_type"] = asked.get(b"content-type", b"application/octet-stream").decode("latin-1")
-    if b"accept" in asked:
-        header["accept"] = asked[b"accept"].decode("latin-1")
+        header["content_type"] = _text(asked, b"content-type") or "application/octet-stream"
+    accept = _text(asked, b"accept")
+    if accept is not None:
+        header["accept"] = accept
     return header
+
+
+def _text(asked: Mapping[bytes, bytes], name: bytes) -> str | None:
+    """Return a header that travels on to the worker; bounded, for there it counts against the frame's header."""
+    value = asked.get(name)
+    if value is not None and len(value) > _TEXT_BYTES_MAX:
+        raise InvalidInputError(f"{name.decode()} of {len(value)} bytes; the limit is {_TEXT_BYTES_MAX}")
+    return None if value is None else value.decode("latin-1")
 
 
 def _integer(asked: Mapping[bytes, bytes], name: bytes, low: int, high: int) -> int | None:

@@ -34,6 +34,7 @@ from agent.serving.replies import error_reply, response_bytes
 
 _log = get_logger("serving.http")
 
+_SMALL_BODY_BYTES: Final = 64 * 1024  # up to here a body needs no room in the shared budget: others cannot take it
 _LINGER_S: Final = 2.0  # after a refusal: what the client still sends is dropped, so that it can read the answer
 _HEADER_OVERHEAD_BYTES: Final = 4  # ": " and the line end
 _QUEUE_REQUESTS_MAX: Final = 16
@@ -47,8 +48,8 @@ Exchange = InferenceExchange | RequestResponseCycle
 class Connection(Protocol):
     """What a request may ask of the connection it came on; in ``scope["state"]["connection"]``."""
 
-    def caller(self, authorization: bytes | None) -> Caller:
-        """Return who asks; ``UnauthenticatedError`` if the given credentials are wrong."""
+    def caller(self, authorization: bytes | None, host: bytes | None) -> Caller:
+        """Return who asks, by the request's headers; ``UnauthenticatedError`` if the given credentials are wrong."""
 
 
 class Owner(Protocol):
@@ -87,6 +88,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._owner = owner
         self._unix_caller: Caller | None = None
         self._anonymous_caller: Caller | None = None
+        self._asked_host: bytes | None = None  # whom it was made for
         self._host = ""
         self._active: Exchange | None = None  # whose turn it is; it began and is not answered
         self._advancing = False  # ``_advance`` is at work further up the stack
@@ -95,7 +97,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = False  # a request line has begun and its headers are not complete
         self._fed_bytes = 0  # of the message under way, without the read that began it
         self._body: list[bytes] = []
-        self._body_bytes = 0  # of the message under way; reserved in the shared budget
+        self._body_bytes = 0  # of the message under way
+        self._reserved = 0  # of them in the shared budget: none while they are few
         self._fault: tuple[AgentError, int] | None = None  # why the parser was stopped: error, status
         self._refused_since = 0.0  # an error was the last answer on this connection
         self._ends_after_answers = False  # the message under way is refused; those before it are still answered
@@ -106,6 +109,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.engine = owner.engine
         self.deadline_ms_default = owner.config.deadline_ms_default
         self.body_bytes_max = owner.config.body_bytes_max
+        self.budget = owner.budget
 
     # The connection's life
 
@@ -161,14 +165,16 @@ class HttpProtocol(HttpToolsProtocol):
 
     # What requests need of us
 
-    def caller(self, authorization: bytes | None) -> Caller:
+    def caller(self, authorization: bytes | None, host: bytes | None) -> Caller:
         """Return who asks: the unix peer, or the bearer of a token, or nobody known."""
         if self._unix_caller is not None:
             return self._unix_caller
         if authorization is not None:
             return self._owner.policy.tcp_caller(self._host, authorization.decode("latin-1"))
-        if self._anonymous_caller is None:
-            self._anonymous_caller = self._owner.policy.tcp_caller(self._host, None)
+        if self._anonymous_caller is None or self._asked_host != host:
+            asked_host = (host or b"").decode("latin-1")
+            self._anonymous_caller = self._owner.policy.tcp_caller(self._host, None, asked_host=asked_host)
+            self._asked_host = host
         return self._anonymous_caller
 
     def send(self, data: bytes) -> None:
@@ -252,9 +258,12 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if self._body_bytes + len(body) > self.body_bytes_max:
             self._stop(*_body_too_large(self._owner.config))
-        if not self._owner.budget.take(len(body)):
-            self._stop(OverloadedError("too many large bodies are being received"), 503)
         self._body_bytes += len(body)
+        uncounted = self._body_bytes - self._reserved
+        if self._body_bytes > _SMALL_BODY_BYTES and uncounted:
+            if not self._owner.budget.take(uncounted):
+                self._stop(OverloadedError("too many large bodies are being received"), 503)
+            self._reserved += uncounted
         self._body.append(body)
         if self._active is not self.cycle:
             self._waiting_bytes += len(body)
@@ -414,9 +423,9 @@ class HttpProtocol(HttpToolsProtocol):
         return now - self._blocked_since > self._owner.config.write_timeout_s
 
     def _release_budget(self) -> None:
-        if self._body_bytes:
-            self._owner.budget.give_back(self._body_bytes)
-            self._body_bytes = 0
+        self._owner.budget.give_back(self._reserved)
+        self._reserved = 0
+        self._body_bytes = 0
 
 
 def _tell_gone(exchange: Exchange) -> None:

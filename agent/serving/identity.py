@@ -26,6 +26,7 @@ _INCLUDED: Final = {"admin": ROLES, "operate": frozenset({"operate", "read"})}
 _UCRED: Final = struct.Struct("3i")
 _SO_PEERGROUPS: Final = 59  # linux/socket.h; Python has no name for it
 _GROUPS_BYTES_MAX: Final = 4096
+_PORT: Final = re.compile(r":\d*$")
 _UNIT: Final = re.compile(r"[^/]+\.(?:service|scope|slice)(?=/|$)")
 
 
@@ -104,18 +105,20 @@ class AccessPolicy:
         detail = f"{key} pid:{peer.pid}" + (f" unit:{unit}" if unit else "")
         return Caller(key=key, roles=self._unix_peer_roles(peer), detail=detail)
 
-    def tcp_caller(self, host: str, authorization: str | None) -> Caller:
+    def tcp_caller(self, host: str, authorization: str | None, *, asked_host: str | None = None) -> Caller:
         """Return the caller behind a TCP request.
 
         Args:
             host: The peer's address, without port.
             authorization: The header's value, if it was sent.
+            asked_host: The Host header's value, if it was sent.
 
         Raises:
             UnauthenticatedError: the header is not a bearer token, or the token is unknown.
         """
         if authorization is None:
-            roles = self._anonymous_roles if _is_loopback(host) else frozenset[str]()
+            trusted = _is_loopback(host) and _is_ours(asked_host or "")
+            roles = self._anonymous_roles if trusted else frozenset[str]()
             return Caller(key=f"tcp:{host}", roles=roles, detail=f"tcp:{host}", anonymous=True)
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer":
@@ -141,6 +144,21 @@ class AccessPolicy:
 
 def _expand(roles: Iterable[str]) -> frozenset[str]:
     return frozenset().union(*(_INCLUDED.get(role, frozenset({role})) for role in roles))
+
+
+def _is_ours(asked_host: str) -> bool:
+    """Whether a Host header can mean this box: an address, or a name that no public DNS resolves.
+
+    A web page may point its own name at 127.0.0.1 (DNS rebinding) and so ask from loopback; the browser names it here.
+    """
+    name = _PORT.sub("", asked_host).strip("[]").lower()
+    if "." not in name or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_loopback(host: str) -> bool:

@@ -35,6 +35,7 @@ from agent.errors import (
     ForbiddenError,
     InvalidInputError,
     NotFoundError,
+    TooLargeError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -45,6 +46,7 @@ from agent.serving.replies import Dialect, Reply, error_reply, json_reply
 
 EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository")
 _READ_ONLY: Final = frozenset({"read"})
+_ARGUMENTS_BYTES_MAX: Final = 64 * 1024  # parsed JSON takes 25 times its size
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -202,8 +204,8 @@ def _triton_state(ready: bool, reason: str) -> dict[str, str]:
 
 
 def _caller(request: Request) -> Caller:
-    authorization = request.headers.get("authorization")
-    caller: Caller = request.state.connection.caller(authorization and authorization.encode("latin-1"))
+    given = {name: value for name, value in request.headers.raw if name in (b"authorization", b"host")}
+    caller: Caller = request.state.connection.caller(given.get(b"authorization"), given.get(b"host"))
     return caller
 
 
@@ -212,6 +214,8 @@ def _model_of(request: Request) -> tuple[str, str | None]:
 
 
 def _arguments(body: bytes) -> dict[str, Any]:
+    if len(body) > _ARGUMENTS_BYTES_MAX:
+        raise TooLargeError(f"arguments of {len(body)} bytes; the limit is {_ARGUMENTS_BYTES_MAX}")
     if not body.strip():
         return {}
     try:

@@ -157,6 +157,10 @@ class CommandInbox:
         else:
             self._counter.add(("?", "dropped"))
 
+    async def generation(self) -> int:
+        """Return the newest accepted generation, 0 before the first command."""
+        return await self._journal.call(CommandJournal.generation)
+
     async def run(self) -> None:
         """Continue what a restart cut short, then take messages in order until cancelled."""
         self._running.clear()

@@ -34,6 +34,7 @@ _OF_OIP: Final[Mapping[str, str]] = {
     "INT32": "int32", "UINT64": "uint64", "INT64": "int64", "FP16": "float16", "BF16": "bfloat16", "FP32": "float32",
     "FP64": "float64", "BYTES": "bytes",
 }  # fmt: skip
+_NUMBERS: Final = frozenset({int, float, bool})
 TO_OIP: Final[Mapping[str, str]] = {ours: theirs for theirs, ours in _OF_OIP.items()}
 
 
@@ -205,7 +206,7 @@ def _header(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
         raise TensorError(f"input {name!r}: unknown datatype {datatype!r}; known: {', '.join(_OF_OIP)}")
     if not isinstance(shape, list) or len(shape) > _RANK_MAX or not all(type(n) is int and n >= 0 for n in shape):
         raise TensorError(f"input {name!r}: shape must be a list of at most {_RANK_MAX} integers from 0")
-    if prod(shape) > _ELEMENTS_MAX:
+    if prod(filter(None, shape)) > _ELEMENTS_MAX:  # NumPy bounds the dimensions of empty arrays too
         raise TensorError(f"input {name!r}: shape {shape} is too large")
     return dtype, tuple(shape)
 
@@ -252,6 +253,8 @@ def _texts(name: str, data: list[Any]) -> Array:
 
 def _numbers(name: str, dtype: str, data: list[Any]) -> Array:
     wanted = np.dtype(dtype)
+    if not _leaf_types(data) <= _NUMBERS:  # before NumPy sees it: it gives every text the room of the longest
+        raise TensorError(f"input {name!r}: data is not all {TO_OIP[dtype]}")
     try:
         # NumPy takes a mix of small and large unsigned integers for floats, so those stay Python integers.
         array = np.array(data, dtype=object if wanted == np.uint64 else None)
@@ -272,6 +275,20 @@ def _numbers(name: str, dtype: str, data: list[Any]) -> Array:
     if wanted == np.float32 and float(np.abs(array).max()) > float(np.finfo(wanted).max):
         raise TensorError(f"input {name!r}: a value does not fit {TO_OIP[dtype]}")
     return array.astype(wanted, copy=False)
+
+
+def _leaf_types(data: list[Any]) -> set[type]:
+    """Return the types of what is no list in nested lists; linear in time and room."""
+    found: set[type] = set()
+    pending = [data]
+    while pending:
+        items = pending.pop()
+        types = set(map(type, items))
+        if list in types:
+            types.discard(list)
+            pending += [item for item in items if type(item) is list]
+        found |= types
+    return found
 
 
 def _outputs(document: Mapping[str, Any], signature: Signature, binary: bool) -> list[tuple[str, bool]] | None:

@@ -25,6 +25,7 @@ from agent.errors import (
     NotFoundError,
     OutOfMemoryError,
     SelfTestError,
+    TooLargeError,
 )
 from agent.tensors import Array
 from agent.wire import Frame, Limits, error_header
@@ -66,7 +67,7 @@ def run(packed_spec: bytes, sock: socket.socket) -> int:
     channel.post(loaded.hello)
     try:
         Server(loaded, channel).serve()
-    except FrameError as error:
+    except (FrameError, TooLargeError) as error:
         _log.error("the daemon broke the protocol", error=str(error))
         return 1
     return 0

@@ -245,7 +245,7 @@ class RawForm:
             raise InvalidInputError("this model has no handler for raw requests: send tensors")
         try:
             made = handler.preprocess(bytes(request.body), request.header["content_type"])
-        except (Exception, SystemExit) as error:  # foreign code: anything may come out of it
+        except BaseException as error:  # foreign code: anything may come out of it
             raise _blamed(handler, "preprocess", error) from error
         prepared = made if isinstance(made, Prepared) else None
         given = made.tensors if isinstance(made, Prepared) else made
@@ -272,9 +272,9 @@ class RawForm:
             else:
                 made = handler.postprocess_with(outputs, request.rows, prepared.state)
             if isinstance(made, Reply):
-                return {"content_type": made.content_type}, [made.body]
+                return {"content_type": _text(made.content_type)}, [_bytes(made.body)]
             text = json.dumps(made, separators=(",", ":"), allow_nan=False)
-        except (Exception, SystemExit) as error:  # as above
+        except BaseException as error:  # as above
             raise _blamed(handler, "postprocess", error) from error
         return {"content_type": "application/json"}, [text.encode()]
 
@@ -346,6 +346,20 @@ def _place(entries: list[dict[str, Any]], buffers: list[Buffer], memory: memoryv
         memory[offset - window.offset : offset - window.offset + len(data)] = data
         entry["region"], entry["offset"] = window.region, offset
     return left
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a Reply's content_type must be a text, not {type(value).__name__}")
+    return value
+
+
+def _bytes(value: object) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, bytearray | memoryview):
+        return memoryview(value).tobytes()
+    raise TypeError(f"a Reply's body must be bytes, not {type(value).__name__}")
 
 
 def _blamed(handler: Handler, step: str, error: BaseException) -> AgentError:

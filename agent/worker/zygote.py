@@ -35,7 +35,10 @@ _SPEC_BYTES_MAX: Final = 4 * 1024 * 1024
 _CHANNEL_FD: Final = 3
 _PR_SET_NAME: Final = 15
 _ENVIRONMENT_KEPT: Final = frozenset(
-    ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "CUDA_VISIBLE_DEVICES")
+    (
+        *("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "CUDA_VISIBLE_DEVICES"),
+        *("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"),
+    )
 )
 # Read by numeric libraries when they are imported: no thread pools (a session brings its own), and no telemetry of
 # theirs. ONNX Runtime's wheels report to their maker by default since 1.29, from a thread started by the import.

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Bench:
     engine: Engine
     events: EventBus
     sweeper: asyncio.Task[None]
+    metrics: Metrics
 
     def request(
         self, body: bytes, header: dict[str, Any], *, deadline_s: float, version: str | None
@@ -86,13 +87,14 @@ async def bench(folder: Path, **options: Any) -> AsyncIterator[Bench]:
     become_subreaper()
     events = EventBus(SystemClock())
     config = EngineConfig(**{"restart_first_s": 0.001, "start_timeout_s": 60.0, **options})
+    metrics = Metrics()
     engine = Engine(
-        config, scratch=folder / "scratch", wire=Limits(body_bytes_max=1 << 22), events=events, metrics=Metrics()
+        config, scratch=folder / "scratch", wire=Limits(body_bytes_max=1 << 22), events=events, metrics=metrics
     )
     async with engine.running():
         sweeper = asyncio.ensure_future(engine.run())
         try:
-            yield Bench(engine, events, sweeper)
+            yield Bench(engine, events, sweeper, metrics)
         finally:
             sweeper.cancel()
             await asyncio.wait({sweeper})
@@ -321,8 +323,59 @@ def test_a_cancelled_request_gets_no_answer(tmp_path: Path) -> None:
             request, answer = box.request(b"hang", {"content_type": "text/plain"}, deadline_s=30, version=None)
             box.engine.cancel(request)
             assert version.pool.outstanding == 0
-            with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(answer), 0.1)
+            assert (await box.say("[1, 1, 1, 1]"))["kind"] == "result"  # the worker never began the other one
             assert not answer.done()
+
+    run(story)
+
+
+def test_a_worker_that_hangs_while_loading_is_killed_and_nothing_is_left(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, start_timeout_s=1.0) as box:
+            with pytest.raises(LoadError, match="not ready within 1 s"):
+                await box.engine.load(scale_version(tmp_path / "b", handler="stuck"))
+
+    run(story)
+
+
+def test_a_hung_worker_is_killed_although_every_request_has_met_its_deadline(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, hang_timeout_s=0.5, deaths_max=100) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", handler="odd"))
+            box.engine.activate(version)
+            assert (await box.say("hang", deadline_s=0.05))["code"] == "deadline_exceeded"
+            assert version.pool.outstanding == 0
+            await until(lambda: version.deaths == 1)
+            assert (await box.say("[1, 1, 1, 1]"))["kind"] == "result"
+
+    run(story)
+
+
+def test_room_made_by_a_cancel_is_given_to_whoever_waits(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, hang_timeout_s=0.5, deaths_max=100) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", handler="odd", window=1))
+            box.engine.activate(version)
+            first, _ = box.request(b"hang", {"content_type": "text/plain"}, deadline_s=30, version=None)
+            _, second = box.request(b"[1, 1, 1, 1]", {"content_type": "text/plain"}, deadline_s=30, version=None)
+            assert len(version.pool.waiting) == 1
+            box.engine.cancel(first)
+            assert (await second)[0]["kind"] == "result"  # after the hung worker was killed
+
+    run(story)
+
+
+def test_a_folder_that_cannot_be_written_costs_a_worker_not_the_engine(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=100, restart_cap_s=0.01) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b"))
+            box.engine.activate(version)
+            (tmp_path / "scratch").rename(tmp_path / "hidden")
+            os.kill(version.pool.links[0].process.pid, signal.SIGKILL)
+            await until(lambda: version.deaths == 1)
+            (tmp_path / "hidden").rename(tmp_path / "scratch")
+            for left in (tmp_path / "scratch").iterdir():  # it could not be removed while it was hidden
+                left.rmdir()
+            assert (await box.ask())["y"] == 2.0
 
     run(story)

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agent.wire import encode_head
 from tests.fakes.edges import Edges, edges, run, until
 from tests.fakes.engine import FakeEngine
+from tests.fakes.peer import FramePeer
 from tests.fakes.web import WebPeer, ask, request
 
 pytestmark = pytest.mark.integration
@@ -356,5 +358,104 @@ def test_a_client_that_does_not_read_is_cut(tmp_path: Path) -> None:
             assert 'reason="slow_reader"' in served.metrics.render().decode()
             engine.reply = FakeEngine().reply
             await still_serves(served)
+
+    run(test)
+
+
+def test_many_small_bodies_that_inflate_to_large_ones_are_bounded_together(tmp_path: Path) -> None:
+    async def test() -> None:
+        bounds = {"body_bytes_max": 4 * KIB * KIB, "receive_bytes_max": 8 * KIB * KIB}
+        engine = FakeEngine()
+        async with edges(tmp_path, engine=engine, **bounds) as served:
+            bomb = gzip.compress(bytes(4 * KIB * KIB))
+            highest = 0
+
+            async def offer() -> int:
+                return (await ask(served.port, "POST", PREDICT, bomb, Content_Encoding="gzip")).status
+
+            async def watch() -> None:
+                nonlocal highest
+                while True:
+                    highest = max(highest, served.budget.held)
+                    await asyncio.sleep(0)
+
+            watcher = asyncio.ensure_future(watch())
+            async with asyncio.TaskGroup() as group:
+                offers = [group.create_task(offer()) for _ in range(12)]
+            watcher.cancel()
+            assert {offer.result() for offer in offers} == {200, 503}
+            assert highest <= 8 * KIB * KIB
+            await still_serves(served)
+
+    run(test)
+
+
+@pytest.mark.parametrize("name", ["Content_Type", "Accept"])
+def test_a_header_that_would_outgrow_the_workers_frame_is_refused_at_the_edge(tmp_path: Path, name: str) -> None:
+    async def test() -> None:
+        async with edges(tmp_path) as served:
+            answer = await ask(served.port, "POST", PREDICT, b"abc", **{name: "\xe9" * 40_000})
+            assert (answer.status, answer.json()["error"]) == (400, "invalid_input")
+            assert not served.engine.seen
+            await still_serves(served)
+
+    run(test)
+
+
+@pytest.mark.parametrize("path", ["/v1/status", "/v1/deploy", "/v2/repository/index"])
+def test_arguments_above_their_limit_are_refused_before_they_are_parsed(tmp_path: Path, path: str) -> None:
+    async def test() -> None:
+        async with edges(tmp_path) as served:
+            bomb = b'{"a":[' + b"[]," * 100_000 + b"[]]}"
+            answer = await ask(served.port, "POST", path, bomb)
+            assert (answer.status, answer.json()["code"]) == (413, "too_large")
+            assert not served.control.calls
+            await still_serves(served)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("127.0.0.1:8080", 200),
+        ("[::1]:8080", 200),
+        ("till.localhost", 200),
+        ("box", 200),
+        ("", 200),
+        ("attacker.example", 401),
+        ("attacker.example:8080", 401),
+        ("127.0.0.1.attacker.example", 401),
+        ("attacker.", 401),
+    ],
+)
+def test_a_web_page_that_renamed_itself_to_this_box_is_nobody(tmp_path: Path, host: str, status: int) -> None:
+    """DNS rebinding: the browser on this box connects from loopback, but names the page's own host."""
+
+    async def test() -> None:
+        async with edges(tmp_path) as served:
+            for verb, path, body in (("POST", PREDICT, b"abc"), ("GET", "/v1/status", b""), ("GET", "/metrics", b"")):
+                data = f"{verb} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+                async with WebPeer(served.port) as peer:
+                    await peer.send(data)
+                    assert (await peer.answer()).status == status
+                async with WebPeer(served.http_path) as peer:  # there the kernel says who asks
+                    await peer.send(data)
+                    assert (await peer.answer()).status == 200
+
+    run(test)
+
+
+def test_small_requests_pass_while_others_hold_the_whole_receive_budget(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with edges(tmp_path, body_bytes_max=KIB * KIB, receive_bytes_max=KIB * KIB) as served:
+            async with FramePeer(served.frame_path) as hog:
+                await hog.send_raw(encode_head({"kind": "infer", "id": 1}, KIB * KIB))
+                await until(lambda: served.budget.held > 0)
+                assert (await ask(served.port, "POST", PREDICT, b"abc")).body == b"abc"
+                small = gzip.compress(b"abc")
+                assert (await ask(served.port, "POST", PREDICT, small, Content_Encoding="gzip")).body == b"abc"
+                assert (await ask(served.port, "POST", PREDICT, bytes(200 * KIB))).status == 503
 
     run(test)

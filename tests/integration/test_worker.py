@@ -376,6 +376,7 @@ def test_one_poisoned_request_fails_alone(zygote: ZygoteProcess, tmp_path: Path)
 
 SLOW = """
 import time
+from handlers.base import Prepared, Reply
 from handlers.tensors import TensorsHandler
 class H(TensorsHandler):
     idempotent = False
@@ -395,10 +396,25 @@ class H(TensorsHandler):
             return {"x": __import__("numpy").zeros((1, 5), "float32")}
         if body == b"list":
             return [1]
+        if body == b"interrupt":
+            raise KeyboardInterrupt
+        if body == b"cancel":
+            raise __import__("asyncio").CancelledError
+        if body.startswith(b"reply"):
+            return Prepared(super().preprocess(b"[[1,1,1,1]]", content_type), body)
         return super().preprocess(body, content_type)
     def postprocess(self, outputs, rows):
         value = outputs["y"][0][0]
         return float(value)
+    def postprocess_with(self, outputs, rows, state):
+        odd = {
+            b"reply text": Reply("text", "text/plain"),
+            b"reply list": Reply([1, 2], "text/plain"),
+            b"reply wide": Reply(outputs["y"].data, "text/plain"),
+            b"reply type": Reply(b"x", None),
+            b"reply good": Reply(outputs["y"].data.cast("B"), "text/plain"),
+        }
+        return odd[state]
 """
 
 
@@ -412,12 +428,19 @@ def test_a_handlers_failure_is_its_requests_alone(zygote: ZygoteProcess, spec: d
         b"nan": ("handler_failed", "H.postprocess raised ValueError"),
         b"wrong": ("handler_failed", "expected float32[N, 4]"),
         b"list": ("handler_failed", "returned list"),
+        b"interrupt": ("handler_failed", "raised KeyboardInterrupt"),
+        b"cancel": ("handler_failed", "raised CancelledError"),
+        b"reply text": ("handler_failed", "a Reply's"),
+        b"reply list": ("handler_failed", "a Reply's"),
+        b"reply type": ("handler_failed", "a Reply's"),
         b"[]": ("invalid_input", "input 'x'"),
     }
     for body, (code, words) in cases.items():
         header = process.ask(body, "application/json").header
         assert (header["kind"], header["code"]) == ("error", code), header
         assert words in header["message"]
+    for body in (b"reply wide", b"reply good"):
+        assert len(process.ask(body, "application/json").body) == 12
     assert process.infer({"x": X})["y"].shape == (2, 3)
     process.close()
 

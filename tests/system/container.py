@@ -21,9 +21,14 @@ from tools.demo import magika
 
 ROOT: Final = Path(__file__).parents[2]
 OPERATOR_UID: Final = 2002
-_USERS: Final[Mapping[str, int]] = {"app": 2001, "technician": OPERATOR_UID, "stranger": 2003}  # the last one in no group
+_USERS: Final[Mapping[str, int]] = {
+    "app": 2001,
+    "technician": OPERATOR_UID,
+    "stranger": 2003,
+}  # the last one in no group
 _PACKAGES: Final = "systemd,systemd-sysv,dbus,python3,python3-venv,mosquitto"
 _PYTHON: Final = "3.11"  # Debian 12's
+_KEY_PASSWORD: Final = "only-for-the-demo"  # of the keys that the demo's stage makes
 _BOOT_TIMEOUT_S: Final = 400.0
 _CHECKOUT: Final = ("systemd", "docs", "constraints.txt")  # what the installer needs beside the wheels
 
@@ -114,13 +119,13 @@ class Container:
         return [*command, f"--machine=inferd-{os.getpid()}"]
 
     def _base(self) -> Path:
-        base = self._cache / "rootfs"
-        if not (base / "etc/debian_version").exists() or not (self._cache / "rootfs.done").exists():
+        base, done = self._cache / "rootfs", self._cache / "rootfs.packages"
+        if not done.exists() or done.read_text() != _PACKAGES:
             shutil.rmtree(base, ignore_errors=True)
             command = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", "bookworm", str(base)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            (self._cache / "rootfs.done").touch()
-        return base
+            done.write_text(_PACKAGES)
+        return base.resolve()
 
     def _wheels(self) -> Path:
         """Return a folder with wheels of this checkout and all it needs, for the container's Python."""
@@ -141,6 +146,8 @@ class Container:
             box.publish_scale("2.0.0", factor=3.0, channel="")
             shutil.copytree(box.store, self.root / "srv/store")
             shutil.copy(box.anchor, self.root / "usr/share/inferd/anchor/root.json")
+            shutil.copy(box.key("operator"), self.root / "opt/operator")
+            (self.root / "opt/password").write_text(_KEY_PASSWORD)
         self.inside("chmod", "-R", "go=rX", "/srv/store", "/usr/share/inferd/anchor")
 
 

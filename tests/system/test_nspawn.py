@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ _STATE: Final = Path(os.environ.get("STATE") or ROOT / ".state").absolute()
 
 
 @pytest.fixture(scope="module")
-def report() -> Iterator[dict[str, dict[str, Any]]]:
+def report() -> dict[str, dict[str, Any]]:
     """What the proofs said, by name; the container is kept only when its preparation failed."""
     if reason := why_not():
         pytest.skip(reason)
@@ -32,7 +31,7 @@ def report() -> Iterator[dict[str, dict[str, Any]]]:
         if (container.root / name).exists():
             shutil.copy(container.root / name, _STATE / f"container-{name}")
     shutil.rmtree(folder)
-    yield rows
+    return rows
 
 
 @pytest.mark.parametrize("name", [proof.__name__ for proof in PROOFS])

@@ -232,6 +232,7 @@ GOOD = {"name": "x", "dtype": "float32", "shape": [2, 3], "nbytes": 24}
         ([{**GOOD, "shape": [True, 6]}], 24, "shape"),
         ([{**GOOD, "shape": [1] * 17}], 4, "shape"),
         ([{**GOOD, "shape": [2**62, 2**62]}], 24, "too large"),
+        ([{**GOOD, "shape": [0, 2**62], "nbytes": 0}], 0, "too large"),
         ([{**GOOD, "nbytes": 23}], 23, "24 bytes"),
         ([{**GOOD, "nbytes": -1}], 24, "nbytes"),
         ([GOOD], 25, "hold 24"),

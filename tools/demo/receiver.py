@@ -205,6 +205,11 @@ class Receiver:
             self._on_message(seen)
 
 
+def arrived_of(report: dict[str, Any], device: str, epoch: str) -> int:
+    """Return how many distinct rows of one outbox of one device a ``Tally.report`` counts."""
+    return sum(row["arrived"] for row in report["streams"] if (row["device"], row["epoch"]) == (device, epoch))
+
+
 def _ranges(numbers: Iterable[int]) -> list[list[int]]:
     """Return sorted numbers as ``[[first, last], …]``."""
     ranges: list[list[int]] = []

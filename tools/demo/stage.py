@@ -6,6 +6,8 @@ folder when the state folder's path is too long for them.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -26,7 +28,7 @@ from tools.demo import magika
 
 DEVICE: Final = "demo-box"
 _SOCKET_PATH_MAX: Final = 90  # sun_path is 108 bytes
-_PASSWORD: Final = "only-for-the-demo"
+PASSWORD: Final = "only-for-the-demo"
 _STOP_TIMEOUT_S: Final = 30.0
 
 
@@ -38,14 +40,20 @@ class Stage:
     """Paths and processes of one demonstration.
 
     Args:
-        folder: All state; made if missing. ``fresh`` removes what an earlier run left, but for downloaded wheels.
+        folder: All state; made if missing. ``fresh`` removes what an earlier run left.
+        wheels: Downloads, kept from run to run; default: ``wheels`` in ``folder``.
+
+    Raises:
+        StepFailedError: a daemon runs on this folder.
     """
 
-    def __init__(self, folder: Path, *, fresh: bool) -> None:
+    def __init__(self, folder: Path, *, fresh: bool, wheels: Path | None = None) -> None:
         self.folder = folder.absolute()
+        self.wheels = (wheels or folder / "wheels").absolute()
+        self._refuse_if_in_use()
         if fresh:
             for child in self.folder.glob("*"):
-                if child.name != "wheels":
+                if child != self.wheels:
                     _remove(child)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store, self.keys, self.anchor = self.folder / "store", self.folder / "keys", self.folder / "root.json"
@@ -77,7 +85,7 @@ class Stage:
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "INFERHUB_KEY_PASSWORD": _PASSWORD},
+            env={**os.environ, "INFERHUB_KEY_PASSWORD": PASSWORD},
         )
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
@@ -111,7 +119,7 @@ class Stage:
         """Pack the model ``release`` (default: that of ``version``) as ``version``; ``change`` may edit its sources."""
         source, bundle = self.folder / "sources" / version, self.folder / "bundles" / version
         release = release or version
-        wheel = magika.download_wheel(magika.RELEASES[release].wheel, self.folder / "wheels")
+        wheel = magika.download_wheel(magika.RELEASES[release].wheel, self.wheels)
         magika.build_sources(wheel, release, source)
         if release != version:
             description = source / "model.toml"
@@ -231,6 +239,15 @@ class Stage:
         _end(web)
         if self._temporary is not None:
             self._temporary.cleanup()
+
+    def _refuse_if_in_use(self) -> None:
+        """The daemon locks its state folder; whoever rewrote its store and configuration would break it."""
+        lock = self.folder / "state" / "daemon.lock"
+        with contextlib.suppress(FileNotFoundError), lock.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StepFailedError(f"{self.folder} is in use by a running inferd; stop it first") from error
 
     def _until_listening(self, process: subprocess.Popen[bytes], port: int) -> None:
         deadline = time.monotonic() + 20.0

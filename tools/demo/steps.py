@@ -21,12 +21,13 @@ import psutil
 from tools.demo import magika
 from tools.demo.broker import Mosquitto
 from tools.demo.load import Load, Seen
-from tools.demo.receiver import Receiver
+from tools.demo.receiver import Receiver, arrived_of
 from tools.demo.stage import DEVICE, Stage, StepFailedError
 
 _FILES_MAX: Final = 200
 _FILE_BYTES_MAX: Final = 1024 * 1024
 _OUTAGE_REQUESTS: Final = 200
+_SETTLE_S: Final = 0.2  # a message through the local broker takes a few milliseconds
 _TAMPERED: Final = "2.0.1"
 
 
@@ -130,8 +131,9 @@ def classify_oip(stage: Stage) -> str:
 
 
 def outage(stage: Stage, broker: Mosquitto, receiver: Receiver) -> str:
-    """The broker goes away and comes back: inference does not notice, telemetry waits and arrives."""
-    stage.until(lambda: _telemetry(stage)["outbox_rows"] == 0, what="the outbox is empty before the outage")
+    """The broker goes away and comes back: inference does not notice, telemetry waits, every row of it arrives."""
+    before = _settled_ahead(stage, receiver)
+    epoch = _telemetry(stage)["epoch"]
     broker.stop()
     stage.until(lambda: not _telemetry(stage)["connected"], what="the link noticed the outage")
     body = Path(sys.executable).resolve().read_bytes()[:65536]
@@ -146,11 +148,14 @@ def outage(stage: Stage, broker: Mosquitto, receiver: Receiver) -> str:
     stage.until(lambda: _telemetry(stage)["outbox_rows"] == 0, what="the outbox drained")
     drained_s = time.monotonic() - started
 
-    def arrived() -> dict[str, Any] | None:
-        seen = receiver.report()
-        return None if seen["missing"] else seen
+    def all_arrived() -> bool:
+        ahead = _ahead(stage, receiver)
+        return ahead is not None and ahead >= before and not receiver.report()["missing"]
 
-    report = stage.until(arrived, what="every row reached the receiver")
+    stage.until(all_arrived, what="every row that the box appended reached the receiver")
+    report = receiver.report()
+    if report["lost"] or _telemetry(stage)["lost"] or _telemetry(stage)["epoch"] != epoch:
+        raise StepFailedError(f"rows were lost: {report['lost']}; the box says {_telemetry(stage)['lost']}")
     return (
         f"{load.seen.asked} answers during the outage, {waiting} rows waited, drained in {drained_s:.1f} s; "
         f"receiver: {report['arrived']} distinct rows, {report['missing']} missing, {report['lost']} lost "
@@ -293,7 +298,7 @@ def _files() -> list[Path]:
 
 def _known(stage: Stage) -> dict[Path, str]:
     """Files whose kind is beyond doubt."""
-    wheel = next((stage.folder / "wheels").glob("magika-*.whl"))
+    wheel = next(stage.wheels.glob("magika-*.whl"))
     return {Path(sys.executable).resolve(): "elf", Path(os.__file__): "python", wheel: "zip", stage.anchor: "json"}
 
 
@@ -308,6 +313,32 @@ def _slot(stage: Stage) -> dict[str, Any]:
 def _telemetry(stage: Stage) -> dict[str, Any]:
     value: dict[str, Any] = stage.status()["telemetry"]
     return value
+
+
+def _ahead(stage: Stage, receiver: Receiver) -> int | None:
+    """Return the receiver's distinct rows less those that the daemon appended since its start; ``None``: not at rest.
+
+    What was appended before that start makes the difference positive, and a lost row makes it smaller: also one at
+    the end of its stream, which no later number betrays.
+    """
+    before, report, after = _telemetry(stage), receiver.report(), _telemetry(stage)
+    if before["outbox_rows"] or after["outbox_rows"] or before["appended"] != after["appended"]:
+        return None
+    return arrived_of(report, DEVICE, str(after["epoch"])) - int(after["appended"])
+
+
+def _settled_ahead(stage: Stage, receiver: Receiver) -> int:
+    """Return ``_ahead`` once it stays the same: the outbox is empty and nothing is on its way to the receiver."""
+    seen: list[int | None] = [None]
+
+    def settled() -> bool:
+        time.sleep(_SETTLE_S)
+        seen.append(_ahead(stage, receiver))
+        return seen[-1] is not None and seen[-1] == seen[-2]
+
+    stage.until(settled, what="the outbox is empty before the outage")
+    assert seen[-1] is not None
+    return seen[-1]
 
 
 def _await_answers(stage: Stage, load: Load, count: int) -> None:

@@ -70,7 +70,7 @@ class LazyGroup(click.Group):
 
 def report_error(error: AgentError, *, as_json: bool) -> None:
     """Print ``error`` with its code and hint."""
-    hint = str(getattr(error, "hint", ""))
+    hint = str(getattr(error, "hint", "")) or " ".join(getattr(error, "__notes__", ()))
     if as_json:
         click.echo(json.dumps({"error": {"code": error.code, "message": str(error), "hint": hint}}))
         return

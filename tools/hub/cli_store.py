@@ -38,6 +38,9 @@ from tools.hub.verify import StoreFetcher, store_url
 from tools.hub.verify import verify as verify_store
 
 _WIDTH: Final = 160  # of a table that goes to a file
+_NO_OPERATORS: Final = (
+    "attention: no operator keys, so boxes of this store obey no fleet command (--operator-key KEY.pub names one)"
+)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -123,6 +126,7 @@ def init(
         f"teams: {', '.join(names) or 'none'}; {len(operators)} operator keys",
         f"anchor for devices: {anchor or objects.root / 'metadata/1.root.json'}",
         f"re-sign the timestamp every day, it expires after {TIMESTAMP_DAYS} days: inferhub refresh-timestamp",
+        *(() if operators else (_NO_OPERATORS,)),
     )  # fmt: skip
 
 

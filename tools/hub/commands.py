@@ -315,9 +315,22 @@ def _ended(reply: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+# By what the device says, because the codes are shared with other refusals.
+_ADVICE: Final = {
+    "is pinned on the box": "On the box, inferctl unpin MODEL gives the model back to the fleet.",
+    "operator key": "A box obeys the operators of its store: inferhub init --operator-key KEY.pub names them.",
+}
+
+
 def _failure(code: str, message: str) -> AgentError:
+    """Return the error as its class, with a note on what to do where a refusal is common."""
     error = by_code(code, message)
-    return error if error.code == code else CommandFailedError(message, hint=f"The device's code is {code!r}.")
+    if error.code != code:
+        return CommandFailedError(message, hint=f"The device's code is {code!r}.")
+    for part, advice in _ADVICE.items():
+        if part in message:
+            error.add_note(advice)
+    return error
 
 
 def _silent(command: SignedCommand, status: dict[str, Any] | None, wait_s: float) -> DeviceSilentError:

@@ -65,7 +65,7 @@ def deploy(model: str, team: str, channel: str, force: bool, **delivery: Any) ->
 
     \b
     Example:
-      inferhub deploy magika@2.0.0 --team files --device box-1 --broker mqtt.example:1883 --key keys/operator
+      inferhub deploy magika@2.0.0 --team demo --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
     name, _, version = model.partition("@")
     args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel}

@@ -155,3 +155,47 @@ def test_a_handler_file_is_loaded_by_path(tmp_path: Path) -> None:
     for name in (f"{file}:Other", f"{file}:Absent", "absent.py:X", "nothing"):
         with pytest.raises(ValueError, match="handler"):
             testing.load_handler(name, context())
+
+
+NEEDY = """
+from handlers.base import Handler
+class Needy(Handler):
+    def __init__(self, context):
+        super().__init__(context)
+        self.threshold = context.params["threshold"]
+    def preprocess(self, body, content_type):
+        return {}
+    def postprocess(self, outputs, rows):
+        return None
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "/nowhere/model.onnx"}, "No such file or directory: '/nowhere/model.onnx'"),
+        ({"--model": "HANDLER"}, "handler.py: "),
+        ({"--handler": "/nowhere/handler.py:Needy"}, "neither a built-in handler nor FILE.py:CLASS"),
+        ({"--handler": "HANDLER:Absent"}, "has no class 'Absent'"),
+        ({"--handler": "HANDLER:Needy"}, "Needy cannot be made with --params {}: KeyError: 'threshold'"),
+        ({"--params": "{"}, "argument --params"),
+        ({"--params": "[1]"}, "argument --params"),
+        ({"--classes": "/nowhere/classes.txt"}, "No such file or directory: '/nowhere/classes.txt'"),
+        ({"input": "/nowhere/input.json"}, "No such file or directory: '/nowhere/input.json'"),
+    ],
+)
+def test_what_cannot_be_tried_is_told_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], message: str
+) -> None:
+    model, handler, body = tmp_path / "model.onnx", tmp_path / "handler.py", tmp_path / "body.json"
+    onnx.save(models.linear(), str(model))
+    handler.write_text(NEEDY)
+    body.write_text("{}")
+    options = {"--model": str(model), "--handler": "tensors/v1", "input": str(body)} | {
+        name: value.replace("HANDLER", str(handler)) for name, value in change.items()
+    }
+    given = options.pop("input")
+    with pytest.raises(SystemExit) as ended:
+        testing.main([*(word for pair in options.items() for word in pair), given])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

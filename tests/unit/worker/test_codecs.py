@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,8 @@ def test_empty_tensors_are_fine() -> None:
         ({"shape": [True, 2]}, "integers from 0"),
         ({"shape": "1,2"}, "shape must be a list"),
         ({"shape": [2**40, 2**40]}, "too large"),
+        ({"shape": [0, 2**40, 2**40], "data": []}, "too large"),
+        ({"shape": [0, 2**100], "data": []}, "too large"),
         ({"shape": [1] * 17}, "at most 16"),
         ({"shape": [2, 2]}, "data of shape [2], 'shape' says [2, 2]"),
         ({"data": [[1, 2, 3]]}, "data of shape [1, 3]"),
@@ -401,3 +404,17 @@ def test_what_is_encoded_decodes_to_itself(array: np.ndarray, as_binary: bool) -
     back = request.inputs["y"][1]
     assert back.dtype == array.dtype
     np.testing.assert_array_equal(back, array)
+
+
+@pytest.mark.parametrize("data", [["x" * 100_000] + ["a"] * 10_000, [["x" * 100_000], *[["a"]] * 10_000]])
+@pytest.mark.parametrize("datatype", ["FP32", "INT64", "UINT64", "BOOL"])
+def test_texts_among_numbers_cost_no_more_than_they_weigh(datatype: str, data: list[Any]) -> None:
+    """An array of texts gives each the room of the longest: here 4 GB for a body of 140 KB."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(TensorError, match="not all"):
+            one(datatype, [len(data)], data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 * 1024 * 1024

@@ -1,0 +1,202 @@
+"""What ``inferctl`` prints for people, as styled text made from the daemon's plain values.
+
+Promises: nothing that came from a model, a store or a peer is markup or a terminal command, whatever it contains.
+No line is cut or wrapped, so that 80 columns are enough and a file gets the same text.
+Leaves out: asking the daemon, and JSON.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+Rows = Sequence[dict[str, Any]]
+_GAP: Final = 2
+_INDENT: Final = "    "
+_SEE_DEPLOYMENTS: Final = "see inferctl deployments"
+
+
+def shown(value: object) -> str:
+    """Return ``value`` on one line, with control characters (colours, cursor movements) as visible escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in str(value)
+    )
+
+
+def status_text(value: Mapping[str, Any], failures: Mapping[str, str]) -> Text:
+    """Return the whole of ``inferctl status``.
+
+    Args:
+        value: What the daemon said.
+        failures: Why the last deployment of a model failed, by model.
+    """
+    agent, device = value["agent"], value["device"]
+    gpus = ", ".join(map(shown, device["gpus"])) or f"none ({shown(device['gpu_reason'])})"
+    lines = [
+        Text.assemble(
+            (shown(device["id"]), "bold"),
+            f", inferd {shown(agent['version'])}, up {duration(agent['uptime_s'])}, pid {agent['pid']}",
+        ),
+        Text(
+            f"{device['cores']} cores, {device['memory_bytes'] / 2**30:.1f} GiB, "
+            f"profile {shown(device['profile'])}, GPU: {gpus}"
+        ),
+        Text(f"telemetry: {link_text(value['telemetry'])}"),
+        *_model_lines(value["models"], value.get("slots", []), failures),
+        columns(
+            ("process", "pid", "PSS"),
+            [(row["role"], row["pid"], f"{row['pss_bytes'] / 1e6:.1f} MB") for row in value["processes"]],
+        ),
+    ]
+    return Text("\n").join(lines)
+
+
+def models_text(rows: Rows) -> Text:
+    """Return the table of models; what does not fit a column follows below its row."""
+    cells, notes = [], []
+    for row in rows:
+        metadata = row["metadata"] or {"inputs": [], "outputs": []}
+        active = (row["active"] or "-") + (" (on trial)" if row["trial"] else "")
+        ready = "yes" if row["ready"] else "no"
+        cells.append((row["slot"], ready, active, row["previous"] or "-", row["wanted"] or "-", row["source"] or "-"))
+        notes.append(
+            ([] if row["ready"] else [f"not ready: {row['reason']}"])
+            + [f"{side}: {tensors_text(metadata[side])}" for side in ("inputs", "outputs") if metadata[side]]
+        )
+    return columns(("model", "ready", "active", "previous", "wanted", "source"), cells, notes)
+
+
+def deployments_text(rows: Rows) -> Text:
+    """Return the table of deployments; why one ended as it did follows below its row."""
+    cells, notes = [], []
+    for row in rows:
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["updated"]))
+        version = row["version"] or row["wanted"] or f"({row['channel']})"
+        cells.append((when, row["slot"], version, row["previous"] or "-", row["state"], row["source"]))
+        reason = reason_text(row)
+        notes.append([reason] if reason else [])
+    return columns(("when", "model", "version", "from", "state", "source"), cells, notes, note_title="reason")
+
+
+def reason_text(record: Mapping[str, Any]) -> str:
+    """Return why a deployment stands where it does, not yet ``shown``."""
+    return f"{record['code']}: {record['message']}" if record["code"] else str(record["message"])
+
+
+def link_text(link: Mapping[str, Any]) -> str:
+    """Return the state of the telemetry link in one line."""
+    if not link.get("configured", True):
+        return "no broker configured"
+    waiting, reason = link.get("outbox_rows", 0), link.get("reason")
+    if not link.get("connected"):
+        return f"offline ({shown(reason or 'not connected yet')}), {waiting} rows wait in the outbox"
+    if not waiting:
+        return "connected, nothing waits"
+    why = shown(reason) if reason else "for their turn, or until somebody subscribes to their topics"
+    return f"connected, {waiting} rows wait ({why})"
+
+
+def event_text(row: Mapping[str, Any]) -> str:
+    """Return one event as one line."""
+    when = time.strftime("%H:%M:%S", time.localtime(row["wall_s"]))
+    fields = " ".join(f"{shown(name)}={shown(value)}" for name, value in row["data"].items())
+    return f"{when} {shown(row['severity']):7} {shown(row['type']):28} {fields}".rstrip()
+
+
+def tensors_text(tensors: Rows) -> str:
+    """Return a model's inputs or outputs in one line, not yet ``shown``."""
+    return ", ".join(f"{tensor['name']} {tensor['datatype']}{tensor['shape']}" for tensor in tensors) or "-"
+
+
+def duration(seconds: float) -> str:
+    """Return ``seconds`` for a person: ``3 h 20 min``."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else (f"{minutes} min {seconds} s" if minutes else f"{seconds} s")
+
+
+def columns(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    notes: Sequence[Sequence[str]] = (),
+    *,
+    note_title: str = "",
+) -> Text:
+    """Return aligned columns below bold titles.
+
+    Args:
+        titles: One per column.
+        rows: Cells, one per column.
+        notes: Per row, lines to print indented below it.
+        note_title: What the lines below are, if they are worth a title.
+    """
+    table = [[shown(cell) for cell in row] for row in (titles, *rows)]
+    widths = [max(cell_len(row[column]) for row in table) for column in range(len(titles))]
+    head = _aligned(table[0], widths) + (f" / {note_title}" if note_title else "")
+    lines = [Text(head, style="bold")]
+    for number, row in enumerate(table[1:]):
+        lines.append(Text(_aligned(row, widths)))
+        lines += [Text(_INDENT + shown(note), style="dim") for note in (notes[number] if notes else ())]
+    return Text("\n").join(lines)
+
+
+def print_text(text: Text, *, console: Console | None = None) -> None:
+    """Print without wrapping or guessing at colours."""
+    (console or Console(highlight=False, soft_wrap=True)).print(text, soft_wrap=True, highlight=False)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cell + " " * (width + _GAP - cell_len(cell)) for cell, width in zip(cells, widths, strict=True)]
+    return "".join(padded).rstrip()
+
+
+def _model_lines(rows: Rows, slots: Rows, failures: Mapping[str, str]) -> list[Text]:
+    lines: list[Text] = []
+    for row in rows:
+        lines += _serving_lines(row) if "version" in row else _absent_lines(row["model"], row["reason"])
+        if not row["ready"]:
+            lines.append(_last_failure(failures.get(row["model"])))
+    known = {row["model"] for row in rows}
+    for slot in slots:
+        if slot["slot"] not in known and slot["wanted"]:
+            lines += _absent_lines(slot["slot"], f"{slot['wanted']} is wanted ({slot['source']}), nothing serves yet")
+            lines.append(_last_failure(failures.get(slot["slot"])))
+    return lines
+
+
+def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
+    answers, sandbox = row["answers"], (row["sandbox"] or {}).get("level", "unknown")
+    ready = ("ready", "green") if row["ready"] else (f"not ready: {shown(row['reason'])}", "red")
+    facts = f"{answers['good']} good answers, {answers['faults']} faults{_latency(row['latency_s'])}"
+    return [
+        Text.assemble(
+            (f"{shown(row['model'])} {shown(row['version'])}", "bold"),
+            " ",
+            ready,
+            f", {shown(row['variant'])} on {shown(row['device'])}, sandbox {shown(sandbox)}",
+        ),
+        Text(f"  {facts}"),
+        *(Text(f"  not {shown(skip['variant'])}: {shown(skip['reason'])}") for skip in row["fallbacks"]),
+    ]
+
+
+def _absent_lines(model: str, reason: str) -> list[Text]:
+    return [Text.assemble((shown(model), "bold"), ": ", (f"not ready: {shown(reason)}", "red"))]
+
+
+def _last_failure(failure: str | None) -> Text:
+    if failure is None:
+        return Text(f"  {_SEE_DEPLOYMENTS}")
+    return Text(f"  last deployment: {shown(failure)} ({_SEE_DEPLOYMENTS})")
+
+
+def _latency(latency: Mapping[str, float]) -> str:
+    if not latency["p50"]:
+        return ""
+    return f"; p50 ≤ {latency['p50'] * 1e3:g} ms, p99 ≤ {latency['p99'] * 1e3:g} ms"

@@ -1,0 +1,77 @@
+"""What a worker says of itself and in its answers, reduced to what may be said: its process runs foreign code.
+
+A bundle's code can write to its worker's channel. It may lie about its own model, which its signer answers for; it must
+not bring text, types or error codes into the daemon that break status, metrics or another client. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from agent.engine.job import error_of
+from agent.errors import LoadError, by_code
+
+_RESULT_FIELDS: Final = (("tensors", list), ("content_type", str), ("params", dict))
+
+
+class _Tensor(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    dtype: str
+    shape: list[int | str | None]
+
+
+class _Signature(msgspec.Struct, frozen=True, kw_only=True):
+    inputs: list[_Tensor]
+    outputs: list[_Tensor]
+
+
+class _Sandbox(msgspec.Struct, frozen=True, kw_only=True):
+    seccomp: bool
+    landlock: int
+    level: str
+    detail: str
+
+
+class _Golden(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    ok: bool
+    ms: float
+
+
+class _Hello(msgspec.Struct, frozen=True, kw_only=True):
+    variant: str
+    runtime: str
+    precision: str
+    device: str
+    provider: str
+    sandbox: _Sandbox
+    signature: _Signature
+    load_ms: float
+    warmup_ms: float
+    golden: list[_Golden]
+    memory: dict[str, int]
+    max_batch: int
+    idempotent: bool
+
+
+def hello_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a worker's ``hello`` as plain values, without what is unknown.
+
+    Raises:
+        LoadError: something is missing or of the wrong type.
+    """
+    try:
+        return dict(msgspec.to_builtins(msgspec.convert(header, _Hello)))
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise LoadError(f"the worker's hello is malformed: {error}") from error
+
+
+def answer_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a worker's ``result`` or ``error`` without what is unknown; an unknown error code becomes ``internal``."""
+    if header["kind"] == "error":
+        return error_of(by_code(str(header.get("code")), str(header.get("message"))), None)
+    known = {name: header[name] for name, kind in _RESULT_FIELDS if isinstance(header.get(name), kind)}
+    return {"kind": "result", **known}
