@@ -46,7 +46,7 @@ class Job:
         self.request.answer(header, body)
 
     def settle(self) -> None:
-        """Nothing more is to be done for this job: let go of its place and its shared memory. A second call does nothing."""
+        """Nothing more is to be done for this job: let go of its place and shared memory. Repeating it does nothing."""
         if not self.settled:
             self.settled = True
             if self.client is not None:
