@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,10 +75,11 @@ class Watchdog:
         self._journal = journal
 
     async def run(self) -> None:
-        """Feed until cancelled; raise when the journal's disk does not answer."""
+        """Feed until cancelled; raise when the journal's disk does not answer. A refusal is an answer."""
         while True:
             async with asyncio.timeout(_PROGRESS_TIMEOUT_S):
-                await self._journal.wanted()
+                with suppress(AgentError):
+                    await self._journal.wanted()
             sdnotify.notify("WATCHDOG=1")
             await asyncio.sleep(self._interval_s)
 
@@ -219,25 +220,30 @@ async def serve(config: Config, state_dir: Path) -> None:
         )
         components: list[Component] = [engine, reconciler, reporter]
         if link is not None:
-            inbox = await stack.enter_async_context(
-                CommandInbox(
-                    state_dir / "commands.db",
-                    config.telemetry,
-                    topics=topics,
-                    verifier=puller,
-                    commander=control,
-                    outbox=outbox,
-                    presence=presence,
-                    stamper=stamper,
-                    events=events,
-                    clock=clock,
-                    metrics=metrics,
-                ).opened()
+            commands = CommandInbox(
+                state_dir / "commands.db",
+                config.telemetry,
+                topics=topics,
+                verifier=puller,
+                commander=control,
+                outbox=outbox,
+                presence=presence,
+                stamper=stamper,
+                events=events,
+                clock=clock,
+                metrics=metrics,
             )
-            reported = ReportedState(
-                reconciler=reconciler, engine=engine, presence=presence, inbox=inbox, events=events
-            )
-            components += [link, inbox, reported]
+            components.append(link)
+            try:
+                inbox = await stack.enter_async_context(commands.opened())
+            except StateError as error:  # a command that cannot be recorded could be replayed; the models serve
+                _log.error("no fleet commands until the next start", reason=str(error))
+                events.emit(Stream.HEALTH, "commands.unavailable", Severity.ERROR, reason=str(error))
+            else:
+                reported = ReportedState(
+                    reconciler=reconciler, engine=engine, presence=presence, inbox=inbox, events=events
+                )
+                components += [inbox, reported]
         if watchdog_s is not None:
             components.append(Watchdog(watchdog_s, journal))
         await stack.enter_async_context(supervisor.running(*components))

@@ -33,20 +33,34 @@ CREATE INDEX IF NOT EXISTS deployment_slot ON deployment (slot, number);
 CREATE TABLE IF NOT EXISTS desired (slot TEXT, source TEXT, row TEXT NOT NULL, PRIMARY KEY (slot, source));
 CREATE TABLE IF NOT EXISTS refused (slot TEXT, digest TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest));
 """
+# The disk's fault, not the file's; source: sqlite.org/rescode.html.
+_DISK_FAULTS: Final = frozenset(
+    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
+)
 _T = TypeVar("_T")
 _log = get_logger("journal")
 
 
 class Journal:
-    """Deployments, desired versions and refused digests. Open with ``open``, then ``close``."""
+    """Deployments, desired versions and refused digests. Open with ``open``, then ``close``.
 
-    def __init__(self, path: Path) -> None:
+    A disk that denies the file (full, failing) is no reason to doubt it: it stays, each call raises, and the first call
+    that finds the disk well again opens it.
+    """
+
+    def __init__(self, path: Path, *, connector: Callable[[Path], sqlite3.Connection] | None = None) -> None:
         self._path = path
+        self._connector = connector or connect
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._database: sqlite3.Connection | None = None
 
     async def open(self) -> str:
-        """Open or create the file; return what was wrong with one that was set aside, else an empty text."""
+        """Open or create the file; return what was wrong with one that was set aside, else an empty text.
+
+        Raises:
+            StateError, DiskFullError: the disk denies it now.
+        """
         return await self._do(self._open)
 
     async def close(self) -> None:
@@ -115,21 +129,26 @@ class Journal:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except sqlite3.Error as error:
-            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL if hasattr(error, "sqlite_errorcode") else False
+            full = _code(error) == sqlite3.SQLITE_FULL
             raise (DiskFullError if full else StateError)(f"{self._path.name}: {error}") from error
+        except OSError as error:
+            raise StateError(f"{self._path.name}: {error.strerror}") from error
 
     def _open(self) -> str:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._database = _connect(self._path)
+            self._database = self._connector(self._path)
         except sqlite3.DatabaseError as error:
+            if _code(error) in _DISK_FAULTS and not self._path.is_dir():
+                raise
             for suffix in ("", "-wal", "-shm"):
                 set_aside(self._path.with_name(self._path.name + suffix))
-            self._database = _connect(self._path)
+            self._database = self._connector(self._path)
             return f"{self._path.name}: {error}"
         return ""
 
     def _close(self) -> None:
+        self._closed = True
         if self._database is not None:
             self._database.close()
             self._database = None
@@ -155,19 +174,35 @@ class Journal:
 
     def _open_database(self) -> sqlite3.Connection:
         if self._database is None:
-            raise StateError(f"{self._path.name}: not open")
+            if self._closed:
+                raise StateError(f"{self._path.name}: not open")
+            self._open()
+        assert self._database is not None
         return self._database
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> sqlite3.Connection:
+    """Open or create the file.
+
+    Raises:
+        sqlite3.Error: the disk denies it, or it is no sound database.
+    """
     database = sqlite3.connect(path, check_same_thread=False)
-    database.execute("PRAGMA journal_mode = WAL")
-    database.execute("PRAGMA synchronous = FULL")
-    if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError("quick_check failed")
+        database.executescript(_SCHEMA)
+    except sqlite3.Error:
         database.close()
-        raise sqlite3.DatabaseError("quick_check failed")
-    database.executescript(_SCHEMA)
+        raise
     return database
+
+
+def _code(error: sqlite3.Error) -> int:
+    """Return the primary result code, 0 if there is none."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 def _decoded(rows: list[tuple[str, ...]], kind: type[_T]) -> Iterator[_T]:

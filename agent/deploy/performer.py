@@ -89,15 +89,23 @@ class Performer:
     async def boot(self, pointer: Pointer) -> None:
         """Load what the pointer names; fall back to the previous version when that does not work."""
         self.pointer = pointer
-        if pointer.trial:
-            pointer = self._point(pointer.tried_again())
-        too_often = pointer.trial and pointer.starts_in_trial > self._config.starts_in_trial_max
         try:
-            if too_often:
+            if pointer.trial:
+                pointer = self._count_start(pointer)
+            if pointer.trial and pointer.starts_in_trial > self._config.starts_in_trial_max:
                 raise StateError(f"{pointer.starts_in_trial - 1} starts on trial without being confirmed")
             self.active = await self._bring_up(pointer.active)
         except (AgentError, OSError) as error:
             await self._boot_previous(pointer, error)
+
+    def _count_start(self, pointer: Pointer) -> Pointer:
+        """Record one more start on trial. One that cannot be recorded is not made if there is a confirmed version."""
+        try:
+            return self._point(pointer.tried_again())
+        except (AgentError, OSError):
+            if pointer.previous is not None:
+                raise
+            return pointer
 
     async def _boot_previous(self, pointer: Pointer, error: Exception) -> None:
         data = {"slot": self.slot, "version": pointer.active.version, "reason": str(error)}
@@ -109,9 +117,10 @@ class Performer:
             except (AgentError, OSError) as second:
                 _log.error("previous version does not load", slot=self.slot, reason=str(second))
             else:
-                if pointer.trial:
+                self.pointer = Pointer(slot=self.slot, active=pointer.previous)
+                if pointer.trial and not isinstance(error, StoreError):
                     await self._journal.refuse(self.slot, pointer.active.digest, str(error))
-                self._point(Pointer(slot=self.slot, active=pointer.previous))
+                self._point(self.pointer)
                 return
         if isinstance(error, BundleError):  # damaged on disk: whoever wants it fetches it again
             self._pointers.remove(self.slot)

@@ -1,17 +1,23 @@
 """Which version a slot serves: one small file per slot, replaced atomically.
 
 Active, previous and trial change together in one rename, so that no power cut can leave them disagreeing
-(docs/adr/0003). At boot this file alone decides what is loaded.
+(docs/adr/0003). At boot this file alone decides what is loaded; a copy beside it serves when it is damaged, because
+without it a box could load nothing of what it has on disk until it reaches its store.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import msgspec
 
 from agent.durable import read_json, set_aside, write_json
-from agent.errors import StateError
+from agent.errors import StateError, StoreError
+
+_FILE: Final = ".json"
+_COPY: Final = ".copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +61,18 @@ class Pointers:
         """Return the readable pointers, and what was wrong with each that had to be set aside."""
         self._folder.mkdir(parents=True, exist_ok=True)
         pointers, broken = [], []
-        for path in sorted(self._folder.glob("*.json")):
-            try:
-                pointers.append(_parse(read_json(path)))
-            except StateError as error:
-                set_aside(path)
-                broken.append(str(error))
+        slots = {path.name.removesuffix(_FILE) for path in self._folder.glob(f"*{_FILE}")}
+        slots |= {path.name.removesuffix(_FILE + _COPY) for path in self._folder.glob(f"*{_FILE}{_COPY}")}
+        for slot in sorted(slots):
+            for path in (self._path(slot), self._copy(slot)):
+                try:
+                    raw = read_json(path)
+                    if raw is not None:
+                        pointers.append(_parse(raw, slot))
+                        break
+                except StateError as error:
+                    set_aside(path)
+                    broken.append(str(error))
         return pointers, broken
 
     def read(self, slot: str) -> Pointer | None:
@@ -70,30 +82,34 @@ class Pointers:
             StateError: the file cannot be read.
         """
         raw = read_json(self._path(slot))
-        return None if raw is None else _parse(raw)
+        return None if raw is None else _parse(raw, slot)
 
     def write(self, pointer: Pointer) -> None:
-        """Replace the slot's pointer durably."""
+        """Replace the slot's pointer durably, then its copy: a cut in between leaves the older one there."""
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._path(pointer.slot), asdict(pointer))
+        try:
+            write_json(self._copy(pointer.slot), asdict(pointer))
+        except (StoreError, OSError):  # the pointer itself is written, and an old copy is worse than none
+            self._copy(pointer.slot).unlink(missing_ok=True)
 
     def remove(self, slot: str) -> None:
         """Forget the slot."""
+        self._copy(slot).unlink(missing_ok=True)
         self._path(slot).unlink(missing_ok=True)
 
     def _path(self, slot: str) -> Path:
-        return self._folder / f"{slot}.json"
+        return self._folder / f"{slot}{_FILE}"
+
+    def _copy(self, slot: str) -> Path:
+        return self._folder / f"{slot}{_FILE}{_COPY}"
 
 
-def _parse(raw: Any) -> Pointer:
+def _parse(raw: Any, slot: str) -> Pointer:
     try:
-        previous = raw["previous"]
-        return Pointer(
-            slot=str(raw["slot"]),
-            active=Target(**raw["active"]),
-            previous=None if previous is None else Target(**previous),
-            trial=bool(raw["trial"]),
-            starts_in_trial=int(raw["starts_in_trial"]),
-        )
-    except (TypeError, KeyError, ValueError) as error:
-        raise StateError(f"pointer file is malformed: {error!r}") from error
+        pointer = msgspec.convert(raw, Pointer)
+    except msgspec.ValidationError as error:
+        raise StateError(f"pointer file of {slot} is malformed: {error}") from error
+    if pointer.slot != slot:
+        raise StateError(f"pointer file of {slot} is another slot's: {pointer.slot!r}")
+    return pointer

@@ -62,6 +62,7 @@ class Reconciler:
         self._pointers = Pointers(state_dir / "active")
         self._performers: dict[str, Performer] = {}
         self._wishes: dict[str, Desired] = {}
+        self._wishes_known = False  # the journal could be read
         self._hints: dict[str, asyncio.Event] = {}
         self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
         self._change: asyncio.Future[None] | None = None
@@ -71,16 +72,20 @@ class Reconciler:
 
     async def open(self) -> None:
         """Read what is on disk: journal, pointers, wishes. No network, no clock."""
-        trouble = await self._journal.open()
+        try:
+            trouble = await self._journal.open()
+        except AgentError as error:  # a full disk: what serves must serve; slots try again until there is room
+            trouble = str(error)
         if trouble:
-            _log.error("journal set aside", reason=trouble)
+            _log.error("journal cannot be used as it is", reason=trouble)
             self._events.emit(Stream.HEALTH, "journal.broken", Severity.ERROR, reason=trouble)
         pointers, broken = self._pointers.all()
         for reason in broken:
             _log.error("pointer set aside", reason=reason)
             self._events.emit(Stream.HEALTH, "pointer.broken", Severity.ERROR, reason=reason)
-        await self._refresh_wishes()
-        for slot in self._wishes:
+        with contextlib.suppress(AgentError):
+            await self._refresh_wishes()
+        for slot in self._wishes or {wish.slot for wish in self._configured}:
             self._host.expect(slot, "its first version has not arrived yet")
         self._to_boot = {pointer.slot: pointer for pointer in pointers}
         for slot in self._to_boot:
@@ -94,7 +99,8 @@ class Reconciler:
             running: set[str] = set()
             while True:
                 self._new_slot.clear()
-                for slot in self._to_boot.keys() | self._performers.keys() | self._wishes.keys():
+                known = {wish.slot for wish in self._configured}
+                for slot in known | self._to_boot.keys() | self._performers.keys() | self._wishes.keys():
                     if slot not in running:
                         running.add(slot)
                         group.create_task(self._keep(slot), name=f"slot {slot}")
@@ -236,6 +242,9 @@ class Reconciler:
                 await self._clock.sleep(1.0 + backoff.next())
 
     async def _act(self, slot: str, performer: Performer, hint: asyncio.Event) -> None:
+        if not self._wishes_known:
+            await self._refresh_wishes()
+            self._new_slot.set()
         wish, latest = self._wishes.get(slot), await self._journal.latest(slot)
         action = decide(wish, performer.pointer, latest)
         if action is Action.RESUME and latest is not None:
@@ -302,6 +311,7 @@ class Reconciler:
 
     async def _refresh_wishes(self) -> None:
         self._wishes = dict(effective([*await self._journal.wanted(), *self._configured]))
+        self._wishes_known = True
 
     def _performer(self, slot: str) -> Performer:
         performer = self._performers.get(slot)

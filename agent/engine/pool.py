@@ -33,6 +33,7 @@ _HELD_BYTES_MAX: Final = 64 * 1024 * 1024  # bodies a worker may hold before oth
 _FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply")
 _ATTEMPTS_MAX: Final = 2
 _LEAVE_TIMEOUT_S: Final = 5.0
+_MEMORY_FOLDER: Final = Path("/dev/shm")
 
 
 class Forker(Protocol):
@@ -304,10 +305,7 @@ class Pool:
         Raises:
             WorkerError: it is not; the worker is killed and its scratch folder removed.
         """
-        try:
-            scratch = Path(tempfile.mkdtemp(prefix=f"{self.spec.id}-", dir=self._scratch))
-        except OSError as error:
-            raise LoadError(f"no scratch folder: {error.strerror}") from error
+        scratch = self._make_scratch()
         try:
             process = await self._forker.fork({**self.spec.worker, "scratch_dir": str(scratch)})
             link = WorkerLink(
@@ -346,6 +344,16 @@ class Pool:
         self.links.append(link)
         self._owner.worker_ready(process.pid)
         self._refill()
+
+    def _make_scratch(self) -> Path:
+        """Return a new scratch folder; in memory when the disk has no room even for that."""
+        reason: object = None
+        for parent in (self._scratch, _MEMORY_FOLDER):
+            try:
+                return Path(tempfile.mkdtemp(prefix=f"{self.spec.id}-", dir=parent))
+            except OSError as error:
+                reason = reason or error.strerror
+        raise LoadError(f"no scratch folder: {reason}")
 
     def _on_frame(self, link: WorkerLink, header: dict[str, Any]) -> None:
         kind = header["kind"]

@@ -75,10 +75,11 @@ class WorkerProcess:
 class Zygote:
     """One runtime's zygote process."""
 
-    def __init__(self, runtime: str, *, start_timeout_s: float = 60.0) -> None:
+    def __init__(self, runtime: str, *, start_timeout_s: float = 60.0, fork_timeout_s: float = 20.0) -> None:
         self.runtime = runtime
         self.runtime_version = ""
         self._start_timeout_s = start_timeout_s
+        self._fork_timeout_s = fork_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -120,8 +121,10 @@ class Zygote:
                 ours.setblocking(False)
                 order = msgpack.packb({"op": "fork", "token": token, "spec_len": len(packed)})
                 socket.send_fds(control, [order], [theirs.fileno(), spec_file])
-                pid, pidfd = await asyncio.wait_for(answer, self._start_timeout_s)
+                pid, pidfd = await asyncio.wait_for(answer, self._fork_timeout_s)
             except (OSError, TimeoutError) as error:
+                if isinstance(error, TimeoutError) and self._process is not None:
+                    self._process.kill()  # a fork takes milliseconds: it is stuck, and the next one starts another
                 raise LoadError(f"zygote {self.runtime} cannot fork: {error or 'no answer'}") from error
             finally:
                 self._forks.pop(token, None)

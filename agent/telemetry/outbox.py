@@ -192,7 +192,7 @@ class Outbox:
     def _notice(self, stats: Stats) -> None:
         before, self.stats = self.stats, stats
         for incident in stats.incidents[len(before.incidents) :]:
-            _log.error("outbox file replaced", reason=incident)
+            _log.error("outbox file given up", reason=incident)
         if stats.appended > before.appended and self._faulty:
             _log.warning("the outbox can be written again", lost=dict(stats.lost))
             self._faulty = False

@@ -24,7 +24,9 @@ BATCH_MAX: Final = 64  # calls in one transaction
 
 # Primary result codes (the low byte of sqlite_errorcode); Source: sqlite.org/rescode.html.
 _CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_NO_SPACE: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})
+_NO_SPACE: Final = frozenset(
+    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
+)
 
 T = TypeVar("T")
 
@@ -222,7 +224,7 @@ def is_corrupt(error: sqlite3.Error) -> bool:
 
 
 def is_disk_fault(error: sqlite3.Error) -> bool:
-    """Tell whether the disk is full, failing or read-only."""
+    """Tell whether the disk is full, failing, read-only or denies the file."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in _NO_SPACE
 
 

@@ -28,10 +28,12 @@ from agent.telemetry.gaps import GAP_SCHEMA, GapTable
 from agent.telemetry.payloads import encode
 from agent.telemetry.rows import CLASSES, Draft, Receipt, Row, Stats
 from agent.telemetry.sequences import SEQ_BITS, SEQ_MASK, STREAM_SCHEMA, Sequences, Stream
-from agent.telemetry.storage import connect, is_corrupt
+from agent.telemetry.storage import connect, is_corrupt, is_disk_fault
 from agent.telemetry.topics import GAP_TOPIC, StreamSpec
 
 _KEYS_KEPT: Final = 4096
+_MEMORY: Final = Path(":memory:")  # SQLite's name for no file
+_MEMORY_SHARE: Final = 16  # of the file's cap, what may be held without a file
 _PAGE_BYTES: Final = 4096
 _ROW_OVERHEAD_BYTES: Final = 64  # id, counters, cell pointer
 
@@ -84,6 +86,9 @@ class OutboxStore:
         boot_id: Of the kernel. A file left by this same boot lost no commit, even if the process was killed.
         new_epoch: Names a new file; must not repeat on this device.
         connector: Opens the file.
+
+    A disk that denies the file costs durability, not the daemon: messages then live in memory, under an epoch of their
+    own, until the next start.
 
     Raises:
         sqlite3.Error: the file cannot be opened, nor a new one made.
@@ -398,12 +403,18 @@ class OutboxStore:
         try:
             self._open()
         except sqlite3.Error as error:
-            if not is_corrupt(error):
-                raise
             with suppress(sqlite3.Error, AttributeError):
                 self._db.close()
-            self._set_aside(str(error))
-            self._open()
+            if is_corrupt(error):
+                self._set_aside(str(error))
+                self._open()
+            elif is_disk_fault(error):
+                self._incidents.append(f"{self._path.name} cannot be used ({error}); messages are kept in memory only")
+                self._path = _MEMORY
+                self._pages_max //= _MEMORY_SHARE
+                self._open()
+            else:
+                raise
 
     def _set_aside(self, reason: str) -> None:
         wal = _beside(self._path, "-wal")

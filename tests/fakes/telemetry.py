@@ -144,7 +144,7 @@ class Device:
             yield self
 
 
-async def until(condition: Callable[[], Any], *, timeout_s: float = 20.0, what: str = "") -> Any:
+async def until(condition: Callable[[], Any], *, timeout_s: float = 90.0, what: str = "") -> Any:
     """Return the first true value of ``condition``, polled; fail after ``timeout_s``."""
     async with asyncio.timeout(timeout_s):
         while True:

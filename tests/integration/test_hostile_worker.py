@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
+from agent.engine.zygote import Zygote
 from agent.errors import LoadError
 from agent.tensors import pack
 from tests.integration.test_engine import Bench, bench, run, until
@@ -133,5 +134,22 @@ def test_an_invented_answer_is_reduced_to_what_an_answer_may_say(tmp_path: Path)
             _, answer = box.request(json.dumps(lie).encode(), asked, deadline_s=30.0, version=None)
             header, _ = await answer
             assert header == {"kind": "result", "id": 2, "model": "scale", "version": "1.0.0", "variant": "v0"}
+
+    run(story)
+
+
+def test_a_zygote_that_hangs_is_replaced(tmp_path: Path) -> None:
+    async def story() -> None:
+        zygote = Zygote("onnx", fork_timeout_s=1.0)
+        await zygote.start()
+        stuck = zygote.pid
+        assert stuck is not None
+        os.kill(stuck, signal.SIGSTOP)
+        with pytest.raises(LoadError, match="cannot fork"):
+            await zygote.fork({})
+        await until(lambda: zygote.pid is None)
+        await zygote.start()
+        assert zygote.pid not in (None, stuck)
+        await zygote.stop()
 
     run(story)

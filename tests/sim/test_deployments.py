@@ -7,8 +7,11 @@ same folder with a new host, as after a reboot. The seed is in the test's name.
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 
 from agent.config import DeployConfig
 from agent.deploy.desired import Desired
-from agent.deploy.journal import Journal
+from agent.deploy.journal import Journal, connect
 from agent.deploy.pointer import Pointer, Pointers
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.state import FINAL, Record, State
@@ -35,9 +38,20 @@ class PowerCutError(BaseException):
 
 
 class CutJournal(Journal):
-    """Loses power at the n-th write from now."""
+    """Loses power at the n-th write from now, or finds no room on the disk to open the file."""
 
     cut_in: int | None = None
+    disk_full = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, connector=self._connect)
+
+    def _connect(self, path: Path) -> sqlite3.Connection:
+        if self.disk_full:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return connect(path)
 
     async def begin(self, record: Record) -> None:
         self._maybe_cut()
@@ -240,6 +254,81 @@ def test_an_unreadable_journal_is_set_aside_and_the_box_serves(tmp_path: Path) -
         assert box.active() == "1.0.0"
         assert any(event["type"] == "journal.broken" for event in box.events)
         assert list(tmp_path.glob("journal.db*.broken"))
+        await box.journal.close()
+
+    run(story())
+
+
+def test_a_box_that_starts_with_a_full_disk_serves_and_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        box.journal.disk_full = True
+        await box.boot()
+        assert box.active() == "1.0.0"
+        assert not list(tmp_path.glob("*.broken"))
+        await box.restart()
+        box.journal.disk_full = True
+        await box.reconciler.open()
+        with pytest.raises(DiskFullError):
+            await box.reconciler.want(wish("2.0.0", "b"))
+        box.journal.disk_full = False
+        assert (await box.run_until_final(wish("2.0.0", "b"), "b")).state is State.CONFIRMED
+        assert [record.id for record in await box.journal.history()] == ["b", "a"]
+        await box.journal.close()
+
+    run(story())
+
+
+def test_a_start_on_trial_that_cannot_be_recorded_serves_the_confirmed_version(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        await deploy(box, "2.0.0", "b")
+        files = Pointers(tmp_path / "active")
+        pointer = files.read("magika")
+        assert pointer is not None
+        files.write(replace(pointer, trial=True, starts_in_trial=1))
+        (tmp_path / f"active/.magika.json.{os.getpid()}.tmp").mkdir()  # where the new file would be written
+        await box.boot()
+        assert box.active() == "1.0.0"
+        found = box.pointer()
+        assert found is not None
+        assert (found.active.version, found.trial) == ("2.0.0", True)  # the next start with room tries it again
+        await box.journal.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b'{"slot": "other"}', b"\xff\xfe"])
+def test_a_damaged_pointer_is_served_from_its_copy(tmp_path: Path, damage: bytes) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        await deploy(box, "2.0.0", "b")
+        before = box.pointer()
+        (tmp_path / "active/magika.json").write_bytes(damage)
+        await box.boot()
+        assert box.active() == "2.0.0"
+        assert Pointers(tmp_path / "active").all() == ([before], [])
+        await box.journal.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize("field", ["team", "name", "version", "digest", "path"])
+def test_a_pointer_and_a_copy_that_make_no_sense_are_set_aside(tmp_path: Path, field: str) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0"])
+        await deploy(box, "1.0.0", "a")
+        for name in ("magika.json", "magika.json.copy"):
+            file = tmp_path / "active" / name
+            raw = json.loads(file.read_bytes())
+            raw["active"][field] = 5
+            file.write_text(json.dumps(raw))
+        await box.boot()
+        assert box.active() is None
+        assert [event["type"] for event in box.events].count("pointer.broken") == 2
         await box.journal.close()
 
     run(story())

@@ -340,3 +340,27 @@ def test_a_full_disk_loses_visibly_and_the_numbers_go_on(path: Path) -> None:
     assert (stream, last - first + 1, reason) == ("tel/metrics", lost, "disk")
     assert append(store, METRICS) == last + 1
     assert sorted([*kept, *range(first, last + 1)]) == list(range(1, last + 1))
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR])
+def test_a_disk_that_denies_the_file_leaves_it_alone_and_messages_in_memory(path: Path, code: int) -> None:
+    before = opened(path)
+    append(before, DEPLOY, n=1)
+    before.close()
+
+    def denied(place: Path) -> sqlite3.Connection:
+        if place == path:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = code
+            raise error
+        return connect(place)
+
+    store = opened(path, connector=denied)
+    assert append(store, DEPLOY, n=2) == 1
+    assert [json.loads(row.payload)["n"] for row in take(store)] == [2]
+    assert "memory" in store.stats().incidents[0]
+    store.close()
+    again = opened(path)
+    assert [json.loads(row.payload)["n"] for row in take(again)] == [1]
+    assert [place.name for place in path.parent.iterdir() if "broken" in place.name] == []
+    again.close()
