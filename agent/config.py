@@ -86,7 +86,7 @@ class SharedMemoryConfig(Section, frozen=True):
     regions_max: int = 64  # per connection
     region_bytes_max: int = 256 * MIB  # of one connection together
     total_regions_max: int = 256  # of all connections; each holds a descriptor of the daemon
-    total_bytes_max: int = 1024 * MIB
+    total_bytes_max: int = 1024 * MIB  # of all connections together
     arena_bytes_max: int = 256 * MIB  # the daemon's own, for large bodies that are sent; 0: workers get them sent too
     arena_idle_bytes_max: int = 16 * MIB  # of it kept for reuse
 
@@ -195,7 +195,7 @@ class ClientLimitConfig(Section, frozen=True):
     burst: int = 10  # at once, after a quiet time
     outstanding_max: int = 0  # admitted and not answered; 0: unlimited
     quota_requests: int = 0  # per window; 0: unlimited
-    quota_window_s: float = 86_400.0
+    quota_window_s: float = 86_400.0  # after so long the quota is new
 
     def __post_init__(self) -> None:
         _require(bool(re.fullmatch(r"\*|uid:\d+|token:.{1,64}", self.client)), "client: uid:NUMBER, token:NAME or *")
