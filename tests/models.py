@@ -89,7 +89,7 @@ import os
 import msgpack
 import numpy as np
 
-from agent.wire import encode
+from agent.wire import FIRST_ID, encode
 from handlers.base import Handler
 
 
@@ -103,7 +103,7 @@ class LiarHandler(Handler):
             os.write(3, b"".join(encode({"kind": "hello", **msgpack.unpackb(lie.read_bytes())})))
 
     def preprocess(self, body, content_type):
-        for number in range(1, 100):
+        for number in range(FIRST_ID, FIRST_ID + 100):
             os.write(3, b"".join(encode({**json.loads(body), "id": number})))
         return {"x": np.zeros((1, 4), dtype=np.float32)}
 

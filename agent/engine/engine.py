@@ -30,7 +30,7 @@ from agent.errors import AgentError, LoadError, UnavailableError, UnknownModelEr
 from agent.events import EventBus
 from agent.log import get_logger
 from agent.metrics import Metrics
-from agent.wire import Limits
+from agent.wire import FIRST_ID, Header, Limits
 
 _SWEEP_S: Final = 0.05
 _log = get_logger("engine")
@@ -72,7 +72,7 @@ class Engine:
         self._active: dict[str, Version] = {}
         self._loaded: set[Version] = set()
         self._expected: dict[str, str] = {}  # slots that are known and have nothing to serve yet: why
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(FIRST_ID)
         self._work = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -135,7 +135,7 @@ class Engine:
         except AgentError as error:
             self._answers.add((request.model if request.model in self._active else "", "", error.code))
             job.settle()
-            request.answer(error_of(error, request.header.get("id")), ())
+            request.answer(Header(error_of(error, None)), ())
             return
         if not self._work.is_set():
             self._work.set()

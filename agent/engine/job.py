@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agent.engine.admission import Client, Shares
+from agent.engine.admission import Client
 from agent.engine.types import InferRequest
 from agent.errors import AgentError
-from agent.wire import Buffer, error_header
+from agent.shares import Shares
+from agent.wire import Buffer, Header, error_header
 
 
 class Job:
@@ -35,13 +36,8 @@ class Job:
         for _, region in self.regions:
             region.hold()
 
-    def answer(self, header: dict[str, Any], body: Sequence[Buffer] = ()) -> None:
-        """Give the one answer, under the client's own id."""
-        request_id = self.request.header.get("id")
-        if request_id is None:
-            header.pop("id", None)
-        else:
-            header["id"] = request_id
+    def answer(self, header: Header, body: Sequence[Buffer] = ()) -> None:
+        """Give the one answer."""
         self.settle()
         self.request.answer(header, body)
 

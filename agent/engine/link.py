@@ -21,14 +21,30 @@ from typing import Any, Final
 from agent.arena import SHARED_BYTES_MIN, Arena, Slot, slot_of
 from agent.engine.job import Job
 from agent.engine.zygote import WorkerProcess
-from agent.errors import AgentError, FrameError, TooLargeError
+from agent.errors import AgentError, CanceledError, DeadlineError, FrameError, TooLargeError
 from agent.log import get_logger
 from agent.regions import Region
-from agent.wire import Buffer, Decoder, Frame, Limits, encode_head
+from agent.wire import (
+    INFER_LEAD,
+    RESULT_LEAD,
+    Buffer,
+    Decoder,
+    Frame,
+    Header,
+    Limits,
+    encode_head,
+    lead_frame,
+    packed_pairs,
+)
 
 _log = get_logger("worker")
 _RECEIVE_BYTES: Final = 1 << 18
 _BUFFERS_MAX: Final = 512  # below IOV_MAX
+_JOIN_BYTES_MAX: Final = 1 << 16  # below it one copy is cheaper than many buffers
+_REPEATS_MAX: Final = 256  # kinds of answers that come again and again
+_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply")
+_ANSWERS: Final = frozenset({"result", "error"})
+_NOT_BEGUN: Final = frozenset({CanceledError.code, DeadlineError.code})  # answers that no run of the model has given
 
 
 class WorkerLink:
@@ -41,8 +57,8 @@ class WorkerLink:
         limits: Limits,
         arena: Arena,
         regions_max: int,
-        on_answer: Callable[[Job | None, dict[str, Any], Buffer], None],
-        on_frame: Callable[[WorkerLink, dict[str, Any]], None],
+        on_answer: Callable[[Job | None, Header, Buffer], None],
+        on_frame: Callable[[WorkerLink, Frame], None],
         on_death: Callable[[WorkerLink], None],
     ) -> None:
         self.process = process
@@ -59,8 +75,9 @@ class WorkerLink:
         self._on_frame = on_frame
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder(limits)
+        self._decoder = Decoder(limits, repeats=RESULT_LEAD, repeats_max=_REPEATS_MAX)
         self._out: list[Buffer] = []
+        self._out_bytes = 0
         self._passing: deque[tuple[bytes, Region]] = deque()  # the frames of ``_out`` that a descriptor goes with
         self._attached: dict[Region, None] = {}  # what the worker has mapped, the longest unused first
         self._regions_max = regions_max
@@ -72,28 +89,39 @@ class WorkerLink:
         self._loop.add_reader(process.channel.fileno(), self._on_readable)
         self._loop.add_reader(process.pidfd, self._on_exit)
 
-    def send(self, job: Job, header: dict[str, Any]) -> None:
-        """Hand ``job`` to the worker under ``header``, whose id is the job's number."""
+    def send(self, job: Job, deadline_ms: int) -> None:
+        """Hand ``job`` to the worker under the job's number."""
         self.jobs[job.number] = job
         if not self.owed:
             self._heard_at = self._loop.time()
-        body = job.request.body
+        body, asked = job.request.body, job.request.header
         self.owed[job.number] = job.body_bytes
         self.held_bytes += job.body_bytes
         if job.regions or job.body_bytes > SHARED_BYTES_MIN or self._answer_bytes:
+            header = {"kind": "infer", "id": job.number, "deadline_ms": deadline_ms}
+            header.update((name, asked[name]) for name in _FORWARDED if asked.get(name) is not None)
             body = self._share(job, header)
-        self.post(header, body)
+            self.post(header, body)
+            return
+        if asked.pairs is None:
+            asked.pairs = packed_pairs(asked, _FORWARDED)
+        self._post(lead_frame(INFER_LEAD, job.number, asked.pairs, len(body), deadline_ms), body)
 
     def post(self, header: dict[str, Any], body: Buffer = b"") -> bytes:
         """Queue one frame and return its head; all frames of a loop turn leave in one system call."""
         head = encode_head(header, len(body))
+        self._post(head, body)
+        return head
+
+    def _post(self, head: bytes, body: Buffer) -> None:
         self._out.append(head)
+        self._out_bytes += len(head)
         if body:
             self._out.append(body)
+            self._out_bytes += len(body)
         if not self._flushing and not self._writing:
             self._flushing = True
             self._loop.call_soon(self._flush)
-        return head
 
     def forget(self, job: Job) -> None:
         """Stop waiting for ``job``: its late answer will be given to ``on_answer`` without it."""
@@ -106,7 +134,7 @@ class WorkerLink:
             self.post({"kind": "detach", "region": region.number})
 
     def silent_s(self, now: float) -> float:
-        """Return for how long the worker has owed an answer and given none (seconds)."""
+        """Return for how long the worker has owed an answer and given none that its model made (seconds)."""
         return now - self._heard_at if self.owed and self.alive else 0.0
 
     def kill(self) -> None:
@@ -186,14 +214,14 @@ class WorkerLink:
         for region in regions:
             region.release()
 
-    def _answer_of(self, header: dict[str, Any], body: Buffer) -> Buffer:
+    def _answer_of(self, number: int, header: Header, body: Buffer) -> Buffer:
         """Return the body of an answer, which may lie in the window that was lent for it.
 
         Raises:
             FrameError: it names more than it was lent.
         """
-        _, window = self._lent.get(header["id"], ((), None))
-        nbytes = header.pop("window_bytes", None)
+        _, window = self._lent.get(number, ((), None))
+        nbytes = header.get("window_bytes")
         if nbytes is None:
             if len(body) > SHARED_BYTES_MIN:
                 self._answer_bytes = len(body)
@@ -212,7 +240,14 @@ class WorkerLink:
         out = self._out
         try:
             while out:
-                sent = self._send_passing() if self._passing else self.process.channel.sendmsg(out[:_BUFFERS_MAX])
+                if self._passing:
+                    sent = self._send_passing()
+                elif self._out_bytes <= _JOIN_BYTES_MAX:
+                    out[:] = (b"".join(out),)
+                    sent = self.process.channel.send(out[0])
+                else:
+                    sent = self.process.channel.sendmsg(out[:_BUFFERS_MAX])
+                self._out_bytes -= sent
                 _drop_sent(out, sent)
         except BlockingIOError:
             if not self._writing:
@@ -221,6 +256,7 @@ class WorkerLink:
             return
         except OSError:
             out.clear()  # the worker is dying; its pidfd tells
+            self._out_bytes = 0
             self._drop_passing()
         if self._writing:
             self._writing = False
@@ -264,24 +300,24 @@ class WorkerLink:
             self._take(frame)
 
     def _take(self, frame: Frame) -> None:
-        header = frame.header
+        header, body, number, _ = frame
         kind = header["kind"]
-        if kind in ("result", "error") and "id" in header:
-            body = frame.body
-            if self._lent or len(body) > SHARED_BYTES_MIN:
-                try:
-                    body = self._answer_of(header, body)
-                except FrameError as error:
-                    self._kill_for(error)
-                    return
-                self._return_lent(header["id"])
-            held = self.owed.pop(header["id"], None)
-            if held is not None:
-                self.held_bytes -= held
+        if number is None or kind not in _ANSWERS:
+            self._on_frame(self, frame)
+            return
+        if self._lent or len(body) > SHARED_BYTES_MIN:
+            try:
+                body = self._answer_of(number, header, body)
+            except FrameError as error:
+                self._kill_for(error)
+                return
+            self._return_lent(number)
+        held = self.owed.pop(number, None)
+        if held is not None:
+            self.held_bytes -= held
+            if kind == "result" or header.get("code") not in _NOT_BEGUN:
                 self._heard_at = self._loop.time()
-                self._on_answer(self.jobs.pop(header["id"], None), header, body)
-        else:
-            self._on_frame(self, header)
+            self._on_answer(self.jobs.pop(number, None), header, body)
 
     def _kill_for(self, error: AgentError) -> None:
         _log.error("worker broke the protocol; killing it", pid=self.process.pid, error=str(error))

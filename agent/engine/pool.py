@@ -19,18 +19,17 @@ from typing import Any, Final, Protocol
 from agent.arena import Arena
 from agent.backoff import Backoff
 from agent.config import EngineConfig
-from agent.engine.claims import answer_of, hello_of
-from agent.engine.job import Job
+from agent.engine.claims import hello_of
+from agent.engine.job import Job, error_of
 from agent.engine.link import WorkerLink
 from agent.engine.types import VariantSpec
 from agent.engine.zygote import Exit, WorkerProcess
 from agent.errors import AgentError, DeadlineError, LoadError, OverloadedError, WorkerDiedError, WorkerError, by_code
 from agent.log import get_logger
-from agent.wire import Buffer, Limits
+from agent.wire import DEADLINE_MS_MAX, Buffer, Frame, Header, Limits
 
 _log = get_logger("pool")
 _HELD_BYTES_MAX: Final = 64 * 1024 * 1024  # bodies a worker may hold before others wait in the daemon
-_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply")
 _ATTEMPTS_MAX: Final = 2
 _LEAVE_TIMEOUT_S: Final = 5.0
 _MEMORY_FOLDER: Final = Path("/dev/shm")
@@ -47,7 +46,7 @@ class Forker(Protocol):
 class PoolOwner(Protocol):
     """Who is told what happens in a pool."""
 
-    def answered(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    def answered(self, job: Job, header: Header, body: Sequence[Buffer]) -> None:
         """A job has its answer; pass it on and count it."""
 
     def worker_died(self, pid: int, cause: str, retried: int) -> None: ...
@@ -174,12 +173,12 @@ class Pool:
     def submit(self, job: Job) -> None:
         """Take one job: to a worker at once if one has room, else into the queue.
 
+        Its bound in requests is the caller's to check, together with the client's part of it.
+
         Raises:
-            OverloadedError: the queue's bound in requests or bytes is reached.
+            OverloadedError: the queue's bound in bytes is reached.
         """
         config = self._config
-        if self.outstanding >= config.queue_requests_max:
-            raise OverloadedError(f"{config.queue_requests_max} requests are waiting; try again later")
         if self.held_bytes + job.body_bytes > config.queue_bytes_max:
             raise OverloadedError(f"waiting requests hold {config.queue_bytes_max} bytes; try again later")
         self.adopt(job)
@@ -262,16 +261,10 @@ class Pool:
     def _dispatch(self, link: WorkerLink, job: Job) -> None:
         request = job.request
         now = self._loop.time()
-        header = {"kind": "infer", "id": job.number, "deadline_ms": max(1, int((request.deadline - now) * 1000))}
-        source = request.header
-        for name in _FORWARDED:
-            value = source.get(name)
-            if value is not None:
-                header[name] = value
         job.link = link
         job.dispatched = now
         job.attempts += 1
-        link.send(job, header)
+        link.send(job, min(DEADLINE_MS_MAX, max(1, int((request.deadline - now) * 1000))))
 
     def _refill(self) -> None:
         while self.waiting:
@@ -282,18 +275,17 @@ class Pool:
             self._waiting_bytes -= job.body_bytes
             self._dispatch(link, job)
 
-    def _on_answer(self, job: Job | None, header: dict[str, Any], body: Buffer) -> None:
+    def _on_answer(self, job: Job | None, header: Header, body: Buffer) -> None:
         """Pass on the answer of ``job``, or of one nobody waits for; either way there is room for another."""
         if job is not None:
-            self._owner.answered(job, answer_of(header), (body,) if len(body) else ())
+            self._owner.answered(job, header, (body,) if len(body) else ())
         if self.waiting:
             self._refill()
         elif self._closed.is_set():
             self._check_drained()
 
     def _finish_failed(self, job: Job, error: AgentError) -> None:
-        header = {"kind": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
-        self._owner.answered(job, header, ())
+        self._owner.answered(job, Header(error_of(error, None)), ())
 
     def _check_drained(self) -> None:
         if self._closed.is_set() and not self.outstanding:
@@ -355,11 +347,11 @@ class Pool:
                 reason = reason or error.strerror
         raise LoadError(f"no scratch folder: {reason}")
 
-    def _on_frame(self, link: WorkerLink, header: dict[str, Any]) -> None:
-        kind = header["kind"]
+    def _on_frame(self, link: WorkerLink, frame: Frame) -> None:
+        header, kind = frame.header, frame.header["kind"]
         started = self._starting.get(link)
         if kind == "reply":
-            _, future = self._calls.get(header.get("id", -1), (link, None))
+            _, future = self._calls.get(-1 if frame.id is None else frame.id, (link, None))
             if future is not None and not future.done():
                 future.set_result(header.get("value"))
         elif started is not None and not started.done():

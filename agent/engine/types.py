@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from agent.regions import Region
-from agent.wire import Buffer
+from agent.wire import Buffer, Header
 
 # What a forwarded header may grow by: the daemon adds a deadline and its own number.
 FORWARDED_BYTES: Final = 256
@@ -37,22 +37,22 @@ OIP_DATATYPES: Final[Mapping[str, str]] = {
 class InferRequest(Protocol):
     """One request as an edge hands it over.
 
-    ``answer`` is called exactly once, on the loop's thread, with a ``result`` or ``error`` header and the body's
-    buffers. ``header`` is the ``infer`` header as received; ``deadline`` is absolute in the loop's time (seconds);
-    ``regions`` is the shared memory the header names, by the client's numbers; the engine holds it as long as it needs
-    it. ``handle`` belongs to the engine and starts as ``None``.
+    ``answer`` is called exactly once, on the loop's thread, with a ``result`` or ``error`` header, which has no id, and
+    the body's buffers. ``header`` is the ``infer`` header as received, maybe one for many requests; ``deadline`` is
+    absolute in the loop's time (seconds); ``regions`` is the shared memory the header names, by the client's numbers;
+    the engine holds it as long as it needs it. ``handle`` belongs to the engine and starts as ``None``.
     """
 
     model: str
     version: str | None
-    header: dict[str, Any]
+    header: Header
     body: Buffer
     deadline: float
     client: str
     regions: Sequence[tuple[int, Region]]
     handle: Any
 
-    def answer(self, header: dict[str, Any], body: Sequence[Buffer], /) -> None: ...
+    def answer(self, header: Header, body: Sequence[Buffer], /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,15 +10,16 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from agent.engine.admission import Shares
-from agent.engine.job import Job
+from agent.engine.claims import answer_of
+from agent.engine.job import Job, error_of
 from agent.engine.pool import Pool, PoolOwner
 from agent.engine.types import OIP_DATATYPES, VariantSpec, VersionSpec
 from agent.errors import AgentError, LoadError, UnavailableError, WorkerError
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 from agent.metrics import Counter, HistogramSeries
-from agent.wire import Buffer
+from agent.shares import Shares
+from agent.wire import Buffer, Header
 
 _log = get_logger("version")
 # Faults of the model, not of the caller: what probation counts.
@@ -59,6 +60,7 @@ class Version:
         self._now = now
         self._revive_s = revive_s
         self._shares = Shares()
+        self._ok = (spec.model, spec.version, "ok")
         self._rung = 0  # the variant in use or tried next
         for name, reason in spec.dropped:
             self._skip(name, "no_variant", reason)
@@ -187,22 +189,21 @@ class Version:
 
     # PoolOwner
 
-    def answered(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    def answered(self, job: Job, header: Header, body: Sequence[Buffer]) -> None:
         """Count the answer, name who gave it, pass it on."""
-        spec = self.spec
-        if header["kind"] == "error":
-            code = str(header.get("code"))
+        answer = header.digest
+        if answer is None:
+            answer = header.digest = self._named(header)
+        if answer["kind"] == "error":
+            code = answer["code"]
             if code in _FAULTS:
                 self.faults += 1
+            self._answers.add((self.spec.model, self.spec.version, code))
         else:
-            code = "ok"
             self.good += 1
             self._latency.observe(self._now() - job.arrived)
-            header["model"] = spec.model
-            header["version"] = spec.version
-            header["variant"] = self.pool.spec.id if self.pool is not None else ""
-        self._answers.add((spec.model, spec.version, code))
-        job.answer(header, body)
+            self._answers.add(self._ok)
+        job.answer(answer, body)
 
     def worker_died(self, pid: int, cause: str, retried: int) -> None:
         """Report a death the pool is already repairing."""
@@ -267,9 +268,16 @@ class Version:
             else:
                 return
 
+    def _named(self, header: Header) -> Header:
+        """Return what a worker may say in its answer, and whose it is."""
+        answer = answer_of(header)
+        if answer["kind"] == "result":
+            answer["model"], answer["version"] = self.spec.model, self.spec.version
+            answer["variant"] = self.pool.spec.id if self.pool is not None else ""
+        return Header(answer)
+
     def _fail(self, job: Job, error: AgentError) -> None:
-        header = {"kind": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
-        self.answered(job, header, ())
+        self.answered(job, Header(error_of(error, None)), ())
 
     def _skip(self, variant: str, code: str, reason: str) -> None:
         skip = {"variant": variant, "code": code, "reason": reason}

@@ -34,7 +34,20 @@ from agent.serving.budget import ReceiveBudget
 from agent.serving.identity import Caller, require
 from agent.serving.outbound import Outbound
 from agent.serving.ports import DEADLINE_MS_MAX, Control, Engine, InferRequest
-from agent.wire import PROTOCOL, Buffer, Decoder, Frame, Limits, encode, error_header
+from agent.wire import (
+    INFER_LEAD,
+    PROTOCOL,
+    RESULT_LEAD,
+    Buffer,
+    Decoder,
+    Frame,
+    Header,
+    Limits,
+    encode,
+    error_header,
+    lead_frame,
+    packed_pairs,
+)
 
 _log = get_logger("serving.frames")
 
@@ -69,14 +82,15 @@ class FrameConnection:
 
     __slots__ = (
         "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_loop",
-        "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_server", "_shared", "_sock", "caller",
+        "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_serial", "_server", "_shared", "_sock",
+        "caller",
     )  # fmt: skip
 
     def __init__(self, server: Owner, sock: socket.socket, caller: Caller) -> None:
         self._server = server
         self._sock = sock
         self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder(server.limits, place=self._place)
+        self._decoder = Decoder(server.limits, place=self._place, repeats=INFER_LEAD)
         self._out = Outbound()
         self._outstanding: dict[int, InferRequest] = {}  # by the client's id
         self._calls: dict[int, asyncio.Task[None]] = {}
@@ -84,6 +98,7 @@ class FrameConnection:
         self._blocked_since = 0.0  # since when the peer has taken nothing (loop seconds); 0: it is not behind
         self._reserved = 0  # bytes of the receive budget
         self._shared: Attachments | None = None  # made for the first descriptor: most clients pass none
+        self._serial = 0  # of the last request
         self._flush_due = False
         self._paused = False
         self._finishing = False  # no more is read; closes when everything is answered
@@ -207,15 +222,14 @@ class FrameConnection:
         return body
 
     def _handle(self, frame: Frame) -> None:
-        header = frame.header
+        header, body, request_id, deadline_ms = frame
         kind = header["kind"]
-        request_id = header.get("id")
         if kind == "hello":
-            self._hello(header)
+            self._hello(header, request_id)
         elif request_id is None:
             raise FrameError(f"{kind!r} needs an 'id'")
         elif kind == "infer":
-            self._infer(request_id, header, frame.body)
+            self._infer(request_id, header, body, deadline_ms)
         elif kind == "cancel":
             self._cancel(request_id)
         elif kind == "call":
@@ -225,19 +239,21 @@ class FrameConnection:
         else:
             raise FrameError(f"kind {kind[:32]!r} is not for a server")
 
-    def _infer(self, request_id: int, header: dict[str, Any], body: Buffer) -> None:
+    def _infer(self, request_id: int, header: Header, body: Buffer, deadline_ms: Any) -> None:
         self._check_unused(request_id)
+        serial = self._serial = self._serial + 1
         try:
-            require(self.caller, "infer")
+            model, version = header.digest or self._target(header)
             request = InferRequest(
-                model=_text(header, "model"),
-                version=_text(header, "version", optional=True) or None,
-                header=header,
-                body=body,
-                deadline=self._loop.time() + self._deadline_s(header, self._server.config.deadline_ms_default),
-                client=self.caller.key,
-                answer=partial(self._answer, header),
-                regions=self._shared.named_in(header) if self._shared is not None else (),
+                model,
+                version,
+                header,
+                body,
+                self._loop.time() + _deadline_s(deadline_ms, self._server.config.deadline_ms_default),
+                self.caller.key,
+                partial(self._answer, request_id, serial),
+                self._shared.named_in(header) if self._shared is not None else (),
+                serial,
             )
         except AgentError as error:
             self._send_error(request_id, error)
@@ -245,15 +261,25 @@ class FrameConnection:
         self._outstanding[request_id] = request
         self._server.engine.submit(request)
 
-    def _answer(self, asked: dict[str, Any], header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    def _target(self, header: Header) -> tuple[str, str | None]:
+        """Return whom a header asks for, kept with it; this caller may."""
+        require(self.caller, "infer")
+        target = _text(header, "model"), _text(header, "version", optional=True) or None
+        header.digest = target
+        return target
+
+    def _answer(self, request_id: int, serial: int, header: Header, body: Sequence[Buffer]) -> None:
         """Pass the engine's answer on, unless nobody waits for it: withdrawn, or its id used anew since."""
-        request_id = asked["id"]
         request = self._outstanding.get(request_id)
-        if request is None or request.header is not asked:
+        if request is None or request.serial != serial:
             return
         del self._outstanding[request_id]
-        header["id"] = request_id
-        self._send(encode(header, body))
+        if header["kind"] != "result":
+            self._send(encode({**header, "id": request_id}, body))
+            return
+        if header.pairs is None:
+            header.pairs = packed_pairs(header)
+        self._send((lead_frame(RESULT_LEAD, request_id, header.pairs, sum(map(len, body))), *body))
 
     def _cancel(self, request_id: int) -> None:
         """Withdraw a request or call; an id that is already answered is no fault, the frames crossed."""
@@ -272,7 +298,7 @@ class FrameConnection:
             self._shared = Attachments(self._server.regions, self._server.shared_memory)
         return self._shared
 
-    def _attach_or_detach(self, request_id: int, header: dict[str, Any]) -> None:
+    def _attach_or_detach(self, request_id: int, header: Header) -> None:
         self._check_unused(request_id)
         try:
             if header["kind"] == "attach":
@@ -286,7 +312,7 @@ class FrameConnection:
             return
         self._send(encode({"kind": "reply", "id": request_id, "value": {"region": number}}))
 
-    def _call(self, request_id: int, header: dict[str, Any]) -> None:
+    def _call(self, request_id: int, header: Header) -> None:
         self._check_unused(request_id)
         try:
             method = _text(header, "method")
@@ -295,7 +321,7 @@ class FrameConnection:
                 raise InvalidInputError("'args' must be a map with text keys")
             if len(self._calls) >= _CALLS_MAX:
                 raise OverloadedError(f"{_CALLS_MAX} calls are running on this connection")
-            timeout_s = self._deadline_s(header, DEADLINE_MS_MAX)
+            timeout_s = _deadline_s(header.deadline_ms, DEADLINE_MS_MAX)
         except AgentError as error:
             self._send_error(request_id, error)
             return
@@ -320,7 +346,7 @@ class FrameConnection:
             self._send(reply)
             self._close_if_done()
 
-    def _hello(self, header: dict[str, Any]) -> None:
+    def _hello(self, header: Header, request_id: int | None) -> None:
         if header.get("protocol", PROTOCOL) != PROTOCOL:
             raise FrameError(f"this server speaks protocol {PROTOCOL}")
         limits = self._server.limits
@@ -335,22 +361,13 @@ class FrameConnection:
                 "tensors_max": limits.tensors_max,
             },
         }
-        if "id" in header:
-            answer["id"] = header["id"]
+        if request_id is not None:
+            answer["id"] = request_id
         self._send(encode(answer))
 
     def _check_unused(self, request_id: int) -> None:
         if request_id in self._outstanding or request_id in self._calls:
             raise FrameError(f"id {request_id} is still outstanding")
-
-    @staticmethod
-    def _deadline_s(header: dict[str, Any], default_ms: int) -> float:
-        value = header.get("deadline_ms")
-        if value is None:
-            return default_ms / 1000
-        if type(value) not in (int, float) or not 0 < value <= DEADLINE_MS_MAX:
-            raise InvalidInputError(f"'deadline_ms' must be a number above 0, at most {DEADLINE_MS_MAX}")
-        return float(value) / 1000
 
     # Out
 
@@ -435,6 +452,14 @@ class FrameConnection:
 
 def _error(request_id: int | None, error: AgentError) -> list[Buffer]:
     return encode(error_header(request_id, error.code, str(error), retryable=error.retryable))
+
+
+def _deadline_s(value: Any, default_ms: int) -> float:
+    if value is None:
+        return default_ms / 1000
+    if type(value) not in (int, float) or not 0 < value <= DEADLINE_MS_MAX:
+        raise InvalidInputError(f"'deadline_ms' must be a number above 0, at most {DEADLINE_MS_MAX}")
+    return float(value) / 1000
 
 
 def _text(header: dict[str, Any], name: str, *, optional: bool = False) -> str:

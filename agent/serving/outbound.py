@@ -28,7 +28,7 @@ class Outbound:
 
     def add(self, parts: Sequence[Buffer]) -> None:
         """Queue one frame. Its buffers must not change until they are sent."""
-        sizes = [memoryview(part).nbytes for part in parts]
+        sizes = [len(part) if isinstance(part, bytes) else memoryview(part).nbytes for part in parts]
         size = sum(sizes)
         self.size += size
         if size <= _JOIN_BYTES_MAX:

@@ -10,29 +10,30 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from agent.regions import Region
-from agent.wire import Buffer
+from agent.wire import Buffer, Header
 
 DEADLINE_MS_MAX: Final = 3_600_000  # what a client may ask for
 
-Answer = Callable[[dict[str, Any], Sequence[Buffer]], None]
+Answer = Callable[[Header, Sequence[Buffer]], None]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False)
 class InferRequest:
     """One request on its way into the engine.
 
-    ``answer`` takes a ``result`` or ``error`` header, with the id of ``header`` if that had one, and the body's
-    buffers. It is called at most once, on the loop's thread; after ``Engine.cancel`` a call changes nothing.
+    ``answer`` takes a ``result`` or ``error`` header, which is without an id and maybe one for many answers, and the
+    body's buffers. It is called at most once, on the loop's thread; after ``Engine.cancel`` a call changes nothing.
     """
 
     model: str
     version: str | None
-    header: dict[str, Any]  # the ``infer`` header as received; never changed by the engine
+    header: Header  # the ``infer`` header as received, maybe one for many requests
     body: Buffer
     deadline: float  # absolute, in the loop's time (seconds)
     client: str  # whom quotas and fairness go by
     answer: Answer
     regions: Sequence[tuple[int, Region]] = ()  # shared memory the header names, by the client's numbers
+    serial: int = 0  # the edge's own, to tell requests with the same id apart
     handle: Any = None  # the engine's own
 
 

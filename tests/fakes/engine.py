@@ -14,7 +14,7 @@ from typing import Any
 
 from agent.errors import AgentError, ForbiddenError, UnavailableError, UnknownModelError
 from agent.serving.ports import InferRequest
-from agent.wire import Buffer, error_header
+from agent.wire import Buffer, Header, error_header
 
 METADATA: Mapping[str, Any] = {
     "name": "echo",
@@ -98,9 +98,7 @@ class FakeEngine:
             header, body = self.reply(request)
         except AgentError as error:
             header = error_header(None, error.code, str(error), retryable=error.retryable)
-        if "id" in request.header:
-            header["id"] = request.header["id"]
-        request.answer(header, body)
+        request.answer(Header(header), body)
 
 
 def echo(request: InferRequest) -> tuple[dict[str, Any], Sequence[Buffer]]:
