@@ -113,6 +113,7 @@ class SpecMaker:
             precision=variant.precision,
             device=variant.device.kind if variant.device.kind == "cpu" else f"{variant.device.kind}:0",
             worker=worker,
+            lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
         )
 

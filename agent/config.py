@@ -173,6 +173,7 @@ class EngineConfig(Section, frozen=True):
     restart_cap_s: float = 30.0  # longest wait between restarts
     deaths_max: int = 5  # within deaths_window_s: the next variant takes over
     deaths_window_s: float = 60.0  # over which deaths are counted
+    lanes_max: int = 64  # direct lanes of local applications to workers; 0: everything goes through the daemon
     memory_bytes_max: int = 0  # RLIMIT_AS of a worker; 0: from the manifest's measured memory, with head room
     open_files_max: int = 256  # RLIMIT_NOFILE of a worker
 
@@ -184,6 +185,7 @@ class EngineConfig(Section, frozen=True):
         _require(0 < self.hang_timeout_s <= 3600, "hang_timeout_s: above 0, at most 3600")
         _require(0 < self.restart_first_s <= self.restart_cap_s, "restart_first_s: above 0, at most restart_cap_s")
         _require(1 <= self.deaths_max <= 1000, "deaths_max: 1..1000")
+        _require(0 <= self.lanes_max <= 4096, "lanes_max: 0..4096")
         _require(16 <= self.open_files_max <= 65536, "open_files_max: 16..65536")
 
 

@@ -103,6 +103,16 @@ def detach_frame(request_id: int, region: Region) -> list[Buffer]:
     return encode({"kind": "detach", "id": request_id, "region": region.number})
 
 
+def lane_frame(request_id: int, model: str) -> list[Buffer]:
+    """Return the wish for a direct lane to a model's worker; its socket comes with the reply."""
+    return encode({"kind": "lane", "id": request_id, "model": model})
+
+
+def lend_frame(request_id: int, lane: int, region: Region) -> list[Buffer]:
+    """Return the frame that lets a lane's worker know an attached region."""
+    return encode({"kind": "lend", "id": request_id, "lane": lane, "region": region.number})
+
+
 def cancel_frame(request_id: int) -> list[Buffer]:
     """Return the withdrawal of a request; it is answered with ``canceled`` unless its answer is on its way."""
     return encode({"kind": "cancel", "id": request_id})

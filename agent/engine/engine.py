@@ -22,14 +22,15 @@ from agent.arena import Arena
 from agent.config import ClientLimitConfig, EngineConfig
 from agent.engine.admission import Admission
 from agent.engine.job import Job, error_of
+from agent.engine.lanes import Lane, Terms
 from agent.engine.pool import Pool, PoolOwner
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
 from agent.engine.version import Version
 from agent.engine.zygote import Zygote
-from agent.errors import AgentError, LoadError, UnavailableError, UnknownModelError
+from agent.errors import AgentError, LaneRefusedError, LoadError, UnavailableError, UnknownModelError
 from agent.events import EventBus
 from agent.log import get_logger
-from agent.metrics import Metrics
+from agent.metrics import LATENCY_BUCKETS_S, Metrics
 from agent.wire import FIRST_ID, Header, Limits
 
 _SWEEP_S: Final = 0.05
@@ -81,6 +82,7 @@ class Engine:
         )
         self._answers = metrics.counter("inferd_requests", "Answers by code", ("model", "version", "code"))
         metrics.gauge("inferd_queue_requests", "Requests admitted and not answered", ("model",), self._outstanding)
+        metrics.gauge("inferd_lanes", "Direct lanes that are open", ("model",), self._lanes)
         metrics.gauge("inferd_model_ready", "1 while the model serves", ("model", "version"), self._readiness)
         metrics.gauge("inferd_worker_deaths", "Deaths of the active version's workers", ("model",), self._deaths)
 
@@ -109,14 +111,17 @@ class Engine:
         while True:
             await self._work.wait()
             now = loop.time()
-            busy = False
+            busy = watched = False
             for version in self._loaded:
                 pool = version.pool
-                if pool is not None and pool.busy:
-                    busy = True
+                if pool is not None and (pool.busy or pool.lanes):
+                    busy = busy or pool.busy
+                    watched = watched or pool.lanes > 0
                     pool.sweep(now)
             if not busy:
                 self._work.clear()
+                if watched:
+                    loop.call_later(self._config.hang_timeout_s / 4, self._work.set)
                 continue
             await asyncio.sleep(_SWEEP_S)
 
@@ -148,12 +153,49 @@ class Engine:
                 job.version.pool.cancel(job)
             job.settle()
 
-    def _route(self, request: InferRequest) -> Version:
-        version = self._active.get(request.model)
+    def open_lane(self, model: str, *, client: str, deadline_ms: int) -> Lane:
+        """Open a direct lane to the worker of ``model`` for ``client``.
+
+        Args:
+            model: Its name on this box.
+            client: Whom fairness goes by.
+            deadline_ms: Of requests that bring none.
+
+        Raises:
+            UnknownModelError, UnavailableError: as for a request.
+            LaneRefusedError: lanes are off, the client is limited, or this model gives none.
+        """
+        config = self._config
+        if not config.lanes_max:
+            raise LaneRefusedError("direct lanes are switched off here")
+        version = self._route_to(model)
+        if self._admission.limited(client):
+            raise LaneRefusedError("this client's requests are limited, so the daemon counts them")
+        if version.pool is None:
+            raise LaneRefusedError("no worker is ready")
+        if sum(one.pool.lanes for one in self._loaded if one.pool is not None) >= config.lanes_max:
+            raise LaneRefusedError(f"{config.lanes_max} lanes are open")
+        terms = Terms(
+            client=client,
+            deadline_ms=deadline_ms,
+            queue_requests_max=config.queue_requests_max,
+            queue_bytes_max=config.queue_bytes_max,
+            bounds_s=LATENCY_BUCKETS_S,
+        )
+        lane = version.pool.open_lane(next(self._numbers), terms)
+        self._work.set()  # it is watched from now on
+        return lane
+
+    def _route_to(self, model: str) -> Version:
+        version = self._active.get(model)
         if version is None:
-            if request.model in self._expected:
-                raise UnavailableError(f"model {request.model!r}: {self._expected[request.model]}")
-            raise UnknownModelError(f"Request for unknown model: {request.model!r} is not found")
+            if model in self._expected:
+                raise UnavailableError(f"model {model!r}: {self._expected[model]}")
+            raise UnknownModelError(f"Request for unknown model: {model!r} is not found")
+        return version
+
+    def _route(self, request: InferRequest) -> Version:
+        version = self._route_to(request.model)
         if request.version and request.version != version.spec.version:
             raise UnknownModelError(
                 f"Request for unknown model: {request.model!r} version {request.version!r} is not found; "
@@ -200,7 +242,11 @@ class Engine:
         previous = self._active.get(version.spec.model)
         self._active[version.spec.model] = version
         self._expected.pop(version.spec.model, None)
-        return previous if previous is not version else None
+        if previous is version or previous is None:
+            return None
+        if previous.pool is not None:
+            previous.pool.revoke_lanes()
+        return previous
 
     async def retire(self, version: Version, *, timeout_s: float = 30.0) -> None:
         """Answer what the version still holds, then unload it; an active version leaves its slot."""
@@ -280,6 +326,7 @@ class Engine:
             wire=self._wire,
             arena=self._arena,
             numbers=self._numbers,
+            version=owner.version,
         )
 
     def _zygote(self, runtime: str) -> Zygote:
@@ -298,6 +345,9 @@ class Engine:
 
     def _outstanding(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), version.pool.outstanding if version.pool else 0) for name, version in self._active.items()]
+
+    def _lanes(self) -> list[tuple[tuple[str, ...], float]]:
+        return [((name,), version.pool.lanes if version.pool else 0) for name, version in self._active.items()]
 
     def _readiness(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name, version.spec.version), float(version.ready)) for name, version in self._active.items()]

@@ -16,10 +16,11 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from agent.arena import SHARED_BYTES_MIN, Arena, Slot, slot_of
 from agent.engine.job import Job
+from agent.engine.lanes import Lane, too_many
 from agent.engine.zygote import WorkerProcess
 from agent.errors import AgentError, CanceledError, DeadlineError, FrameError, TooLargeError
 from agent.log import get_logger
@@ -47,6 +48,14 @@ _ANSWERS: Final = frozenset({"result", "error"})
 _NOT_BEGUN: Final = frozenset({CanceledError.code, DeadlineError.code})  # answers that no run of the model has given
 
 
+class Passing(NamedTuple):
+    """A frame that a descriptor goes with."""
+
+    head: bytes
+    descriptor: int
+    release: Callable[[], None]
+
+
 class WorkerLink:
     """One worker: its process, its channel and the jobs it holds."""
 
@@ -65,6 +74,9 @@ class WorkerLink:
         self.hello: dict[str, Any] = {}
         self.jobs: dict[int, Job] = {}
         self.held_bytes = 0  # bodies of all that is owed
+        self.lanes: dict[int, Lane] = {}
+        self.lanes_waiting = 0  # requests on them, as the worker last said
+        self.running_s = 0.0  # how long its batch had been running at the last ping
         self.owed: dict[int, int] = {}  # jobs handed over and not answered, forgotten ones included: their body's bytes
         self.ready_at = 0.0  # loop seconds
         self._heard_at = 0.0  # loop seconds of the last answer, or of the first job after a pause
@@ -78,7 +90,10 @@ class WorkerLink:
         self._decoder = Decoder(limits, repeats=RESULT_LEAD, repeats_max=_REPEATS_MAX)
         self._out: list[Buffer] = []
         self._out_bytes = 0
-        self._passing: deque[tuple[bytes, Region]] = deque()  # the frames of ``_out`` that a descriptor goes with
+        self._passing: deque[Passing] = deque()  # the frames of ``_out`` that a descriptor goes with
+        self._sent_all: list[Callable[[], None]] = []  # who waits until ``_out`` is empty
+        self._pinned: dict[Region, int] = {}  # how many lanes name a region: it stays attached
+        self._pinged = 0.0  # loop seconds of the last ping
         self._attached: dict[Region, None] = {}  # what the worker has mapped, the longest unused first
         self._regions_max = regions_max
         self._lent: dict[int, tuple[list[Region], Slot | None]] = {}  # by job number, until answered; and the window
@@ -146,6 +161,53 @@ class WorkerLink:
         with contextlib.suppress(OSError):
             self.process.channel.shutdown(socket.SHUT_WR)
 
+    # Lanes
+
+    def pass_on(self, header: dict[str, Any], descriptor: int, release: Callable[[], None]) -> None:
+        """Queue one frame that a descriptor goes with; ``release`` is called when it is sent or never will be."""
+        if not self.alive:
+            release()
+            return
+        self._passing.append(Passing(self.post(header), descriptor, release))
+
+    def when_sent(self, done: Callable[[], None]) -> None:
+        """Call ``done`` when all that is queued so far is with the worker's kernel."""
+        self._sent_all.append(done)
+        if not self._writing:
+            self._flush()
+
+    def pin(self, region: Region) -> None:
+        """Keep a region attached until a matching ``unpin``.
+
+        Raises:
+            OverloadedError: all that may be attached are pinned.
+        """
+        if region not in self._pinned and len(self._pinned) >= self._regions_max - 1:
+            raise too_many(len(self._pinned))
+        region.hold()
+        self._pinned[region] = self._pinned.get(region, 0) + 1
+        self._use(region)
+
+    def unpin(self, region: Region) -> None:
+        """See ``pin``."""
+        left = self._pinned[region] - 1
+        if left:
+            self._pinned[region] = left
+        else:
+            del self._pinned[region]
+        region.release()
+
+    def ping(self, number: int, *, every_s: float) -> None:
+        """Ask whether the worker is alive, at most every so often; it owes the answer like any other.
+
+        Requests on lanes are not known here, so a worker that hangs on one is found out by this.
+        """
+        now = self._loop.time()
+        if not self.owed and now - self._pinged >= every_s:
+            self._pinged = self._heard_at = now
+            self.owed[number] = 0
+            self.post({"kind": "call", "id": number, "method": "ping"})
+
     def _detach(self) -> None:
         channel = self.process.channel.fileno()
         self._loop.remove_reader(channel)
@@ -200,14 +262,15 @@ class WorkerLink:
 
     def _attach(self, region: Region) -> None:
         if len(self._attached) >= self._regions_max:
-            oldest = next(iter(self._attached))  # requests that use it keep it mapped in the worker until they end
+            # requests that use it keep it mapped in the worker until they end
+            oldest = next(region for region in self._attached if region not in self._pinned)
             del self._attached[oldest]
             oldest.users.discard(self)
             self.post({"kind": "detach", "region": oldest.number})
         region.users.add(self)
         region.hold()  # until its descriptor is sent
-        head = self.post({"kind": "attach", "region": region.number, "nbytes": region.nbytes})
-        self._passing.append((head, region))
+        header = {"kind": "attach", "region": region.number, "nbytes": region.nbytes}
+        self.pass_on(header, region.descriptor, region.release)
 
     def _return_lent(self, number: int) -> None:
         regions, _ = self._lent.pop(number, ((), None))
@@ -258,20 +321,23 @@ class WorkerLink:
             out.clear()  # the worker is dying; its pidfd tells
             self._out_bytes = 0
             self._drop_passing()
+        told, self._sent_all = self._sent_all, []
+        for done in told:
+            done()
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self.process.channel.fileno())
 
     def _send_passing(self) -> int:
         """Send up to the next frame that a descriptor goes with, or that frame alone with it."""
-        head, region = self._passing[0]
-        place = next(index for index, part in enumerate(self._out) if part is head)
+        passing = self._passing[0]
+        place = next(index for index, part in enumerate(self._out) if part is passing.head)
         if place:
             return self.process.channel.sendmsg(self._out[: min(place, _BUFFERS_MAX)])
-        rights = array.array("i", [region.descriptor])
-        sent = self.process.channel.sendmsg([head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        rights = array.array("i", [passing.descriptor])
+        sent = self.process.channel.sendmsg([passing.head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         self._passing.popleft()
-        region.release()
+        passing.release()
         return sent
 
     def _on_readable(self) -> None:
@@ -303,7 +369,12 @@ class WorkerLink:
         header, body, number, _ = frame
         kind = header["kind"]
         if number is None or kind not in _ANSWERS:
-            self._on_frame(self, frame)
+            if kind == "reply" and self.owed.pop(-1 if number is None else number, None) is not None:  # of a ping
+                self.running_s = _running_s(header)
+            elif kind == "lane_closed":
+                self._lane_closed(header)
+            else:
+                self._on_frame(self, frame)
             return
         if self._lent or len(body) > SHARED_BYTES_MIN:
             try:
@@ -318,6 +389,11 @@ class WorkerLink:
             if kind == "result" or header.get("code") not in _NOT_BEGUN:
                 self._heard_at = self._loop.time()
             self._on_answer(self.jobs.pop(number, None), header, body)
+
+    def _lane_closed(self, header: Header) -> None:
+        lane = self.lanes.get(header.get("lane", -1))
+        if lane is not None:
+            lane.ended()
 
     def _kill_for(self, error: AgentError) -> None:
         _log.error("worker broke the protocol; killing it", pid=self.process.pid, error=str(error))
@@ -338,13 +414,15 @@ class WorkerLink:
         for number in list(self._lent):
             self._return_lent(number)
         self._drop_passing()
+        for lane in list(self.lanes.values()):
+            lane.ended()
         attached, self._attached = self._attached, {}
         for region in attached:
             region.users.discard(self)
 
     def _drop_passing(self) -> None:
         while self._passing:
-            self._passing.popleft()[1].release()
+            self._passing.popleft().release()
 
     def _drain(self) -> None:
         """Take answers the worker wrote before it died."""
@@ -366,6 +444,13 @@ class WorkerLink:
                 self._take(frame)
             if not frames and before == len(self.jobs) and not self._decoder.mid_frame:
                 return
+
+
+def _running_s(header: Header) -> float:
+    """Return for how long the worker's present batch has been running, as its answer to a ping says."""
+    value = header.get("value")
+    running_s = value.get("running_s") if isinstance(value, dict) else None
+    return float(running_s) if isinstance(running_s, int | float) else 0.0
 
 
 def _drop_sent(out: list[Buffer], sent: int) -> None:

@@ -21,10 +21,20 @@ from agent.backoff import Backoff
 from agent.config import EngineConfig
 from agent.engine.claims import hello_of
 from agent.engine.job import Job, error_of
+from agent.engine.lanes import Lane, LaneCounts, Terms, counts_of
 from agent.engine.link import WorkerLink
 from agent.engine.types import VariantSpec
 from agent.engine.zygote import Exit, WorkerProcess
-from agent.errors import AgentError, DeadlineError, LoadError, OverloadedError, WorkerDiedError, WorkerError, by_code
+from agent.errors import (
+    AgentError,
+    DeadlineError,
+    LaneRefusedError,
+    LoadError,
+    OverloadedError,
+    WorkerDiedError,
+    WorkerError,
+    by_code,
+)
 from agent.log import get_logger
 from agent.wire import DEADLINE_MS_MAX, Buffer, Frame, Header, Limits
 
@@ -46,8 +56,15 @@ class Forker(Protocol):
 class PoolOwner(Protocol):
     """Who is told what happens in a pool."""
 
+    @property
+    def version(self) -> str:
+        """The version its workers serve."""
+
     def answered(self, job: Job, header: Header, body: Sequence[Buffer]) -> None:
         """A job has its answer; pass it on and count it."""
+
+    def lanes_counted(self, counts: LaneCounts) -> None:
+        """A worker has told what it answered on its lanes."""
 
     def worker_died(self, pid: int, cause: str, retried: int) -> None: ...
 
@@ -72,8 +89,10 @@ class Pool:
         wire: Limits,
         arena: Arena,
         numbers: itertools.count[int],
+        version: str,
     ) -> None:
         self.spec = spec
+        self.version = version
         self.links: list[WorkerLink] = []
         self.waiting: deque[Job] = deque()
         self.hello: dict[str, Any] = {}
@@ -112,6 +131,7 @@ class Pool:
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then let the workers go; jobs over the time are failed."""
         self._closed.set()
+        self.revoke_lanes()
         if self.outstanding:
             self._drained.clear()
             try:
@@ -147,6 +167,35 @@ class Pool:
         self.waiting.clear()
         self._waiting_bytes = 0
         return jobs
+
+    # Lanes
+
+    def open_lane(self, number: int, terms: Terms) -> Lane:
+        """Open a lane to the worker that has the fewest.
+
+        Raises:
+            LaneRefusedError: no worker is ready, or its bundle's own code runs there.
+        """
+        if not self.spec.lanes:
+            raise LaneRefusedError("the bundle's own code runs in its worker")
+        if not self.links or self._closed.is_set():
+            raise LaneRefusedError("no worker is ready")
+        link = min(self.links, key=lambda link: len(link.lanes))
+        try:
+            return Lane(number, link, terms, model=str(self.spec.worker["model"]), version=self.version)
+        except OSError as error:
+            raise LaneRefusedError(f"no socket: {error.strerror}") from error
+
+    def revoke_lanes(self) -> None:
+        """End all lanes: what has arrived on them is answered, nothing more is taken."""
+        for link in self.links:
+            for lane in link.lanes.values():
+                lane.revoke()
+
+    @property
+    def lanes(self) -> int:
+        """How many are open."""
+        return sum(len(link.lanes) for link in self.links)
 
     # Work
 
@@ -222,7 +271,9 @@ class Pool:
             for job in [job for job in link.jobs.values() if job.request.deadline <= now]:
                 self.cancel(job)
                 self._finish_failed(job, DeadlineError("the deadline passed before the model answered"))
-            if link.silent_s(now) > self._config.hang_timeout_s:
+            if link.lanes:
+                link.ping(next(self._numbers), every_s=self._config.hang_timeout_s / 4)
+            if max(link.silent_s(now), link.running_s) > self._config.hang_timeout_s:
                 _log.error("worker hangs; killing it", variant=self.spec.id, pid=link.process.pid)
                 link.kill()
 
@@ -365,6 +416,11 @@ class Pool:
             elif kind == "error":
                 error = by_code(str(header.get("code")), str(header.get("message")))
                 started.set_exception(error if isinstance(error, WorkerError) else LoadError(f"{error.code}: {error}"))
+        elif kind == "lanes":
+            counts = counts_of(header)
+            if counts is not None:
+                link.lanes_waiting = counts.waiting
+                self._owner.lanes_counted(counts)
         elif kind == "error":
             _log.warning("worker reports an error", pid=link.process.pid, error=header.get("message"))
 

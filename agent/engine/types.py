@@ -64,6 +64,7 @@ class VariantSpec:
     precision: str
     device: str  # "cpu", "cuda:0"
     worker: Mapping[str, Any]
+    lanes: bool = True  # whether its worker is trusted to count what it answers on direct lanes
     window: int = 64  # requests a worker may hold at once; at least twice its batch
 
 

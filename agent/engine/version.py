@@ -12,9 +12,10 @@ from typing import Any
 
 from agent.engine.claims import answer_of
 from agent.engine.job import Job, error_of
+from agent.engine.lanes import LaneCounts
 from agent.engine.pool import Pool, PoolOwner
 from agent.engine.types import OIP_DATATYPES, VariantSpec, VersionSpec
-from agent.errors import AgentError, LoadError, UnavailableError, WorkerError
+from agent.errors import AgentError, LoadError, UnavailableError, WorkerError, by_code
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 from agent.metrics import Counter, HistogramSeries
@@ -64,6 +65,11 @@ class Version:
         self._rung = 0  # the variant in use or tried next
         for name, reason in spec.dropped:
             self._skip(name, "no_variant", reason)
+
+    @property
+    def version(self) -> str:
+        """The version it is."""
+        return self.spec.version
 
     @property
     def ready(self) -> bool:
@@ -181,6 +187,7 @@ class Version:
             "fallbacks": self.skipped,
             "workers": [link.process.pid for link in pool.links] if pool is not None else [],
             "outstanding": pool.outstanding if pool is not None else 0,
+            "lanes": pool.lanes if pool is not None else 0,
             "restarts": pool.restarts if pool is not None else 0,
             "deaths": self.deaths,
             "answers": {"good": self.good, "faults": self.faults},
@@ -204,6 +211,17 @@ class Version:
             self._latency.observe(self._now() - job.arrived)
             self._answers.add(self._ok)
         job.answer(answer, body)
+
+    def lanes_counted(self, counts: LaneCounts) -> None:
+        """Count what was answered without us."""
+        for code, amount in counts.codes.items():
+            known = "ok" if code == "ok" else by_code(code, "").code
+            self._answers.add((self.spec.model, self.spec.version, known), amount)
+            if known == "ok":
+                self.good += amount
+            elif known in _FAULTS:
+                self.faults += amount
+        self._latency.merge(counts.buckets, counts.sum_s)
 
     def worker_died(self, pid: int, cause: str, retried: int) -> None:
         """Report a death the pool is already repairing."""

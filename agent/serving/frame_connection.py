@@ -24,6 +24,7 @@ from agent.errors import (
     DeadlineError,
     FrameError,
     InvalidInputError,
+    LaneRefusedError,
     OverloadedError,
     TooLargeError,
 )
@@ -33,7 +34,7 @@ from agent.serving.attachments import ANCILLARY_BYTES, Attachments
 from agent.serving.budget import ReceiveBudget
 from agent.serving.identity import Caller, require
 from agent.serving.outbound import Outbound
-from agent.serving.ports import DEADLINE_MS_MAX, Control, Engine, InferRequest
+from agent.serving.ports import DEADLINE_MS_MAX, Control, Engine, InferRequest, Lane
 from agent.wire import (
     INFER_LEAD,
     PROTOCOL,
@@ -54,6 +55,7 @@ _log = get_logger("serving.frames")
 _READ_BYTES: Final = 64 * 1024  # per turn; the rest of a large body goes straight to its own buffer
 _PAUSE_BYTES: Final = 1024 * 1024  # answers not taken yet; above it no new requests are read
 _CALLS_MAX: Final = 16  # at once per connection
+_LANES_MAX: Final = 16  # per connection: one for each model it asks
 _NAME_CHARS_MAX: Final = 128
 _CLOSE_ON_EXEC: Final = socket.MSG_CMSG_CLOEXEC
 
@@ -81,7 +83,7 @@ class FrameConnection:
     """State of one connection. Open it once; it tells its server when it is closed."""
 
     __slots__ = (
-        "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_loop",
+        "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_lanes", "_loop",
         "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_serial", "_server", "_shared", "_sock",
         "caller",
     )  # fmt: skip
@@ -97,6 +99,7 @@ class FrameConnection:
         self._mid_since = 0.0  # when the frame under way began (loop seconds); 0: none is
         self._blocked_since = 0.0  # since when the peer has taken nothing (loop seconds); 0: it is not behind
         self._reserved = 0  # bytes of the receive budget
+        self._lanes: dict[int, Lane] = {}
         self._shared: Attachments | None = None  # made for the first descriptor: most clients pass none
         self._serial = 0  # of the last request
         self._flush_due = False
@@ -146,9 +149,12 @@ class FrameConnection:
         self._sock.close()
         self._release_budget()
         self._withdraw()
+        for lane in tuple(self._lanes.values()):
+            lane.revoke()
         if self._shared is not None:
             self._shared.close()
         self._decoder.drop()
+        self._out.close()
         self._server.closed(self, reason)
 
     def enforce_deadlines(self, now: float) -> None:
@@ -236,6 +242,10 @@ class FrameConnection:
             self._call(request_id, header)
         elif kind in ("attach", "detach"):
             self._attach_or_detach(request_id, header)
+        elif kind == "lane":
+            self._open_lane(request_id, header)
+        elif kind == "lend":
+            self._lend(request_id, header)
         else:
             raise FrameError(f"kind {kind[:32]!r} is not for a server")
 
@@ -305,12 +315,51 @@ class FrameConnection:
                 number = self._attachments().attach(header, self.caller)
             else:
                 number = self._attachments().detach(header)
+                for lane in self._lanes.values():
+                    lane.unlend(number)
         except FrameError:
             raise
         except AgentError as error:
             self._send_error(request_id, error)
             return
         self._send(encode({"kind": "reply", "id": request_id, "value": {"region": number}}))
+
+    def _open_lane(self, request_id: int, header: Header) -> None:
+        """Give this client a socket to the model's worker, if it may have one."""
+        self._check_unused(request_id)
+        try:
+            require(self.caller, "infer")
+            if len(self._lanes) >= _LANES_MAX:
+                raise LaneRefusedError(f"{_LANES_MAX} lanes are open on this connection")
+            deadline_ms = self._server.config.deadline_ms_default
+            lane = self._server.engine.open_lane(
+                _text(header, "model"), client=self.caller.key, deadline_ms=deadline_ms
+            )
+        except AgentError as error:
+            self._send_error(request_id, error)
+            return
+        lane.on_end = self._lane_ended
+        self._lanes[lane.number] = lane
+        value = {"lane": lane.number, "model": lane.model, "version": lane.version}
+        frame = b"".join(encode({"kind": "reply", "id": request_id, "value": value}))
+        self._out.add_with(frame, lane.socket)
+        self._schedule_flush()
+
+    def _lend(self, request_id: int, header: Header) -> None:
+        """Let a lane's worker know a region that is attached here."""
+        self._check_unused(request_id)
+        try:
+            lane = self._lanes.get(header.get("lane", -1))
+            if lane is None:
+                raise InvalidInputError("no such lane")
+            number, region = self._attachments().find(header)
+            frame = encode({"kind": "reply", "id": request_id, "value": {"region": number, "lane": lane.number}})
+            lane.lend(number, region, partial(self._send, frame))
+        except AgentError as error:
+            self._send_error(request_id, error)
+
+    def _lane_ended(self, lane: Lane) -> None:
+        self._lanes.pop(lane.number, None)
 
     def _call(self, request_id: int, header: Header) -> None:
         self._check_unused(request_id)
@@ -381,6 +430,9 @@ class FrameConnection:
             self.close("slow_reader")
             return
         self._out.add(frame)
+        self._schedule_flush()
+
+    def _schedule_flush(self) -> None:
         if not self._flush_due and not self._blocked_since:
             self._flush_due = True  # once per turn of the loop, so that answers of one turn leave together
             self._loop.call_soon(self._flush)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -48,8 +49,35 @@ class ModelState(Protocol):
         """Why not; empty when ready."""
 
 
+class Lane(Protocol):
+    """A direct line from this client to a model's worker. ``on_end`` is called once, on the loop's thread."""
+
+    number: int
+    model: str
+    version: str
+    socket: socket.socket  # the client's end: close it when it is passed on
+    on_end: Callable[[Any], None]
+
+    def lend(self, number: int, region: Region, done: Callable[[], None]) -> None:
+        """Let the worker know a region as the client calls it, then call ``done``; raises ``AgentError``."""
+
+    def unlend(self, number: int) -> None:
+        """Take a region back."""
+
+    def revoke(self) -> None:
+        """End the lane: what has arrived there is answered, nothing more is taken."""
+
+
 class Engine(Protocol):
     """Where a request meets a model."""
+
+    def open_lane(self, model: str, *, client: str, deadline_ms: int) -> Lane:
+        """Return a direct lane to the worker of ``model``.
+
+        Raises:
+            UnknownModelError, UnavailableError: as for a request.
+            LaneRefusedError: this client or model gets none.
+        """
 
     def submit(self, request: InferRequest) -> None:
         """Answer ``request`` once, sooner or later; never blocks, never raises for expected failures."""

@@ -82,7 +82,7 @@ class Grant:
             return Grant(
                 lane=int(header["lane"]),
                 client=str(header["client"]),
-                deadline_ms=float(header["deadline_ms"]),
+                deadline_ms=float(header["default_ms"]),
                 queue_requests_max=int(header["queue_requests_max"]),
                 queue_bytes_max=int(header["queue_bytes_max"]),
             )

@@ -489,7 +489,9 @@ class Server:
             self._posted.add(line)
 
     def _call(self, request_id: int, header: Mapping[str, Any]) -> None:
-        method, value = header.get("method"), {"ok": True}
+        method = header.get("method")
+        running = self._execution.running is not None
+        value: dict[str, Any] = {"ok": True, "running_s": time.monotonic() - self._execution.since if running else 0.0}
         if method == "selftest":
             value = self._self_test()
         elif method != "ping":
