@@ -52,12 +52,17 @@ class Outbound:
             except (BlockingIOError, InterruptedError):
                 break
             total += sent
-            if not self._drop(sent, len(chunk)):
+            if not self._advance(sent, len(chunk)):
                 break  # the kernel took less than offered: it is full
         self.size -= total
         return total
 
-    def _drop(self, count: int, offered: int) -> bool:
+    def drop(self) -> None:
+        """Let go of what was not sent: nobody takes it any more."""
+        self._buffers.clear()
+        self.size = 0
+
+    def _advance(self, count: int, offered: int) -> bool:
         for _ in range(offered):
             first = self._buffers[0]
             if len(first) > count:
