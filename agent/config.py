@@ -213,7 +213,8 @@ class DeployConfig(Section, frozen=True):
     probation_calls_min: int = 20  # and so many good answers; idle models are probed by their golden inputs
     probation_limit_s: float = 600.0  # without enough good answers by then, the version is rolled back
     probation_errors_max: float = 0.02  # share of failed answers above the previous version's
-    starts_in_trial_max: int = 3  # daemon starts during one trial; with more the version is rolled back
+    starts_in_trial_max: int = 3  # starts during one trial after a crash or power cut; with more it is rolled back
+    trial_retry_cap_s: float = 3600.0  # a version with nothing to roll back to is started again, at most so far apart
     fetch_retry_cap_s: float = 300.0  # longest wait between tries while the store cannot be reached
     fetch_limit_s: float = 72 * 3600.0  # with the store unreachable for so long, the deployment fails
     keep_versions: int = 2  # per slot on disk, beside active and previous
@@ -223,6 +224,7 @@ class DeployConfig(Section, frozen=True):
         _require(self.probation_calls_min >= 0, "probation_calls_min: not negative")
         _require(0 <= self.probation_errors_max <= 1, "probation_errors_max: 0..1")
         _require(1 <= self.starts_in_trial_max <= 100, "starts_in_trial_max: 1..100")
+        _require(self.trial_retry_cap_s > 0, "trial_retry_cap_s: above 0")
         _require(self.fetch_retry_cap_s > 0, "fetch_retry_cap_s: above 0")
 
 

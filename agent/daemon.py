@@ -140,6 +140,12 @@ async def serve(config: Config, state_dir: Path) -> None:
             Stream.HEALTH, "component.restarted", Severity.WARNING, component=name, reason=str(error)
         ),
     )
+
+    def record_end(failure: type[BaseException] | None, *_: object) -> None:
+        """The last worker has left."""
+        if failure is None:
+            reconciler.stopped()
+
     async with AsyncExitStack() as stack:
         stack.callback(_lock(state_dir))
         # Telemetry: outermost, so that it hears of everything until the end.
@@ -163,6 +169,7 @@ async def serve(config: Config, state_dir: Path) -> None:
         stack.enter_context(reporter.listening())
         events.emit(Stream.HEALTH, "daemon.started", version=__version__, profile=profile.name)
         # Engine and what it serves.
+        stack.push(record_end)
         arena = Arena(
             bytes_max=config.shared_memory.arena_bytes_max, idle_bytes_max=config.shared_memory.arena_idle_bytes_max
         )
