@@ -89,6 +89,7 @@ class SharedMemoryConfig(Section, frozen=True):
     total_bytes_max: int = 1024 * MIB  # of all connections together
     arena_bytes_max: int = 256 * MIB  # the daemon's own, for large bodies that are sent; 0: workers get them sent too
     arena_idle_bytes_max: int = 16 * MIB  # of it kept for reuse
+    arena_idle_s: float = 10.0  # and given back once it was not used for so long
 
     def __post_init__(self) -> None:
         _require(0 <= self.regions_max <= 4096, "regions_max: 0..4096")
@@ -97,6 +98,7 @@ class SharedMemoryConfig(Section, frozen=True):
         _require(self.total_bytes_max >= self.region_bytes_max, "total_bytes_max: at least region_bytes_max")
         _require(0 <= self.arena_bytes_max <= 1 << 40, "arena_bytes_max: 0..1 TiB")
         _require(self.arena_idle_bytes_max >= 0, "arena_idle_bytes_max: not negative")
+        _require(0.1 <= self.arena_idle_s <= 86400, "arena_idle_s: 0.1..86400")
 
 
 class TokenConfig(Section, frozen=True):

@@ -25,7 +25,7 @@ import uvloop
 
 from agent import __version__, sdnotify
 from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker
-from agent.arena import Arena
+from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
 from agent.config import Config, ServingConfig, load
@@ -225,7 +225,8 @@ async def serve(config: Config, state_dir: Path) -> None:
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
         )
-        components: list[Component] = [engine, reconciler, reporter]
+        keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
+        components: list[Component] = [engine, reconciler, reporter, keeper]
         if link is not None:
             commands = CommandInbox(
                 state_dir / "commands.db",
