@@ -267,10 +267,12 @@ class Reconciler:
         elif action is Action.BEGIN and wish is not None:
             await performer.begin(wish, deployment_id=wish.id)
             await self._collect()
-        elif action is Action.POLL and wish is not None and latest is not None:
-            await self._poll(performer, hint, wish, latest)
         elif performer.pointer is not None and performer.active is None:
             await self._revive(performer, hint)
+            if action is Action.POLL and performer.active is None and wish is not None and latest is not None:
+                await self._look_for_newer(performer, wish, latest)
+        elif action is Action.POLL and wish is not None and latest is not None:
+            await self._poll(performer, hint, wish, latest)
         else:
             await hint.wait()
 
@@ -316,6 +318,9 @@ class Reconciler:
             pass
         else:
             return
+        await self._look_for_newer(performer, wish, latest)
+
+    async def _look_for_newer(self, performer: Performer, wish: Desired, latest: Record) -> None:
         offered = await self._offered(wish)
         if offered is None:
             return

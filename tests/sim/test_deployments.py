@@ -584,6 +584,29 @@ def test_a_newer_version_of_the_channel_takes_the_place_of_one_that_is_held_back
     run(story())
 
 
+@pytest.mark.parametrize("version", ["", "1.0.0"])
+def test_a_confirmed_version_that_boot_could_not_load_is_loaded_later(tmp_path: Path, version: str) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0"])
+        box.configured = (Desired(id="file", slot="magika", team="files", version=version),)
+        await box.restart()
+        await box.run_until_final(None, "file")
+        box.behaviour["1.0.0"] = "unloadable"  # as when memory is short
+        await box.restart()
+        await box.boot()
+        assert box.active() is None
+        box.behaviour.clear()
+        running = asyncio.ensure_future(box.reconciler.run())
+        async with asyncio.timeout(20):
+            while box.active() is None:
+                await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.wait({running})
+        await box.journal.close()
+
+    run(story())
+
+
 def test_journal_rows_of_another_program_version_are_skipped(tmp_path: Path) -> None:
     async def story() -> None:
         box = Box(tmp_path, ["1.0.0"])
