@@ -3,7 +3,7 @@
 Only a start after an end that nobody ordered (a crash, ``kill -9``, a power cut, the watchdog) counts against the
 version: ``Pointer.running`` is set before it is loaded and cleared once an orderly stop is complete, so a cut at any
 moment in between counts. With its starts used up, a version yields to the confirmed one. Where there is none it is
-started again, ever more seldom: a box without any model is no safer place to return to (docs/adr/0008).
+started again, ever more seldom: a box without any model is no safer place to return to (docs/adr/0010).
 """
 
 from __future__ import annotations
