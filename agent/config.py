@@ -89,6 +89,7 @@ class SharedMemoryConfig(Section, frozen=True):
     total_bytes_max: int = 1024 * MIB  # of all connections together
     arena_bytes_max: int = 256 * MIB  # the daemon's own, for large bodies that are sent; 0: workers get them sent too
     arena_idle_bytes_max: int = 16 * MIB  # of it kept for reuse
+    arena_idle_s: float = 10.0  # and given back once it was not used for so long
 
     def __post_init__(self) -> None:
         _require(0 <= self.regions_max <= 4096, "regions_max: 0..4096")
@@ -97,6 +98,7 @@ class SharedMemoryConfig(Section, frozen=True):
         _require(self.total_bytes_max >= self.region_bytes_max, "total_bytes_max: at least region_bytes_max")
         _require(0 <= self.arena_bytes_max <= 1 << 40, "arena_bytes_max: 0..1 TiB")
         _require(self.arena_idle_bytes_max >= 0, "arena_idle_bytes_max: not negative")
+        _require(0.1 <= self.arena_idle_s <= 86400, "arena_idle_s: 0.1..86400")
 
 
 class TokenConfig(Section, frozen=True):
@@ -215,7 +217,8 @@ class DeployConfig(Section, frozen=True):
     probation_calls_min: int = 20  # and so many good answers; idle models are probed by their golden inputs
     probation_limit_s: float = 600.0  # without enough good answers by then, the version is rolled back
     probation_errors_max: float = 0.02  # share of failed answers above the previous version's
-    starts_in_trial_max: int = 3  # daemon starts during one trial; with more the version is rolled back
+    starts_in_trial_max: int = 3  # starts during one trial after a crash or power cut; with more it is rolled back
+    trial_retry_cap_s: float = 3600.0  # a version with nothing to roll back to is started again, at most so far apart
     fetch_retry_cap_s: float = 300.0  # longest wait between tries while the store cannot be reached
     fetch_limit_s: float = 72 * 3600.0  # with the store unreachable for so long, the deployment fails
     keep_versions: int = 2  # per slot on disk, beside active and previous
@@ -225,6 +228,7 @@ class DeployConfig(Section, frozen=True):
         _require(self.probation_calls_min >= 0, "probation_calls_min: not negative")
         _require(0 <= self.probation_errors_max <= 1, "probation_errors_max: 0..1")
         _require(1 <= self.starts_in_trial_max <= 100, "starts_in_trial_max: 1..100")
+        _require(self.trial_retry_cap_s > 0, "trial_retry_cap_s: above 0")
         _require(self.fetch_retry_cap_s > 0, "fetch_retry_cap_s: above 0")
 
 

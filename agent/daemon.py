@@ -25,7 +25,7 @@ import uvloop
 
 from agent import __version__, sdnotify
 from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker
-from agent.arena import Arena
+from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
 from agent.config import Config, ServingConfig, load
@@ -140,6 +140,12 @@ async def serve(config: Config, state_dir: Path) -> None:
             Stream.HEALTH, "component.restarted", Severity.WARNING, component=name, reason=str(error)
         ),
     )
+
+    def record_end(failure: type[BaseException] | None, *_: object) -> None:
+        """The last worker has left."""
+        if failure is None:
+            reconciler.stopped()
+
     async with AsyncExitStack() as stack:
         stack.callback(_lock(state_dir))
         # Telemetry: outermost, so that it hears of everything until the end.
@@ -163,6 +169,7 @@ async def serve(config: Config, state_dir: Path) -> None:
         stack.enter_context(reporter.listening())
         events.emit(Stream.HEALTH, "daemon.started", version=__version__, profile=profile.name)
         # Engine and what it serves.
+        stack.push(record_end)
         arena = Arena(
             bytes_max=config.shared_memory.arena_bytes_max, idle_bytes_max=config.shared_memory.arena_idle_bytes_max
         )
@@ -218,7 +225,8 @@ async def serve(config: Config, state_dir: Path) -> None:
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
         )
-        components: list[Component] = [engine, reconciler, reporter]
+        keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
+        components: list[Component] = [engine, reconciler, reporter, keeper]
         if link is not None:
             commands = CommandInbox(
                 state_dir / "commands.db",

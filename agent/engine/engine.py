@@ -23,6 +23,7 @@ from agent.config import ClientLimitConfig, EngineConfig
 from agent.engine.admission import Admission
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
+from agent.engine.orphans import kill_left
 from agent.engine.pool import Pool, PoolOwner
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
 from agent.engine.version import Version
@@ -90,8 +91,11 @@ class Engine:
     async def running(self) -> AsyncIterator[None]:
         """The engine lives as long as the body; afterwards no worker and no zygote is left."""
         self._scratch.mkdir(parents=True, exist_ok=True)
-        for left in self._scratch.iterdir():  # of a daemon that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        left = list(self._scratch.iterdir())  # of a daemon that was killed
+        if left and (killed := kill_left(self._scratch.resolve())):
+            _log.warning("workers of a killed daemon were left; killed them", pids=killed)
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:

@@ -49,7 +49,8 @@ class Job:
                 self.client.outstanding -= 1
             if self.shares is not None:
                 self.shares.remove(self.request.client)
-            self.request.body = b""  # request and job know each other: the body must not wait for the collector
+            self.request.body = b""
+            self.request.handle = None  # they know each other: neither, nor its client, may wait for the collector
         regions, self.regions = self.regions, ()
         for _, region in regions:
             region.release()

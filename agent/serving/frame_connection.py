@@ -154,7 +154,7 @@ class FrameConnection:
         if self._shared is not None:
             self._shared.close()
         self._decoder.drop()
-        self._out.close()
+        self._out.drop()
         self._server.closed(self, reason)
 
     def enforce_deadlines(self, now: float) -> None:

@@ -46,11 +46,6 @@ class Outbound:
         self._buffers.append(frame)
         self.size += len(frame)
 
-    def close(self) -> None:
-        """Let go of what was not sent."""
-        while self._passing:
-            self._passing.popleft()[1].close()
-
     def send(self, sock: socket.socket) -> int:
         """Hand over as much as the kernel takes at once; return how many bytes that was.
 
@@ -68,7 +63,7 @@ class Outbound:
             except (BlockingIOError, InterruptedError):
                 break
             total += sent
-            if not self._drop(sent, len(chunk)):
+            if not self._advance(sent, len(chunk)):
                 break  # the kernel took less than offered: it is full
         self.size -= total
         return total
@@ -85,7 +80,14 @@ class Outbound:
         passed.close()
         return chunk[:1], sent
 
-    def _drop(self, count: int, offered: int) -> bool:
+    def drop(self) -> None:
+        """Let go of what was not sent: nobody takes it any more."""
+        self._buffers.clear()
+        self.size = 0
+        while self._passing:
+            self._passing.popleft()[1].close()
+
+    def _advance(self, count: int, offered: int) -> bool:
         for _ in range(offered):
             first = self._buffers[0]
             if len(first) > count:

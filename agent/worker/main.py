@@ -122,7 +122,10 @@ class Server:
                 return
             if execution.running is not None and self._full():
                 select.select((execution.descriptor,), (), ())  # the rest would be told again and again
-            for descriptor, events in self._poll.poll(self._pause_s()):
+            arrived = self._poll.poll(self._pause_s())
+            if len(arrived) > 1:  # the daemon first: what it says of a lane's regions comes before their use
+                arrived.sort(key=self._is_not_home)
+            for descriptor, events in arrived:
                 line = lines.get(descriptor)
                 if line is None:
                     self._finish_batch()
@@ -145,6 +148,9 @@ class Server:
             until_report_s = max(0.0, self._report_at - now)
             wait_s = until_report_s if wait_s < 0 else min(wait_s, until_report_s)
         return wait_s
+
+    def _is_not_home(self, event: tuple[int, int]) -> bool:
+        return event[0] != self._home.channel.descriptor_number
 
     def _full(self) -> bool:
         """Whether nothing more is taken until a batch has been."""
