@@ -56,10 +56,6 @@ class Line:
         """Queue a refusal."""
         self.channel.post(error_header(request_id, error.code, str(error), retryable=error.retryable))
 
-    def find(self, number: object) -> Region | None:
-        """Return the region its application calls ``number``."""
-        return None
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
@@ -113,10 +109,6 @@ class Lane(Line):
         """See ``Line.settled``."""
         self.outstanding -= 1
         self._book.settle(self.grant.client, len(request.body), code, now - request.arrived)
-
-    def find(self, number: object) -> Region | None:
-        """See ``Line.find``."""
-        return self.regions.get(number) if type(number) is int else None
 
     def name(self, number: int, region: Region) -> None:
         """Let requests call a region ``number``.

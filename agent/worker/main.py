@@ -122,10 +122,7 @@ class Server:
                 return
             if execution.running is not None and self._full():
                 select.select((execution.descriptor,), (), ())  # the rest would be told again and again
-            arrived = self._poll.poll(self._pause_s())
-            if len(arrived) > 1:  # the daemon first: what it says of a lane's regions comes before their use
-                arrived.sort(key=self._is_not_home)
-            for descriptor, events in arrived:
+            for descriptor, events in self._poll.poll(self._pause_s()):
                 line = lines.get(descriptor)
                 if line is None:
                     self._finish_batch()
@@ -148,9 +145,6 @@ class Server:
             until_report_s = max(0.0, self._report_at - now)
             wait_s = until_report_s if wait_s < 0 else min(wait_s, until_report_s)
         return wait_s
-
-    def _is_not_home(self, event: tuple[int, int]) -> bool:
-        return event[0] != self._home.channel.descriptor_number
 
     def _full(self) -> bool:
         """Whether nothing more is taken until a batch has been."""
@@ -189,10 +183,10 @@ class Server:
             self._poll.modify(number, interest)
         line.interest = interest
 
-    def _receive(self, line: Line) -> None:
-        """Take what has arrived with one read."""
+    def _receive(self, line: Line) -> bool:
+        """Take what has arrived with one read; return whether that was anything."""
         if self._full():
-            return
+            return False
         try:
             frames = line.channel.receive()
             now = time.monotonic()
@@ -207,12 +201,13 @@ class Server:
                 raise
             line.post_error(None, error)
             self._drop(line)
-            return
+            return False
         if line.channel.closed:
             self._posted.add(line)  # to stop listening
             if line is self._home:
                 for lane in list(self._lanes.values()):
                     self._revoke(lane)
+        return bool(frames)
 
     # Lanes
 
@@ -304,14 +299,15 @@ class Server:
             raise FrameError(f"kind {kind[:32]!r} is not for a lane")
 
     def _named_in(self, lane: Lane, header: Mapping[str, Any]) -> dict[int, Region]:
-        found: dict[int, Region] = {}
+        """Return the regions a lane's request names, those that are not lent left out: decoding tells of them."""
         entries = header.get("tensors")
-        for place in (*(entries if isinstance(entries, list) else ()), header.get("reply")):
-            number = place.get("region") if isinstance(place, dict) else None
-            region = lane.find(number)
-            if region is not None and type(number) is int:
-                found[number] = region
-        return found
+        places = (*(entries if isinstance(entries, list) else ()), header.get("reply"))
+        numbers = {
+            place.get("region") for place in places if isinstance(place, dict) and type(place.get("region")) is int
+        }
+        while not numbers <= lane.regions.keys() and self._receive(self._home):
+            pass  # the daemon said so before its client asked, on another socket
+        return {number: lane.regions[number] for number in numbers if number in lane.regions}
 
     # Requests
 
