@@ -22,6 +22,9 @@ reply  id, value                                                                
 hello  client or server, protocol, limits?                                           –
 attach id, region, nbytes; one descriptor travels with the frame                     –
 detach id, region                                                                    –
+lane   id, model; one descriptor travels with the reply                              –
+lend   id, lane, region                                                              –
+bye    (on a lane: nothing more is taken)                                            –
 ====== ============================================================================ ==========================
 
 A tensor with a ``region`` lies in shared memory, ``nbytes`` from ``offset``, and takes no part of the body. ``region``
@@ -102,6 +105,9 @@ class Kind(StrEnum):
     HELLO = "hello"
     ATTACH = "attach"
     DETACH = "detach"
+    LANE = "lane"
+    LEND = "lend"
+    BYE = "bye"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -202,7 +202,10 @@ class Pool:
     @property
     def outstanding(self) -> int:
         """Jobs admitted and not answered."""
-        return len(self.waiting) + sum(len(link.jobs) for link in self.links)
+        count = len(self.waiting)
+        for link in self.links:  # a loop: a generator costs more than the sum, once a request
+            count += len(link.jobs)
+        return count
 
     @property
     def queue_requests_max(self) -> int:
@@ -217,7 +220,10 @@ class Pool:
     @property
     def held_bytes(self) -> int:
         """Body bytes of all outstanding jobs."""
-        return self._waiting_bytes + sum(link.held_bytes for link in self.links)
+        held = self._waiting_bytes
+        for link in self.links:
+            held += link.held_bytes
+        return held
 
     def submit(self, job: Job) -> None:
         """Take one job: to a worker at once if one has room, else into the queue.

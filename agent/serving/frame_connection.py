@@ -289,7 +289,10 @@ class FrameConnection:
             return
         if header.pairs is None:
             header.pairs = packed_pairs(header)
-        self._send((lead_frame(RESULT_LEAD, request_id, header.pairs, sum(map(len, body))), *body))
+        if len(body) == 1 and isinstance(body[0], bytes):  # as small ones are
+            self._send((lead_frame(RESULT_LEAD, request_id, header.pairs, len(body[0])) + body[0],))
+        else:
+            self._send((lead_frame(RESULT_LEAD, request_id, header.pairs, sum(map(len, body))), *body))
 
     def _cancel(self, request_id: int) -> None:
         """Withdraw a request or call; an id that is already answered is no fault, the frames crossed."""

@@ -30,7 +30,11 @@ class Outbound:
 
     def add(self, parts: Sequence[Buffer]) -> None:
         """Queue one frame. Its buffers must not change until they are sent."""
-        sizes = [len(part) if isinstance(part, bytes) else memoryview(part).nbytes for part in parts]
+        if len(parts) == 1 and isinstance(parts[0], bytes):
+            self.size += len(parts[0])
+            self._buffers.append(parts[0])
+            return
+        sizes = [memoryview(part).nbytes for part in parts]
         size = sum(sizes)
         self.size += size
         if size <= _JOIN_BYTES_MAX:

@@ -90,7 +90,7 @@ class Server:
         self._runtime = loaded.runtime
         self._forms = loaded.forms
         self._names = {"model": spec.model, "version": spec.version, "variant": spec.variant}
-        self._answers = Answers(self._names)
+        self._answers = Answers(self._names, loaded.forms)
         self._regions = Regions()
         self._held_bytes = 0
         self._batcher: Batcher[Request] = Batcher(rows_max=loaded.signature.rows_max, delay_max_s=spec.batch_delay_s)

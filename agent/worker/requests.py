@@ -144,7 +144,10 @@ class Request:
             AgentError: the request is refused.
         """
         self.inputs, self.rows, self.state = self.form.decode(self)
-        self.key = signature.key({name: array.shape for name, array in self.inputs.items()})
+        if self.layout is not None:
+            self.key = self.layout.key
+        else:
+            self.key = signature.key({name: array.shape for name, array in self.arrays().items()})
 
     def arrays(self) -> Mapping[str, Array]:
         """Return the inputs of a prepared request."""
@@ -162,8 +165,8 @@ class Request:
 class Form(Protocol):
     """One way to carry a request."""
 
-    def decode(self, request: Request) -> tuple[Mapping[str, Array], int, Any]:
-        """Return inputs, rows and the state for ``encode``."""
+    def decode(self, request: Request) -> tuple[Mapping[str, Array] | None, int, Any]:
+        """Return inputs, rows and the state for ``encode``; no inputs if it set the request's plain layout."""
         ...
 
     def encode(self, request: Request, outputs: Mapping[str, Array]) -> Answer: ...
@@ -174,7 +177,7 @@ class Forms:
 
     def __init__(self, signature: Signature, handler: Handler | None, *, model: str, version: str) -> None:
         self._tensors = TensorForm(signature)
-        self._oip = OipForm(signature, model=model, version=version)
+        self.oip = OipForm(signature, model=model, version=version)
         self._raw = RawForm(signature, handler)
 
     def asked(self, header: Header) -> Asked:
@@ -191,7 +194,7 @@ class Forms:
         if content_type is None:
             return self._tensors
         if content_type == OIP_CONTENT_TYPE:
-            return self._oip
+            return self.oip
         if not isinstance(content_type, str):
             raise InvalidInputError("'content_type' must be a text")
         return self._raw
@@ -283,6 +286,18 @@ class TensorForm:
                 raise InvalidInputError(f"unknown output {name!r}; the model gives {', '.join(known)}")
 
 
+class OipPlan:
+    """What an Open Inference Protocol request of binary tensors alone asks for, whatever its tensors hold."""
+
+    __slots__ = ("heads", "layout", "request")
+
+    def __init__(self, request: codecs.OipRequest, layout: Layout) -> None:
+        self.request = request
+        self.request.inputs = {}  # they are the first request's
+        self.layout = layout
+        self.heads: dict[Hashable, tuple[tuple[int, bytes], bytes]] = {}  # of answers: the frame's items and the JSON
+
+
 class OipForm:
     """An Open Inference Protocol body."""
 
@@ -290,23 +305,47 @@ class OipForm:
         self._signature = signature
         self._model = model
         self._version = version
+        self._plans: dict[bytes, OipPlan] = {}  # by the JSON part, which clients repeat
 
-    def decode(self, request: Request) -> tuple[Mapping[str, Array], int, Any]:
+    def decode(self, request: Request) -> tuple[Mapping[str, Array] | None, int, Any]:
         """Return the decoded inputs; the request's own ``timeout`` only shortens its deadline."""
-        params = request.header.get("params")
+        params, body = request.header.get("params"), request.body
         json_bytes = params.get("oip_header_bytes") if isinstance(params, dict) else None
-        decoded = codecs.decode(request.body, json_bytes, self._signature)
+        document = bytes(body[:json_bytes]) if type(json_bytes) is int and json_bytes > 0 else b""
+        plan = self._plans.get(document)
+        if plan is not None and plan.layout.body_bytes == len(body):
+            request.layout = plan.layout
+            return None, plan.layout.rows, plan
+        decoded = codecs.decode(body, json_bytes, self._signature)
         sizes: dict[str, int] = {}
         for name, (dtype, array) in decoded.inputs.items():
             self._signature.check(name, dtype, array.shape, sizes)
         if decoded.timeout_s is not None:
             request.deadline = min(request.deadline, request.arrived + decoded.timeout_s)
         inputs = {name: array for name, (_, array) in decoded.inputs.items()}
-        return inputs, self._signature.rows(len(inputs), sizes), decoded
+        rows = self._signature.rows(len(inputs), sizes)
+        if document and _repeats(decoded, len(body) - len(document)):
+            self._keep(document, decoded, rows, len(body))
+        return inputs, rows, decoded
+
+    def _keep(self, document: bytes, decoded: codecs.OipRequest, rows: int, body_bytes: int) -> None:
+        tensors, offset = [], len(document)
+        for name, (dtype, array) in decoded.inputs.items():
+            tensors.append(Tensor(name, dtype, array.shape, offset, array.nbytes))
+            offset += array.nbytes
+        key = self._signature.key({tensor.name: tensor.shape for tensor in tensors})
+        if len(self._plans) >= _LAYOUTS_MAX:
+            self._plans.clear()
+        self._plans[document] = OipPlan(decoded, Layout(tuple(tensors), rows, key, body_bytes))
 
     def encode(self, request: Request, outputs: Mapping[str, Array]) -> Answer:
         """Return an OIP answer, binary where asked for."""
-        json_bytes, buffers = codecs.encode(request.state, outputs, model=self._model, version=self._version)
+        state = request.state.request if isinstance(request.state, OipPlan) else request.state
+        return self.packed(state, outputs)
+
+    def packed(self, asked: codecs.OipRequest, outputs: Mapping[str, Array]) -> Answer:
+        """Return the answer to a decoded request."""
+        json_bytes, buffers = codecs.encode(asked, outputs, model=self._model, version=self._version)
         if json_bytes is None:
             return {"content_type": "application/json"}, buffers
         return {"content_type": "application/octet-stream", "params": {"oip_header_bytes": json_bytes}}, buffers
@@ -369,9 +408,17 @@ def stacked(part: Sequence[Request], rows: int) -> dict[str, Array]:
     layout = first.layout
     if layout is not None and len(layout.tensors) == 1 and all(request.layout is not None for request in part):
         (tensor,) = layout.tensors
-        joined = b"".join([request.body for request in part])
+        joined = b"".join([_only_tensor(request) for request in part])
         return {tensor.name: np.ndarray((rows, *tensor.shape[1:]), NUMPY_DTYPES[tensor.dtype], joined)}
     return {name: _stacked(part, name, rows) for name in first.arrays()}
+
+
+def _only_tensor(request: Request) -> Buffer:
+    """Return the bytes of the one tensor of a plain request."""
+    layout, body = request.layout, request.body
+    assert layout is not None
+    tensor = layout.tensors[0]
+    return body if tensor.nbytes == len(body) else memoryview(body)[tensor.offset :]
 
 
 def _stacked(part: Sequence[Request], name: str, rows: int) -> Array:
@@ -395,8 +442,9 @@ class Answers:
         names: Items that each answer carries beside its tensors: the model's name and so on.
     """
 
-    def __init__(self, names: Mapping[str, Any]) -> None:
+    def __init__(self, names: Mapping[str, Any], forms: Forms) -> None:
         self._names = dict(names)
+        self._forms = forms
         self._known: dict[Hashable, tuple[int, bytes]] = {}
 
     def frames(self, part: Sequence[Request], outputs: Mapping[str, Array]) -> list[bytes] | None:
@@ -407,7 +455,7 @@ class Answers:
             outputs: Each ``[sum of their rows, ...]``, or of a single request whatever the model returned.
         """
         single = len(part) == 1
-        cuts: list[tuple[bytes, int]] = []  # an output's bytes, and how many of them a row takes
+        cuts: dict[str, tuple[bytes, int]] = {}  # an output's bytes, and how many of them a row takes
         kinds: list[Hashable] = []
         total = 0
         for name, array in outputs.items():
@@ -415,7 +463,7 @@ class Answers:
             if dtype is None or not array.ndim:
                 return None
             total += array.nbytes
-            cuts.append((array.tobytes(), array.nbytes if single else array.nbytes // max(1, len(array))))
+            cuts[name] = array.tobytes(), array.nbytes if single else array.nbytes // max(1, len(array))
             kinds.append((name, dtype, array.shape if single else array.shape[1:]))
         if total > _SMALL_BYTES_MAX:
             return None
@@ -426,23 +474,53 @@ class Answers:
             if layout is None or request.window is not None:
                 return None
             rows = 1 if single else layout.rows
-            pairs = self._known.get((rows, single, *kinds)) or self._pack(rows, single, kinds)
-            if len(cuts) == 1:
-                data, width = cuts[0]
-                body = data[row * width : (row + rows) * width]
+            kind = (rows, single, *kinds)
+            head, chosen = b"", cuts.values()
+            if type(request.state) is OipPlan:
+                plan = request.state
+                pairs, head = plan.heads.get(kind) or self._pack_oip(plan, kind)
+                if plan.request.outputs is not None:
+                    chosen = [cuts[name] for name, _ in plan.request.outputs]  # type: ignore[assignment]
             else:
-                body = b"".join([data[row * width : (row + rows) * width] for data, width in cuts])
+                pairs = self._known.get(kind) or self._pack(kind)
+            parts = [data[row * width : (row + rows) * width] for data, width in chosen]
             row += rows
+            body = parts[0] if len(parts) == 1 and not head else b"".join((head, *parts))
             found.append(lead_frame(RESULT_LEAD, request.id, pairs, len(body)) + body)
         return found
 
-    def _pack(self, rows: int, single: bool, kinds: Sequence[Any]) -> tuple[int, bytes]:
-        shapes = [(name, dtype, list(shape) if single else [rows, *shape]) for name, dtype, shape in kinds]
-        entries = tensor_entries((n, d, shape, (DTYPES[d] or 0) * math.prod(shape)) for n, d, shape in shapes)
+    def _pack(self, kind: tuple[Any, ...]) -> tuple[int, bytes]:
+        entries = tensor_entries((n, d, shape, (DTYPES[d] or 0) * math.prod(shape)) for n, d, shape in _shapes(kind))
         pairs = packed_pairs({"tensors": entries, **self._names})
         if len(self._known) < _LAYOUTS_MAX:
-            self._known[(rows, single, *kinds)] = pairs
+            self._known[kind] = pairs
         return pairs
+
+    def _pack_oip(self, plan: OipPlan, kind: tuple[Any, ...]) -> tuple[tuple[int, bytes], bytes]:
+        likewise = {name: np.zeros(shape, NUMPY_DTYPES[dtype]) for name, dtype, shape in _shapes(kind)}
+        fields, buffers = self._forms.oip.packed(plan.request, likewise)
+        found = packed_pairs({**fields, **self._names}), bytes(buffers[0])
+        if len(plan.heads) < _LAYOUTS_MAX:
+            plan.heads[kind] = found
+        return found
+
+
+def _shapes(kind: tuple[Any, ...]) -> list[tuple[str, str, list[int]]]:
+    """Return name, dtype and shape of each output of one request of that kind."""
+    rows, single, *outputs = kind
+    return [(name, dtype, list(shape) if single else [rows, *shape]) for name, dtype, shape in outputs]
+
+
+def _repeats(decoded: codecs.OipRequest, binary_bytes: int) -> bool:
+    """Whether requests with the same JSON part differ in their binary tensors alone, and are answered in binary."""
+    inputs = decoded.inputs.values()
+    return (
+        decoded.id is None
+        and decoded.timeout_s is None
+        and sum(array.nbytes for _, array in inputs) == binary_bytes
+        and not any(dtype in _CONVERTED for dtype, _ in inputs)
+        and (decoded.binary if decoded.outputs is None else all(binary for _, binary in decoded.outputs))
+    )
 
 
 def into_window(window: memoryview, fields: dict[str, Any], body: list[Buffer]) -> list[Buffer]:

@@ -481,7 +481,7 @@ def test_malformed_fields_are_refused(worker: WorkerProcess, fields: dict[str, A
 
 
 def test_calls(worker: WorkerProcess) -> None:
-    assert worker.call("ping") == {"ok": True}
+    assert worker.call("ping") == {"ok": True, "running_s": 0.0}
     assert worker.call("selftest") == {"ok": True, "golden": []}
     assert worker.call("dance")["code"] == "not_found"
 
