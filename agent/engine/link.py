@@ -55,6 +55,7 @@ class WorkerLink:
         self.alive = True
         self.gone = asyncio.Event()
         self.scratch: Path | None = None  # removed by whoever buries the worker
+        self.cores: tuple[int, ...] = ()  # given back likewise
         self._on_answer = on_answer
         self._on_frame = on_frame
         self._on_death = on_death
@@ -108,6 +109,17 @@ class WorkerLink:
     def silent_s(self, now: float) -> float:
         """Return for how long the worker has owed an answer and given none (seconds)."""
         return now - self._heard_at if self.owed and self.alive else 0.0
+
+    def queued_s(self, since: float) -> float:
+        """Return how long a job has certainly queued in the worker (seconds).
+
+        Of the jobs handed over from ``since`` on the oldest unanswered one counts: when the worker last answered, it
+        had waited for so long and was not part of what was answered. A slow model alone delays nobody by this measure.
+        """
+        for job in self.jobs.values():
+            if job.dispatched >= since:
+                return max(0.0, self._heard_at - job.dispatched)
+        return 0.0
 
     def kill(self) -> None:
         """SIGKILL the worker; ``on_death`` follows."""

@@ -1,8 +1,9 @@
-"""The workers of one variant: admission, dispatch, restart, retry.
+"""The workers of one variant: admission, dispatch, restart, retry, growth.
 
-A pool keeps ``size`` workers of one variant alive. A job waits here only while no worker has room. When a worker dies
-its unanswered jobs are tried once more elsewhere, before everything that waits; a handler that declares itself not
-idempotent is the exception. Deaths beyond the bound end the pool: ``on_lost`` lets the version take its next variant.
+A pool keeps ``size`` workers of one variant alive, more of them while requests queue (``growth.py``). A job waits here
+only while no worker has room. When a worker dies its unanswered jobs are tried once more elsewhere, before everything
+that waits; a handler that declares itself not idempotent is the exception. Deaths beyond the bound end the pool:
+``on_lost`` lets the version take its next variant.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -20,11 +21,22 @@ from agent.arena import Arena
 from agent.backoff import Backoff
 from agent.config import EngineConfig
 from agent.engine.claims import answer_of, hello_of
+from agent.engine.cores import Cores
+from agent.engine.growth import Move, Seen, Trend, step
 from agent.engine.job import Job
 from agent.engine.link import WorkerLink
 from agent.engine.types import VariantSpec
 from agent.engine.zygote import Exit, WorkerProcess
-from agent.errors import AgentError, DeadlineError, LoadError, OverloadedError, WorkerDiedError, WorkerError, by_code
+from agent.errors import (
+    AgentError,
+    DeadlineError,
+    LoadError,
+    OutOfMemoryError,
+    OverloadedError,
+    WorkerDiedError,
+    WorkerError,
+    by_code,
+)
 from agent.log import get_logger
 from agent.wire import Buffer, Limits
 
@@ -34,6 +46,7 @@ _FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", 
 _ATTEMPTS_MAX: Final = 2
 _LEAVE_TIMEOUT_S: Final = 5.0
 _MEMORY_FOLDER: Final = Path("/dev/shm")
+_GROW_AGAIN_S: Final = (2.0, 300.0)  # after a growth that failed: the first pause, and the longest
 
 
 class Forker(Protocol):
@@ -54,6 +67,9 @@ class PoolOwner(Protocol):
 
     def worker_ready(self, pid: int) -> None: ...
 
+    def pool_resized(self, change: str, workers: int, reason: str) -> None:
+        """The pool has ``grown`` or ``shrunk`` to so many workers, or was ``held`` where it is; the reason says why."""
+
     def pool_lost(self, error: WorkerError) -> None:
         """The variant cannot be kept alive; its waiting jobs are in ``Pool.waiting``."""
 
@@ -73,8 +89,12 @@ class Pool:
         wire: Limits,
         arena: Arena,
         numbers: itertools.count[int],
+        cores: Cores,
+        room: Callable[[Sequence[int]], Awaitable[str]],
     ) -> None:
         self.spec = spec
+        self.size = spec.bounds.least  # workers there should be
+        self.held = ""  # why the last attempt to grow failed
         self.links: list[WorkerLink] = []
         self.waiting: deque[Job] = deque()
         self.hello: dict[str, Any] = {}
@@ -97,6 +117,12 @@ class Pool:
         self._closed = asyncio.Event()
         self._idempotent = True
         self._drained = asyncio.Event()
+        self._cores = cores
+        self._room = room
+        self._trend = Trend()
+        self._grown_at = 0.0  # loop seconds
+        self._grow_from = 0.0  # loop seconds
+        self._grow_backoff = Backoff(first_s=_GROW_AGAIN_S[0], cap_s=_GROW_AGAIN_S[1])
 
     # Life
 
@@ -107,8 +133,8 @@ class Pool:
             WorkerError: it did not load, failed its self-test, or died; the class says which.
         """
         await self._start_worker()
-        for _ in range(1, self._config.workers):
-            self._spawn(self._restart(0.0), f"start {self.spec.id}")
+        for _ in range(1, self.size):
+            self._spawn(self._restart(0.0, replaces=False), f"start {self.spec.id}")
 
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then let the workers go; jobs over the time are failed."""
@@ -120,14 +146,14 @@ class Pool:
             except TimeoutError:
                 _log.warning("drain timed out", variant=self.spec.id, outstanding=self.outstanding)
         self.abandon(WorkerDiedError("the model was unloaded before it answered"))
-        leaving, self.links = self.links, []
+        self._leaving.update(self.links)  # beside those that a smaller pool has let go and that are not gone yet
+        self.links = []
         for link, started in self._starting.items():
             link.kill()
             if not started.done():
                 started.set_exception(LoadError("the model was unloaded while it started"))
         async with asyncio.TaskGroup() as group:
-            for link in leaving:
-                self._leaving.add(link)
+            for link in self._leaving:
                 group.create_task(self._see_off(link))
 
     def abandon(self, error: AgentError) -> None:
@@ -163,8 +189,8 @@ class Pool:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to sweep: a job, or a worker that owes an answer nobody waits for any more."""
-        return bool(self.waiting) or any(link.owed for link in self.links)
+        """Whether there is anything to sweep: a job, an answer that nobody waits for any more, or a worker to spare."""
+        return bool(self.waiting) or len(self.links) > self.spec.bounds.least or any(link.owed for link in self.links)
 
     @property
     def held_bytes(self) -> int:
@@ -215,7 +241,7 @@ class Pool:
         return True
 
     def sweep(self, now: float) -> None:
-        """Answer jobs past their deadline; kill a worker that has held one job too long."""
+        """Answer jobs past their deadline; kill a worker that has held one job too long; adapt the pool's size."""
         for job in [job for job in self.waiting if job.request.deadline <= now]:
             self.cancel(job)
             self._finish_failed(job, DeadlineError("the deadline passed while the request waited"))
@@ -226,6 +252,8 @@ class Pool:
             if link.silent_s(now) > self._config.hang_timeout_s:
                 _log.error("worker hangs; killing it", variant=self.spec.id, pid=link.process.pid)
                 link.kill()
+        if self.spec.bounds.most > self.spec.bounds.least and not self._closed.is_set():
+            self._resize(now)
 
     async def call(self, method: str, *, timeout_s: float) -> Any:
         """Call ``selftest`` or ``ping`` on a worker and return its value.
@@ -306,8 +334,10 @@ class Pool:
             WorkerError: it is not; the worker is killed and its scratch folder removed.
         """
         scratch = self._make_scratch()
+        cores = self._cores.take(self.spec.threads)
         try:
-            process = await self._forker.fork({**self.spec.worker, "scratch_dir": str(scratch)})
+            order = {**self.spec.worker, "scratch_dir": str(scratch), "cores": list(cores)}
+            process = await self._forker.fork(order)
             link = WorkerLink(
                 process,
                 limits=self._wire,
@@ -332,8 +362,9 @@ class Pool:
                 self._starting.pop(link, None)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
+            self._cores.give_back(cores)
             raise
-        link.scratch = scratch
+        link.scratch, link.cores = scratch, cores
         if self._closed.is_set():
             self._leaving.add(link)
             await self._see_off(link)
@@ -420,10 +451,12 @@ class Pool:
             link.kill()
             await link.gone.wait()
         await self._forker.exit_of(link.process)
-        self._discard(link)
+        if link in self._leaving:  # else the end of the pool has seen it off as well
+            self._discard(link)
 
     def _discard(self, link: WorkerLink) -> None:
         self._leaving.discard(link)
+        self._cores.give_back(link.cores)
         link.process.close()
         if link.scratch is not None:
             shutil.rmtree(link.scratch, ignore_errors=True)
@@ -439,7 +472,7 @@ class Pool:
         self._discard(link)
         self._owner.worker_died(link.process.pid, str(ended), retried)
 
-    async def _restart(self, delay_s: float) -> None:
+    async def _restart(self, delay_s: float, *, replaces: bool = True) -> None:
         while not self._closed.is_set():
             await asyncio.sleep(delay_s)
             if self._closed.is_set():
@@ -453,10 +486,79 @@ class Pool:
                 if self._count_death(self._loop.time()) and not self.links:
                     self._lose(error)
                     return
+                if self.links and self.size > self.spec.bounds.least:
+                    self._hold(error)
+                    return
                 delay_s = self._backoff.next()
             else:
-                self.restarts += 1
+                self.restarts += replaces
                 return
+
+    # Size
+
+    def _resize(self, now: float) -> None:
+        seen = Seen(
+            now=now,
+            ready=len(self.links),
+            wanted=self.size,
+            busy=sum(1 for link in self.links if link.owed),
+            delay_s=self._queued_s(now),
+        )
+        self._trend, move = step(self._trend, seen, self.spec.bounds)
+        if move is Move.GROW and now >= self._grow_from:
+            self.size += 1
+            self._spawn(self._grow(seen.delay_s), f"grow {self.spec.id}")
+        elif move is Move.SHRINK:
+            self._shrink()
+
+    def _queued_s(self, now: float) -> float:
+        """Return how long the oldest request that the last growth could have helped has queued (seconds)."""
+        if not all(link.owed for link in self.links):
+            return 0.0  # the next request finds an idle worker
+        delay = max((link.queued_s(self._grown_at) for link in self.links), default=0.0)
+        if self.waiting:
+            delay = max(delay, now - max(self.waiting[0].arrived, self._grown_at))
+        return delay
+
+    async def _grow(self, delay_s: float) -> None:
+        """Start the worker that ``size`` already counts, if memory allows it."""
+        try:
+            reason = await self._room([link.process.pid for link in self.links])
+            if reason:
+                raise OutOfMemoryError(reason)
+            await self._start_worker()
+        except (WorkerError, OSError) as error:
+            if not self._closed.is_set():
+                self._hold(error)
+            return
+        if self._closed.is_set():
+            return
+        self.held = ""
+        self._grown_at = self._loop.time()
+        self._grow_backoff.reset()
+        self._owner.pool_resized("grown", self.size, f"requests queued for {delay_s * 1000:.0f} ms")
+
+    def _hold(self, error: Exception) -> None:
+        """Do with one worker fewer, for a while."""
+        self.size -= 1
+        self._grow_from = self._loop.time() + _GROW_AGAIN_S[0] + self._grow_backoff.next()
+        reason = f"{error.code}: {error}" if isinstance(error, AgentError) else str(error)
+        if reason != self.held:
+            self.held = reason
+            self._owner.pool_resized("held", self.size, reason)
+
+    def _shrink(self) -> None:
+        """Let one worker go that owes nothing; so nothing can be lost."""
+        called = {link for link, _ in self._calls.values()}
+        idle = [link for link in self.links if not link.owed and link not in called]
+        if not idle:
+            return
+        link = idle[-1]
+        self.size -= 1
+        self.links.remove(link)
+        self._leaving.add(link)
+        self._spawn(self._see_off(link), f"see off {link.process.pid}")
+        self._owner.pool_resized("shrunk", self.size, f"not needed for {self.spec.bounds.shrink_idle_s:g} s")
 
     def _count_death(self, now: float) -> bool:
         """Note one death; return whether there were too many within the window."""
