@@ -66,7 +66,7 @@ class Engine:
         cores: Iterable[int] = (),
         memory_bytes_max: int = 0,
     ) -> None:
-        """``cores`` are those that workers are bound to; at ``memory_bytes_max`` of all workers no pool grows (0: none)."""
+        """Workers are bound to ``cores``, if any; no pool grows above ``memory_bytes_max`` of all workers (0: none)."""
         self._admission = Admission(limits)
         self._config = config
         self._scratch = scratch

@@ -1,9 +1,10 @@
 """When a pool gets another worker and when it gives one back: pure arithmetic over what a sweep sees.
 
 A pool grows when requests have queued for longer than ``grow_delay_s`` at every look of a quarter second, and not
-because many arrived: a batching worker takes everything that waits. It shrinks when all that its workers did, averaged
-over seconds, would have left one fewer with time to spare, without a queue, for ``shrink_idle_s``; a worker that was
-missed soon after it went may wait longer the next time, so that a load between two sizes does not make the pool swing.
+because many arrived: a batching worker takes everything that waits. It shrinks when for ``shrink_idle_s`` nothing
+queued and every look found one worker idle, or found that one fewer would have had time to spare for all the work of
+the last seconds. If the worker that went is missed soon, the next one stays longer: a load between two sizes does not
+make the pool swing.
 Leaves out: starting and ending workers, and whether memory allows another (``room_for`` judges figures it is given).
 """
 
@@ -72,7 +73,8 @@ def step(trend: Trend, seen: Seen, bounds: Bounds) -> tuple[Trend, Move]:
         patience = min(2 * trend.patience, _PATIENCE_MAX) if missed else 1
         return replace(trend, pressed_since=None, spare_since=None, patience=patience), Move.GROW
     idle_s = bounds.shrink_idle_s * trend.patience
-    if settled and seen.wanted > bounds.least and _for_s(trend.spare_since, seen.now) >= idle_s:
+    lazy = seen.busy < seen.ready  # there is one that can go at once
+    if settled and lazy and seen.wanted > bounds.least and _for_s(trend.spare_since, seen.now) >= idle_s:
         return replace(trend, spare_since=None, shrunk_at=seen.now), Move.SHRINK
     return trend, Move.STAY
 
@@ -104,7 +106,8 @@ def _after(trend: Trend, seen: Seen, bounds: Bounds) -> Trend:
     weight = 1.0 - math.exp(-min(elapsed, _GAP_S) / _SMOOTH_S)
     load = trend.load + weight * (seen.busy - trend.load)
     pressed = seen.delay_s >= bounds.grow_delay_s
-    spare = not pressed and seen.ready > bounds.least and load < _SPARE * (seen.ready - 1)
+    idle = seen.busy < seen.ready or load < _SPARE * (seen.ready - 1)
+    spare = idle and not pressed and seen.ready > bounds.least
     return replace(
         trend,
         seen_at=seen.now,
