@@ -50,6 +50,7 @@ class Seen:
     wanted: int  # workers that should: those that start or restart included
     busy: int  # workers that owe an answer
     delay_s: float  # how long a request that was handed out since the last growth has queued
+    held: bool = False  # a growth has failed, and it is too early to try again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,8 @@ def step(trend: Trend, seen: Seen, bounds: Bounds) -> tuple[Trend, Move]:
     """Return the trend after one more look, and what follows from it."""
     trend = _after(trend, seen, bounds)
     settled = seen.ready == seen.wanted  # nobody is on the way in
-    if settled and seen.wanted < bounds.most and _for_s(trend.pressed_since, seen.now) >= _HOLD_S:
+    may_grow = settled and not seen.held and seen.wanted < bounds.most
+    if may_grow and _for_s(trend.pressed_since, seen.now) >= _HOLD_S:
         missed = seen.now - trend.shrunk_at < bounds.shrink_idle_s * trend.patience
         patience = min(2 * trend.patience, _PATIENCE_MAX) if missed else 1
         return replace(trend, pressed_since=None, spare_since=None, patience=patience), Move.GROW

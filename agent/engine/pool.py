@@ -94,7 +94,7 @@ class Pool:
     ) -> None:
         self.spec = spec
         self.size = spec.bounds.least  # workers there should be
-        self.held = ""  # why the last attempt to grow failed
+        self.held = ""  # why it could not grow when it last should have
         self.links: list[WorkerLink] = []
         self.waiting: deque[Job] = deque()
         self.hello: dict[str, Any] = {}
@@ -503,9 +503,10 @@ class Pool:
             wanted=self.size,
             busy=sum(1 for link in self.links if link.owed),
             delay_s=self._queued_s(now),
+            held=now < self._grow_from,
         )
         self._trend, move = step(self._trend, seen, self.spec.bounds)
-        if move is Move.GROW and now >= self._grow_from:
+        if move is Move.GROW:
             self.size += 1
             self._spawn(self._grow(seen.delay_s), f"grow {self.spec.id}")
         elif move is Move.SHRINK:
@@ -542,10 +543,9 @@ class Pool:
         """Do with one worker fewer, for a while."""
         self.size -= 1
         self._grow_from = self._loop.time() + _GROW_AGAIN_S[0] + self._grow_backoff.next()
-        reason = f"{error.code}: {error}" if isinstance(error, AgentError) else str(error)
-        if reason != self.held:
-            self.held = reason
-            self._owner.pool_resized("held", self.size, reason)
+        first, self.held = not self.held, str(error)
+        if first:  # later ones, until a worker has started, show in the status only
+            self._owner.pool_resized("held", self.size, self.held)
 
     def _shrink(self) -> None:
         """Let one worker go that owes nothing; so nothing can be lost."""

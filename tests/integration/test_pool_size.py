@@ -160,7 +160,7 @@ def test_a_worker_too_many_for_the_memory_is_not_started(tmp_path: Path) -> None
             _, pool = await serve(box, tmp_path / "b", quick(1, 2))
             async with loaded(box, clients=8) as load:
                 await until(lambda: pool.held)
-            assert pool.held.startswith("out_of_memory: models may take 1 MiB, they hold ")
+            assert pool.held.startswith("models may take 1 MiB, they hold ")
             assert (pool.size, len(pool.links), load.failures) == (1, 1, [])
 
     run(story)
@@ -180,6 +180,18 @@ def test_an_unload_takes_workers_along_that_come_and_go(tmp_path: Path) -> None:
                 await until(lambda: len(pool.links) == 2)
             await until(lambda: pool.size == 1)
             await box.engine.retire(version)
+
+    run(story)
+
+
+def test_an_engine_that_stops_while_a_pool_grows_leaves_nothing(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            _, pool = await serve(box, tmp_path / "b", quick(1, 2))
+            asks = [asyncio.ensure_future(box.say(SERVICE_S)) for _ in range(100)]
+            await until(lambda: pool.size == 2)
+        answers = await asyncio.gather(*asks)
+        assert {answer["kind"] for answer in answers} <= {"result", "error"}
 
     run(story)
 

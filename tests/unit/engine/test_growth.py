@@ -27,10 +27,11 @@ class World:
     trend: Trend = field(default_factory=Trend)
     moves: list[tuple[float, Move]] = field(default_factory=list)
 
-    def look(self, busy: int, delay_s: float, *, ready: int | None = None) -> Move:
+    def look(self, busy: int, delay_s: float, *, ready: int | None = None, held: bool = False) -> Move:
         self.now += LOOK_S
         ready = self.workers if ready is None else ready
-        seen = Seen(now=self.now, ready=ready, wanted=self.workers, busy=min(busy, ready), delay_s=delay_s)
+        busy = min(busy, ready)
+        seen = Seen(now=self.now, ready=ready, wanted=self.workers, busy=busy, delay_s=delay_s, held=held)
         self.trend, move = step(self.trend, seen, self.bounds)
         if move is not Move.STAY:
             self.moves.append((self.now, move))
@@ -70,6 +71,13 @@ def test_growth_waits_for_a_worker_that_is_still_starting() -> None:
     grown = world.workers
     for _ in range(100):
         assert world.look(1, 0.5, ready=grown - 1) is Move.STAY
+
+
+def test_a_growth_that_failed_is_tried_again_when_its_time_has_come() -> None:
+    world = World(BOUNDS)
+    for _ in range(100):
+        assert world.look(1, 0.5, held=True) is Move.STAY
+    assert world.look(1, 0.5) is Move.GROW
 
 
 def test_a_queue_before_a_pause_does_not_count_after_it() -> None:
