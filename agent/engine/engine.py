@@ -13,6 +13,7 @@ import itertools
 import shutil
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -179,7 +180,7 @@ class Engine:
         """
         version = Version(
             spec,
-            make_pool=self._make_pool,
+            make_pool=partial(self._make_pool, size_before=self._size_of(spec.model)),
             spawn=self._spawn,
             events=self._events,
             latency=self._latency.series((spec.model, spec.version)),
@@ -277,7 +278,11 @@ class Engine:
 
     # Inside
 
-    def _make_pool(self, variant: VariantSpec, owner: PoolOwner) -> Pool:
+    def _size_of(self, model: str) -> int:
+        active = self._active.get(model)
+        return active.pool.size if active is not None and active.pool is not None else 0
+
+    def _make_pool(self, variant: VariantSpec, owner: PoolOwner, *, size_before: int) -> Pool:
         return Pool(
             variant,
             self._zygote(variant.runtime),
@@ -290,6 +295,7 @@ class Engine:
             numbers=self._numbers,
             cores=self._cores,
             room=self._room,
+            size_before=size_before,
         )
 
     async def _room(self, own: Sequence[int]) -> str:

@@ -91,7 +91,9 @@ class Pool:
         numbers: itertools.count[int],
         cores: Cores,
         room: Callable[[Sequence[int]], Awaitable[str]],
+        size_before: int = 0,
     ) -> None:
+        """``size_before`` is how many workers the version had that this one is to replace: it will need as many."""
         self.spec = spec
         self.size = spec.bounds.least  # workers there should be
         self.held = ""  # why it could not grow when it last should have
@@ -119,6 +121,7 @@ class Pool:
         self._drained = asyncio.Event()
         self._cores = cores
         self._room = room
+        self._size_before = size_before
         self._trend = Trend()
         self._grown_at = 0.0  # loop seconds
         self._grow_from = 0.0  # loop seconds
@@ -135,6 +138,8 @@ class Pool:
         await self._start_worker()
         for _ in range(1, self.size):
             self._spawn(self._restart(0.0, replaces=False), f"start {self.spec.id}")
+        if min(self._size_before, self.spec.bounds.most) > self.size:
+            self._spawn(self._catch_up(), f"grow {self.spec.id}")
 
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then let the workers go; jobs over the time are failed."""
@@ -508,7 +513,8 @@ class Pool:
         self._trend, move = step(self._trend, seen, self.spec.bounds)
         if move is Move.GROW:
             self.size += 1
-            self._spawn(self._grow(seen.delay_s), f"grow {self.spec.id}")
+            reason = f"requests queued for {seen.delay_s * 1000:.0f} ms"
+            self._spawn(self._grow(reason), f"grow {self.spec.id}")
         elif move is Move.SHRINK:
             self._shrink()
 
@@ -521,7 +527,13 @@ class Pool:
             delay = max(delay, now - max(self.waiting[0].arrived, self._grown_at))
         return delay
 
-    async def _grow(self, delay_s: float) -> None:
+    async def _catch_up(self) -> None:
+        """Grow to the size of the version before, one worker at a time."""
+        while self.size < min(self._size_before, self.spec.bounds.most) and not self.held and not self._closed.is_set():
+            self.size += 1
+            await self._grow(f"the version before had {self._size_before} workers")
+
+    async def _grow(self, why: str) -> None:
         """Start the worker that ``size`` already counts, if memory allows it."""
         try:
             reason = await self._room([link.process.pid for link in self.links])
@@ -537,7 +549,7 @@ class Pool:
         self.held = ""
         self._grown_at = self._loop.time()
         self._grow_backoff.reset()
-        self._owner.pool_resized("grown", self.size, f"requests queued for {delay_s * 1000:.0f} ms")
+        self._owner.pool_resized("grown", self.size, why)
 
     def _hold(self, error: Exception) -> None:
         """Do with one worker fewer, for a while."""

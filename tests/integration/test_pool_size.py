@@ -184,6 +184,24 @@ def test_an_unload_takes_workers_along_that_come_and_go(tmp_path: Path) -> None:
     run(story)
 
 
+def test_a_new_version_starts_with_as_many_workers_as_it_replaces(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            bounds = Bounds(least=1, most=2, grow_delay_s=0.02, shrink_idle_s=3600.0)
+            older, pool = await serve(box, tmp_path / "a", bounds)
+            async with loaded(box, clients=8) as load:
+                await until(lambda: len(pool.links) == 2)
+                _, pool = await serve(box, tmp_path / "b", bounds)
+                await box.engine.retire(older)
+                await until(lambda: len(pool.links) == 2)
+            assert load.failures == []
+            (first, second) = [event.data["reason"] for event in box.events.recent() if event.type == "pool.grown"]
+            assert first.startswith("requests queued for ")
+            assert second == "the version before had 2 workers"
+
+    run(story)
+
+
 def test_an_engine_that_stops_while_a_pool_grows_leaves_nothing(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path) as box:
