@@ -39,7 +39,7 @@ from agent.errors import AgentError, ConfigError, StateError
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger, setup
 from agent.metrics import Metrics
-from agent.profile import choose, load_profiles, probe
+from agent.profile import Profile, choose, load_profiles, probe
 from agent.serving.budget import ReceiveBudget
 from agent.serving.frames import FrameServer
 from agent.serving.http import HttpServer
@@ -181,6 +181,8 @@ async def serve(config: Config, state_dir: Path) -> None:
             metrics=metrics,
             arena=arena,
             limits=config.limits,
+            cores=sorted(os.sched_getaffinity(0)) if _binds(config, profile) else (),
+            memory_bytes_max=int(profile.memory_share * hardware.memory_bytes),
         )
         await stack.enter_async_context(engine.running())
         puller = Puller(config.store, config.policy, state_dir, hardware, profile)
@@ -342,6 +344,10 @@ def _lock(state_dir: Path) -> Callable[[], None]:
         os.close(descriptor)
         raise StateError(f"{state_dir} is in use by another inferd") from error
     return lambda: os.close(descriptor)
+
+
+def _binds(config: Config, profile: Profile) -> bool:
+    return config.engine.pin_cores == "always" or (config.engine.pin_cores == "profile" and profile.pin_cores)
 
 
 def _configured(model: Any) -> Desired:

@@ -55,6 +55,7 @@ class _Hello(msgspec.Struct, frozen=True, kw_only=True):
     memory: dict[str, int]
     max_batch: int
     idempotent: bool
+    cores: list[int]
 
 
 def hello_of(header: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import itertools
 import shutil
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,8 @@ import psutil
 from agent.arena import Arena
 from agent.config import ClientLimitConfig, EngineConfig
 from agent.engine.admission import Admission
+from agent.engine.cores import Cores
+from agent.engine.growth import room_for
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
 from agent.engine.orphans import kill_left
@@ -63,10 +66,15 @@ class Engine:
         metrics: Metrics,
         arena: Arena | None = None,
         limits: Iterable[ClientLimitConfig] = (),
+        cores: Iterable[int] = (),
+        memory_bytes_max: int = 0,
     ) -> None:
+        """Workers are bound to ``cores``, if any; no pool grows above ``memory_bytes_max`` of all workers (0: none)."""
         self._admission = Admission(limits)
         self._config = config
         self._scratch = scratch
+        self._cores = Cores(cores)
+        self._memory_bytes_max = memory_bytes_max
         self._wire = wire
         self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
         self._events = events
@@ -85,6 +93,7 @@ class Engine:
         metrics.gauge("inferd_queue_requests", "Requests admitted and not answered", ("model",), self._outstanding)
         metrics.gauge("inferd_lanes", "Direct lanes that are open", ("model",), self._lanes)
         metrics.gauge("inferd_model_ready", "1 while the model serves", ("model", "version"), self._readiness)
+        metrics.gauge("inferd_workers", "Workers of the active version that serve", ("model",), self._workers)
         metrics.gauge("inferd_worker_deaths", "Deaths of the active version's workers", ("model",), self._deaths)
 
     @asynccontextmanager
@@ -217,7 +226,7 @@ class Engine:
         """
         version = Version(
             spec,
-            make_pool=self._make_pool,
+            make_pool=partial(self._make_pool, size_before=self._size_of(spec.model)),
             spawn=self._spawn,
             events=self._events,
             latency=self._latency.series((spec.model, spec.version)),
@@ -319,7 +328,11 @@ class Engine:
 
     # Inside
 
-    def _make_pool(self, variant: VariantSpec, owner: PoolOwner) -> Pool:
+    def _size_of(self, model: str) -> int:
+        active = self._active.get(model)
+        return active.pool.size if active is not None and active.pool is not None else 0
+
+    def _make_pool(self, variant: VariantSpec, owner: PoolOwner, *, size_before: int) -> Pool:
         return Pool(
             variant,
             self._zygote(variant.runtime),
@@ -331,6 +344,24 @@ class Engine:
             arena=self._arena,
             numbers=self._numbers,
             version=owner.version,
+            cores=self._cores,
+            room=self._room,
+            size_before=size_before,
+        )
+
+    async def _room(self, own: Sequence[int]) -> str:
+        """Return why memory does not allow a pool with these workers another one; empty if it does."""
+        pools = [version.pool for version in self._loaded if version.pool is not None]
+        others = [link.process.pid for pool in pools for link in pool.links if link.process.pid not in own]
+        return await asyncio.to_thread(self._measured_room, own, others)
+
+    def _measured_room(self, own: Sequence[int], others: Sequence[int]) -> str:
+        held = [pss_bytes(pid) for pid in own]
+        return room_for(
+            max(held, default=0),
+            [*held, *(pss_bytes(pid) for pid in others)],
+            budget_bytes=self._memory_bytes_max,
+            available_bytes=psutil.virtual_memory().available,
         )
 
     def _zygote(self, runtime: str) -> Zygote:
@@ -355,6 +386,9 @@ class Engine:
 
     def _readiness(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name, version.spec.version), float(version.ready)) for name, version in self._active.items()]
+
+    def _workers(self) -> list[tuple[tuple[str, ...], float]]:
+        return [((name,), len(version.pool.links) if version.pool else 0) for name, version in self._active.items()]
 
     def _deaths(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), version.deaths) for name, version in self._active.items()]

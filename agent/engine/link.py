@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import math
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ _BUFFERS_MAX: Final = 512  # below IOV_MAX
 _JOIN_BYTES_MAX: Final = 1 << 16  # below it one copy is cheaper than many buffers
 _REPEATS_MAX: Final = 256  # kinds of answers that come again and again
 _FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply")
+_LANES_IN_USE_S: Final = 3.0  # a worker tells once a second while there is anything to tell
 _ANSWERS: Final = frozenset({"result", "error"})
 _NOT_BEGUN: Final = frozenset({CanceledError.code, DeadlineError.code})  # answers that no run of the model has given
 
@@ -75,7 +77,7 @@ class WorkerLink:
         self.jobs: dict[int, Job] = {}
         self.held_bytes = 0  # bodies of all that is owed
         self.lanes: dict[int, Lane] = {}
-        self.lanes_waiting = 0  # requests on them, as the worker last said
+        self.lanes_told_at = -math.inf  # loop seconds of when the worker last told of answers on them
         self.running_s = 0.0  # how long its batch had been running at the last ping
         self.owed: dict[int, int] = {}  # jobs handed over and not answered, forgotten ones included: their body's bytes
         self.ready_at = 0.0  # loop seconds
@@ -83,6 +85,7 @@ class WorkerLink:
         self.alive = True
         self.gone = asyncio.Event()
         self.scratch: Path | None = None  # removed by whoever buries the worker
+        self.cores: tuple[int, ...] = ()  # given back likewise
         self._on_answer = on_answer
         self._on_frame = on_frame
         self._on_death = on_death
@@ -151,6 +154,21 @@ class WorkerLink:
     def silent_s(self, now: float) -> float:
         """Return for how long the worker has owed an answer and given none that its model made (seconds)."""
         return now - self._heard_at if self.owed and self.alive else 0.0
+
+    def queued_s(self, since: float) -> float:
+        """Return how long a job has certainly queued in the worker (seconds).
+
+        Of the jobs handed over from ``since`` on the oldest unanswered one counts: when the worker last answered, it
+        had waited for so long and was not part of what was answered. A slow model alone delays nobody by this measure.
+        """
+        for job in self.jobs.values():
+            if job.dispatched >= since:
+                return max(0.0, self._heard_at - job.dispatched)
+        return 0.0
+
+    def lanes_in_use(self, now: float) -> bool:
+        """Whether the worker has just answered on its direct lanes."""
+        return now - self.lanes_told_at < _LANES_IN_USE_S
 
     def kill(self) -> None:
         """SIGKILL the worker; ``on_death`` follows."""

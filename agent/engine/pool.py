@@ -1,8 +1,9 @@
-"""The workers of one variant: admission, dispatch, restart, retry.
+"""The workers of one variant: admission, dispatch, restart, retry, growth.
 
-A pool keeps ``size`` workers of one variant alive. A job waits here only while no worker has room. When a worker dies
-its unanswered jobs are tried once more elsewhere, before everything that waits; a handler that declares itself not
-idempotent is the exception. Deaths beyond the bound end the pool: ``on_lost`` lets the version take its next variant.
+A pool keeps ``size`` workers of one variant alive, more of them while requests queue (``growth.py``). A job waits here
+only while no worker has room. When a worker dies its unanswered jobs are tried once more elsewhere, before everything
+that waits; a handler that declares itself not idempotent is the exception. Deaths beyond the bound end the pool:
+``on_lost`` lets the version take its next variant.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -20,6 +21,8 @@ from agent.arena import Arena
 from agent.backoff import Backoff
 from agent.config import EngineConfig
 from agent.engine.claims import hello_of
+from agent.engine.cores import Cores
+from agent.engine.growth import Move, Seen, Trend, step
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, LaneCounts, Terms, counts_of
 from agent.engine.link import WorkerLink
@@ -30,6 +33,7 @@ from agent.errors import (
     DeadlineError,
     LaneRefusedError,
     LoadError,
+    OutOfMemoryError,
     OverloadedError,
     WorkerDiedError,
     WorkerError,
@@ -43,6 +47,7 @@ _HELD_BYTES_MAX: Final = 64 * 1024 * 1024  # bodies a worker may hold before oth
 _ATTEMPTS_MAX: Final = 2
 _LEAVE_TIMEOUT_S: Final = 5.0
 _MEMORY_FOLDER: Final = Path("/dev/shm")
+_GROW_AGAIN_S: Final = (2.0, 300.0)  # after a growth that failed: the first pause, and the longest
 
 
 class Forker(Protocol):
@@ -70,6 +75,9 @@ class PoolOwner(Protocol):
 
     def worker_ready(self, pid: int) -> None: ...
 
+    def pool_resized(self, change: str, workers: int, reason: str) -> None:
+        """The pool has ``grown`` or ``shrunk`` to so many workers, or was ``held`` where it is; the reason says why."""
+
     def pool_lost(self, error: WorkerError) -> None:
         """The variant cannot be kept alive; its waiting jobs are in ``Pool.waiting``."""
 
@@ -90,9 +98,15 @@ class Pool:
         arena: Arena,
         numbers: itertools.count[int],
         version: str,
+        cores: Cores,
+        room: Callable[[Sequence[int]], Awaitable[str]],
+        size_before: int = 0,
     ) -> None:
+        """``size_before`` is how many workers the version had that this one is to replace: it will need as many."""
         self.spec = spec
         self.version = version
+        self.size = spec.bounds.least  # workers there should be
+        self.held = ""  # why it could not grow when it last should have
         self.links: list[WorkerLink] = []
         self.waiting: deque[Job] = deque()
         self.hello: dict[str, Any] = {}
@@ -115,6 +129,13 @@ class Pool:
         self._closed = asyncio.Event()
         self._idempotent = True
         self._drained = asyncio.Event()
+        self._cores = cores
+        self._room = room
+        self._size_before = size_before
+        self._trend = Trend()
+        self._grown_at = 0.0  # loop seconds
+        self._grow_from = 0.0  # loop seconds
+        self._grow_backoff = Backoff(first_s=_GROW_AGAIN_S[0], cap_s=_GROW_AGAIN_S[1])
 
     # Life
 
@@ -125,8 +146,10 @@ class Pool:
             WorkerError: it did not load, failed its self-test, or died; the class says which.
         """
         await self._start_worker()
-        for _ in range(1, self._config.workers):
-            self._spawn(self._restart(0.0), f"start {self.spec.id}")
+        for _ in range(1, self.size):
+            self._spawn(self._restart(0.0, replaces=False), f"start {self.spec.id}")
+        if min(self._size_before, self.spec.bounds.most) > self.size:
+            self._spawn(self._catch_up(), f"grow {self.spec.id}")
 
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then let the workers go; jobs over the time are failed."""
@@ -139,14 +162,14 @@ class Pool:
             except TimeoutError:
                 _log.warning("drain timed out", variant=self.spec.id, outstanding=self.outstanding)
         self.abandon(WorkerDiedError("the model was unloaded before it answered"))
-        leaving, self.links = self.links, []
+        self._leaving.update(self.links)  # beside those that a smaller pool has let go and that are not gone yet
+        self.links = []
         for link, started in self._starting.items():
             link.kill()
             if not started.done():
                 started.set_exception(LoadError("the model was unloaded while it started"))
         async with asyncio.TaskGroup() as group:
-            for link in leaving:
-                self._leaving.add(link)
+            for link in self._leaving:
                 group.create_task(self._see_off(link))
 
     def abandon(self, error: AgentError) -> None:
@@ -214,8 +237,8 @@ class Pool:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to sweep: a job, or a worker that owes an answer nobody waits for any more."""
-        return bool(self.waiting) or any(link.owed for link in self.links)
+        """Whether there is anything to sweep: a job, an answer that nobody waits for any more, or a worker to spare."""
+        return bool(self.waiting) or len(self.links) > self.spec.bounds.least or any(link.owed for link in self.links)
 
     @property
     def held_bytes(self) -> int:
@@ -269,7 +292,7 @@ class Pool:
         return True
 
     def sweep(self, now: float) -> None:
-        """Answer jobs past their deadline; kill a worker that has held one job too long."""
+        """Answer jobs past their deadline; kill a worker that has held one job too long; adapt the pool's size."""
         for job in [job for job in self.waiting if job.request.deadline <= now]:
             self.cancel(job)
             self._finish_failed(job, DeadlineError("the deadline passed while the request waited"))
@@ -282,6 +305,8 @@ class Pool:
             if max(link.silent_s(now), link.running_s) > self._config.hang_timeout_s:
                 _log.error("worker hangs; killing it", variant=self.spec.id, pid=link.process.pid)
                 link.kill()
+        if self.spec.bounds.most > self.spec.bounds.least and not self._closed.is_set():
+            self._resize(now)
 
     async def call(self, method: str, *, timeout_s: float) -> Any:
         """Call ``selftest`` or ``ping`` on a worker and return its value.
@@ -355,8 +380,10 @@ class Pool:
             WorkerError: it is not; the worker is killed and its scratch folder removed.
         """
         scratch = self._make_scratch()
+        cores = self._cores.take(self.spec.threads)
         try:
-            process = await self._forker.fork({**self.spec.worker, "scratch_dir": str(scratch)})
+            order = {**self.spec.worker, "scratch_dir": str(scratch), "cores": list(cores)}
+            process = await self._forker.fork(order)
             link = WorkerLink(
                 process,
                 limits=self._wire,
@@ -381,8 +408,9 @@ class Pool:
                 self._starting.pop(link, None)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
+            self._cores.give_back(cores)
             raise
-        link.scratch = scratch
+        link.scratch, link.cores = scratch, cores
         if self._closed.is_set():
             self._leaving.add(link)
             await self._see_off(link)
@@ -425,7 +453,7 @@ class Pool:
         elif kind == "lanes":
             counts = counts_of(header)
             if counts is not None:
-                link.lanes_waiting = counts.waiting
+                link.lanes_told_at = self._loop.time()
                 self._owner.lanes_counted(counts)
         elif kind == "error":
             _log.warning("worker reports an error", pid=link.process.pid, error=header.get("message"))
@@ -474,10 +502,12 @@ class Pool:
             link.kill()
             await link.gone.wait()
         await self._forker.exit_of(link.process)
-        self._discard(link)
+        if link in self._leaving:  # else the end of the pool has seen it off as well
+            self._discard(link)
 
     def _discard(self, link: WorkerLink) -> None:
         self._leaving.discard(link)
+        self._cores.give_back(link.cores)
         link.process.close()
         if link.scratch is not None:
             shutil.rmtree(link.scratch, ignore_errors=True)
@@ -493,7 +523,7 @@ class Pool:
         self._discard(link)
         self._owner.worker_died(link.process.pid, str(ended), retried)
 
-    async def _restart(self, delay_s: float) -> None:
+    async def _restart(self, delay_s: float, *, replaces: bool = True) -> None:
         while not self._closed.is_set():
             await asyncio.sleep(delay_s)
             if self._closed.is_set():
@@ -507,10 +537,87 @@ class Pool:
                 if self._count_death(self._loop.time()) and not self.links:
                     self._lose(error)
                     return
+                if self.links and self.size > self.spec.bounds.least:
+                    self._hold(error)
+                    return
                 delay_s = self._backoff.next()
             else:
-                self.restarts += 1
+                self.restarts += replaces
                 return
+
+    # Size
+
+    def _resize(self, now: float) -> None:
+        seen = Seen(
+            now=now,
+            ready=len(self.links),
+            wanted=self.size,
+            busy=sum(1 for link in self.links if link.owed or link.lanes_in_use(now)),
+            delay_s=self._queued_s(now),
+            held=now < self._grow_from,
+        )
+        self._trend, move = step(self._trend, seen, self.spec.bounds)
+        if move is Move.GROW:
+            self.size += 1
+            reason = f"requests queued for {seen.delay_s * 1000:.0f} ms"
+            self._spawn(self._grow(reason), f"grow {self.spec.id}")
+        elif move is Move.SHRINK:
+            self._shrink()
+
+    def _queued_s(self, now: float) -> float:
+        """Return how long the oldest request that the last growth could have helped has queued (seconds)."""
+        if not all(link.owed for link in self.links):
+            return 0.0  # the next request finds an idle worker
+        delay = max((link.queued_s(self._grown_at) for link in self.links), default=0.0)
+        if self.waiting:
+            delay = max(delay, now - max(self.waiting[0].arrived, self._grown_at))
+        return delay
+
+    async def _catch_up(self) -> None:
+        """Grow to the size of the version before, one worker at a time."""
+        while self.size < min(self._size_before, self.spec.bounds.most) and not self.held and not self._closed.is_set():
+            self.size += 1
+            await self._grow(f"the version before had {self._size_before} workers")
+
+    async def _grow(self, why: str) -> None:
+        """Start the worker that ``size`` already counts, if memory allows it."""
+        try:
+            reason = await self._room([link.process.pid for link in self.links])
+            if reason:
+                raise OutOfMemoryError(reason)
+            await self._start_worker()
+        except (WorkerError, OSError) as error:
+            if not self._closed.is_set():
+                self._hold(error)
+            return
+        if self._closed.is_set():
+            return
+        self.held = ""
+        self._grown_at = self._loop.time()
+        self._grow_backoff.reset()
+        self._owner.pool_resized("grown", self.size, why)
+
+    def _hold(self, error: Exception) -> None:
+        """Do with one worker fewer, for a while."""
+        self.size -= 1
+        self._grow_from = self._loop.time() + _GROW_AGAIN_S[0] + self._grow_backoff.next()
+        first, self.held = not self.held, str(error)
+        if first:  # later ones, until a worker has started, show in the status only
+            self._owner.pool_resized("held", self.size, self.held)
+
+    def _shrink(self) -> None:
+        """Let one worker go that owes nothing; so nothing can be lost. It revokes its idle lanes as it leaves."""
+        called = {link for link, _ in self._calls.values()}
+        now = self._loop.time()
+        idle = [link for link in self.links if not link.owed and link not in called and not link.lanes_in_use(now)]
+        if not idle:
+            return
+        link = idle[-1]
+        self.size -= 1
+        self.links.remove(link)
+        self._leaving.add(link)
+        self._spawn(self._see_off(link), f"see off {link.process.pid}")
+        self._owner.pool_resized("shrunk", self.size, f"not needed for {self.spec.bounds.shrink_idle_s:g} s")
 
     def _count_death(self, now: float) -> bool:
         """Note one death; return whether there were too many within the window."""

@@ -6,9 +6,10 @@ Values and protocols only. The composition root translates bundles into ``Versio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from agent.engine.growth import Bounds
 from agent.regions import Region
 from agent.wire import Buffer, Header
 
@@ -66,6 +67,8 @@ class VariantSpec:
     worker: Mapping[str, Any]
     lanes: bool = True  # whether its worker is trusted to count what it answers on direct lanes
     window: int = 64  # requests a worker may hold at once; at least twice its batch
+    bounds: Bounds = field(default_factory=Bounds)  # of the number of its workers
+    threads: int = 1  # a worker's, for one operation: so many cores it is bound to, where workers are bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

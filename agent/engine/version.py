@@ -186,6 +186,7 @@ class Version:
             "memory": hello.get("memory"),
             "fallbacks": self.skipped,
             "workers": [link.process.pid for link in pool.links] if pool is not None else [],
+            "scaling": _scaling(pool) if pool is not None else None,
             "outstanding": pool.outstanding if pool is not None else 0,
             "lanes": pool.lanes if pool is not None else 0,
             "restarts": pool.restarts if pool is not None else 0,
@@ -242,6 +243,18 @@ class Version:
         data: dict[str, Any] = {"model": self.spec.model, "version": self.spec.version, "pid": pid}
         _log.info("worker ready", **data)
         self._events.emit(Stream.HEALTH, "worker.ready", **data)
+
+    def pool_resized(self, change: str, workers: int, reason: str) -> None:
+        """Report another number of workers, or why there is none."""
+        data: dict[str, Any] = {
+            "model": self.spec.model,
+            "version": self.spec.version,
+            "workers": workers,
+            "reason": reason,
+        }
+        severity = Severity.WARNING if change == "held" else Severity.INFO
+        (_log.warning if change == "held" else _log.info)(f"pool {change}", **data)
+        self._events.emit(Stream.HEALTH, f"pool.{change}", severity, **data)
 
     def pool_lost(self, error: WorkerError) -> None:
         """Leave a variant that cannot be kept alive."""
@@ -303,6 +316,16 @@ class Version:
         data: dict[str, Any] = {"model": self.spec.model, "version": self.spec.version, **skip}
         _log.warning("variant skipped", **data)
         self._events.emit(Stream.HEALTH, "variant.skipped", Severity.WARNING, **data)
+
+
+def _scaling(pool: Pool) -> dict[str, Any]:
+    return {
+        "wanted": pool.size,
+        "min": pool.spec.bounds.least,
+        "max": pool.spec.bounds.most,
+        "held": pool.held,
+        "cores": [link.hello.get("cores", []) for link in pool.links],
+    }
 
 
 def _oip_tensor(tensor: dict[str, Any]) -> dict[str, Any]:

@@ -414,6 +414,19 @@ def test_a_signed_fleet_command_deploys_and_rolls_back_and_is_reported(box: Box)
         assert box.ask() == (2.0, "1.0.0")
 
 
+def test_a_model_has_the_workers_that_its_configuration_says(box: Box) -> None:
+    more = '[engine]\nworkers = {max = 3}\npin_cores = "always"\n[[engine.models]]\nname = "scale"\nworkers = 2\n'
+    box.configure(more=more)
+    box.start()
+    box.until_serving()
+    box.until(lambda: [len(row.get("workers", [])) for row in box.status()["models"]] == [2], what="two workers serve")
+    (row,) = box.status()["models"]
+    assert (row["scaling"]["min"], row["scaling"]["max"], row["restarts"]) == (2, 2, 0)
+    assert row["scaling"]["cores"] == [sorted(os.sched_getaffinity(pid)) for pid in row["workers"]]
+    assert "\n  workers: 2, on cores " in box.control("status").stdout
+    assert box.ask(3.0)[0] == 6.0
+
+
 def test_a_client_over_its_rate_is_told_and_others_are_not_touched(box: Box) -> None:
     box.configure(more=f'[[limits]]\nclient = "uid:{os.getuid()}"\nrequests_per_s = 0.001\nburst = 2\n')
     box.start()

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +81,21 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(folder: Path, **options: Any) -> AsyncIterator[Bench]:
+async def bench(
+    folder: Path, *, cores: Iterable[int] = (), memory_bytes_max: int = 0, **options: Any
+) -> AsyncIterator[Bench]:
     become_subreaper()
     events = EventBus(SystemClock())
     config = EngineConfig(**{"restart_first_s": 0.001, "start_timeout_s": 60.0, **options})
     metrics = Metrics()
     engine = Engine(
-        config, scratch=folder / "scratch", wire=Limits(body_bytes_max=1 << 22), events=events, metrics=metrics
+        config,
+        scratch=folder / "scratch",
+        wire=Limits(body_bytes_max=1 << 22),
+        events=events,
+        metrics=metrics,
+        cores=cores,
+        memory_bytes_max=memory_bytes_max,
     )
     async with engine.running():
         sweeper = asyncio.ensure_future(engine.run())

@@ -171,6 +171,10 @@ def test_a_cuda_device_is_named_with_its_index() -> None:
         ({"limits": {"open_files": 1}}, "limits.open_files"),
         ({"golden": [1]}, "golden must be a map"),
         ({"warmup": {"runs": 1e9}}, "warmup.runs"),
+        ({"cores": [0, -1]}, "spec.cores must be a list of integers from 0"),
+        ({"cores": [True]}, "spec.cores must be a list of integers from 0"),
+        ({"cores": "0"}, "spec.cores must be list"),
+        ({"share_weights": 1}, "spec.share_weights must be bool"),
     ],
 )
 def test_bad_fields_are_named(change: dict[str, Any], words: str) -> None:
