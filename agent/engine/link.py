@@ -389,9 +389,9 @@ class WorkerLink:
         if number is None or kind not in _ANSWERS:
             if kind == "reply" and self.owed.pop(-1 if number is None else number, None) is not None:  # of a ping
                 self.running_s = _running_s(header)
-            elif kind == "lane_closed":
-                self._lane_closed(header)
             else:
+                if kind == "lane_closed":
+                    self._lane_closed(header)
                 self._on_frame(self, frame)
             return
         if self._lent or len(body) > SHARED_BYTES_MIN:
