@@ -271,7 +271,7 @@ def error_of(frame: Frame) -> AgentError:
     header = frame.header
     if header["kind"] != "error":
         return FrameError(f"unexpected answer of kind {header['kind']!r}")
-    return by_code(str(header.get("code")), str(header.get("message", "")))
+    return by_code(str(header.get("code")), str(header.get("message", "")), header.get("retry_after_s"))
 
 
 def _infer_header(
