@@ -134,6 +134,7 @@ class FrameConnection:
         if self._shared is not None:
             self._shared.close()
         self._decoder.drop()
+        self._out = Outbound()  # unsent answers hold slots of the arena, and who still refers to us may live on
         self._server.closed(self, reason)
 
     def enforce_deadlines(self, now: float) -> None:
