@@ -37,14 +37,14 @@ class Rig(Stage):
         self.start_daemon()
         self.until(self._all_confirmed, what="every model is confirmed", timeout_s=_READY_TIMEOUT_S)
 
-    def swap(self, model: str, version: str) -> dict[str, Any]:
-        """Deploy ``version`` and return the deployment's record.
+    def swap(self, model: str, version: str, *, force: bool = False) -> dict[str, Any]:
+        """Deploy ``version``, with ``force`` also one that failed before, and return the deployment's record.
 
         Raises:
             StepFailedError: it did not end as ``confirmed``.
         """
         with self.client() as client:
-            deployment = client.call("deploy", {"model": model, "version": version})["deployment"]
+            deployment = client.call("deploy", {"model": model, "version": version, "force": force})["deployment"]
             record: dict[str, Any] = self.until(
                 lambda: _ended(client.call("deployment", {"id": deployment, "wait_s": 1.0})),
                 what=f"{model} {version} is confirmed",
