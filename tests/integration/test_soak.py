@@ -1,20 +1,23 @@
-"""A soak of some seconds: it passes on a sound daemon, and it notices one that is not."""
+"""A soak of some seconds passes on a sound daemon; its clients notice one that is not."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tools.rig.box import Rig
-from tools.soak.run import prepare, soak
+from agent.tensors import pack
+from agent.wire import Decoder, encode
+from tools.rig.line import Line, values
 
 pytestmark = pytest.mark.integration
 
@@ -35,16 +38,58 @@ def test_a_short_soak_finds_nothing(tmp_path: Path) -> None:
     assert found["before"]["pid"] == found["after"]["pid"]
 
 
-def test_a_daemon_that_ends_is_a_fault(tmp_path: Path) -> None:
-    with Rig(tmp_path / "box", fresh=True) as rig:
-        prepare(rig)
-        killed = threading.Event()
+@contextmanager
+def false_daemon(path: Path, answers: Callable[[dict[str, Any]], list[dict[str, Any] | None]]) -> Iterator[None]:
+    """Say what ``answers`` says to each frame of one connection; ``None`` ends it."""
 
-        def say(text: str) -> None:
-            if "left" in text and not killed.is_set():
-                killed.set()
-                os.kill(rig.daemon_pid, signal.SIGKILL)
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError):
+            sock, _ = listener.accept()
+            decoder = Decoder()
+            with sock:
+                while data := sock.recv(1 << 16):
+                    for frame in decoder.feed(data):
+                        for header in answers(frame.header):
+                            if header is None:
+                                return
+                            y = np.frombuffer(header.pop("y", b""), dtype=np.float32).reshape(1, -1)
+                            entries, (body,) = pack({"y": y})
+                            sock.sendall(b"".join(map(bytes, encode({"tensors": entries, **header}, (body,)))))
 
-        report = soak(rig, seed=1, seconds=3.0, say=say)
-        assert killed.is_set()
-        assert any("the daemon ended with -9" in fault for fault in report.faults), report.faults
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+
+
+def result(request_id: int, number: int, *, factor: float = 2.0) -> dict[str, Any]:
+    y = (values(number, 3) * np.float32(factor)).tobytes()
+    return {"kind": "result", "id": request_id, "version": "1.0.0", "y": y}
+
+
+def faults(path: Path, answers: Callable[[dict[str, Any]], list[dict[str, Any] | None]]) -> list[str]:
+    """Return what two requests, numbers 0 and 1 with ids 1 and 2, found."""
+    with false_daemon(path, answers), Line(path, "c") as line:
+        with suppress(OSError):
+            for number in range(2):
+                line.infer(values(number, 3))
+            line.settle(timeout_s=30.0)
+        return line.ledger.faults
+
+
+def test_a_client_notices_what_is_not_one_answer_of_its_own(tmp_path: Path) -> None:
+    assert faults(tmp_path / "good", lambda asked: [result(asked["id"], asked["id"] - 1)]) == []
+    silent = faults(tmp_path / "lost", lambda asked: [None] if asked["id"] == 2 else [result(1, 0)])
+    assert len(silent) == 1
+    assert "1 requests without an answer" in silent[0]
+    (swapped, _) = faults(tmp_path / "swapped", lambda asked: [result(asked["id"], 2 - asked["id"])])
+    assert "not its own" in swapped
+    twice = faults(tmp_path / "twice", lambda asked: [result(1, 0)] * 2 if asked["id"] == 1 else [result(2, 1)])
+    assert "already" in twice[0]
+    (foreign,) = faults(tmp_path / "old", lambda asked: [result(asked["id"], asked["id"] - 1, factor=asked["id"] + 1)])
+    assert "request 2: the answer is not its own" in foreign
