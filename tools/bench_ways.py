@@ -95,7 +95,7 @@ class Floor:
 
     nbytes: int
     name: str = "echo floor"
-    across: bool = True  # two cores, if there are two
+    across: bool = True  # two cores
 
     @contextmanager
     def blocking(self) -> Iterator[Ask]:

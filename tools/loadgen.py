@@ -10,6 +10,7 @@ Memory is the proportional set size of every process of the daemon.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,8 +136,9 @@ def natives(folder: Path | None, socket_path: Path, url: str, work: Work, left_o
 
 
 def floors(nbytes: int) -> list[Floor]:
-    """Return the echo across two cores, which is the yardstick, and on one core."""
-    return [Floor(nbytes, FLOOR), Floor(nbytes, FLOOR_ONE_CORE, across=False)]
+    """Return the echo across two cores, which is the yardstick (none where there is one core), and on one core."""
+    across = [Floor(nbytes, FLOOR)] if len(os.sched_getaffinity(0)) > 1 else []
+    return [*across, Floor(nbytes, FLOOR_ONE_CORE, across=False)]
 
 
 def loads(
