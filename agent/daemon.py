@@ -37,6 +37,7 @@ from agent.engine.engine import Engine
 from agent.engine.zygote import become_subreaper
 from agent.errors import AgentError, ConfigError, StateError
 from agent.events import EventBus, Severity, Stream
+from agent.heap import HeapTrimmer
 from agent.log import get_logger, setup
 from agent.metrics import Metrics
 from agent.profile import choose, load_profiles, probe
@@ -218,7 +219,7 @@ async def serve(config: Config, state_dir: Path) -> None:
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
         )
-        components: list[Component] = [engine, reconciler, reporter]
+        components: list[Component] = [engine, reconciler, reporter, HeapTrimmer(clock)]
         if link is not None:
             commands = CommandInbox(
                 state_dir / "commands.db",

@@ -26,7 +26,7 @@ from tools.soak.peers import lanes_known
 _CHANNELS: Final = {"1.0.0": "stable"}  # the other version is deployed by name only
 _PEERS: Final = ("frames", "frames", "http", "library")
 _ACTS_AT_ONCE: Final = 2  # beside the swaps
-_SETTLE_TIMEOUT_S: Final = 60.0
+_SETTLE_TIMEOUT_S: Final = 90.0
 _PEER_TIMEOUT_S: Final = 120.0  # to start, and to end
 _CONFIG: Final = f"""\
 [engine]
