@@ -37,6 +37,7 @@ from agent.engine.engine import Engine
 from agent.engine.zygote import become_subreaper
 from agent.errors import AgentError, ConfigError, StateError
 from agent.events import EventBus, Severity, Stream
+from agent.heap import HeapTrimmer
 from agent.log import get_logger, setup
 from agent.metrics import Metrics
 from agent.profile import Profile, choose, load_profiles, probe
@@ -228,7 +229,7 @@ async def serve(config: Config, state_dir: Path) -> None:
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
         )
         keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
-        components: list[Component] = [engine, reconciler, reporter, keeper]
+        components: list[Component] = [engine, reconciler, reporter, keeper, HeapTrimmer(clock)]
         if link is not None:
             commands = CommandInbox(
                 state_dir / "commands.db",

@@ -84,7 +84,7 @@ class FakeEngine:
         self.seen: list[InferRequest] = []
         self.canceled: list[InferRequest] = []
         self.answers = 0
-        self.gives_lanes = True
+        self.gives_lanes = False
         self.lanes: list[FakeLane] = []
         self.reply: Callable[[InferRequest], tuple[dict[str, Any], Sequence[Buffer]]] = echo
 
