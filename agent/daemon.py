@@ -315,12 +315,12 @@ def _servers(
     budget = ReceiveBudget(serving.receive_bytes_max)
     routes = Routes(engine=engine, control=control, metrics=metrics, version=__version__)
     app = routes.app()
-    common: dict[str, Any] = {"policy": policy, "budget": budget, "config": serving, "metrics": metrics}
+    common: dict[str, Any] = {"policy": policy, "budget": budget, "config": serving, "metrics": metrics, "arena": arena}
     frames = inherited.get("frames") or bind_unix(Path(serving.frame_socket))
     unix = inherited.get("http-unix") or bind_unix(Path(serving.http_socket))
     tcp = inherited.get("http") or _bind_tcp(serving)
     servers: list[FrameServer | HttpServer] = [
-        FrameServer(frames, engine=engine, control=control, shared_memory=config.shared_memory, arena=arena, **common),
+        FrameServer(frames, engine=engine, control=control, shared_memory=config.shared_memory, **common),
         HttpServer(unix, engine=engine, app=app, name="http-unix", **common),
     ]
     if tcp is not None:
