@@ -45,6 +45,10 @@ _BUFFERS_MAX: Final = 512  # below IOV_MAX
 _JOIN_BYTES_MAX: Final = 1 << 16  # below it one copy is cheaper than many buffers
 _REPEATS_MAX: Final = 256  # kinds of answers that come again and again
 _FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply")
+# A lone request for an idle worker is sent at once. Where there are more, those of a turn of the loop leave together: a
+# send costs as much as three requests, and the worker makes one batch of them.
+_ALONE_MAX: Final = 1.5
+_COMPANY_WEIGHT: Final = 0.1
 _LANES_IN_USE_S: Final = 3.0  # a worker tells once a second while there is anything to tell
 _ANSWERS: Final = frozenset({"result", "error"})
 _NOT_BEGUN: Final = frozenset({CanceledError.code, DeadlineError.code})  # answers that no run of the model has given
@@ -103,6 +107,7 @@ class WorkerLink:
         self._arena = arena
         self._answer_bytes = 0  # of the last answer, if it was large: the next one gets a window
         self._flushing = False
+        self._company = 1.0  # requests that a new one finds with the worker, itself included; averaged
         self._writing = False
         self._loop.add_reader(process.channel.fileno(), self._on_readable)
         self._loop.add_reader(process.pidfd, self._on_exit)
@@ -125,7 +130,8 @@ class WorkerLink:
         if asked.pairs is None:
             asked.pairs = packed_pairs(asked, _FORWARDED)
         self._post(lead_frame(INFER_LEAD, job.number, asked.pairs, len(body), deadline_ms), body)
-        if idle and not self._writing:  # nothing to wait for: what else comes this turn will find the worker busy
+        self._company += (len(self.owed) - self._company) * _COMPANY_WEIGHT
+        if idle and self._company < _ALONE_MAX and not self._writing:
             self._flush()
 
     def post(self, header: dict[str, Any], body: Buffer = b"") -> bytes:
