@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from agent.arena import SHARED_BYTES_MIN, Arena, Slot, slot_of
 from agent.engine.job import Job
+from agent.engine.streams import Paused
 from agent.engine.zygote import WorkerProcess
 from agent.errors import AgentError, FrameError, TooLargeError
 from agent.log import get_logger
@@ -42,6 +43,7 @@ class WorkerLink:
         arena: Arena,
         regions_max: int,
         on_answer: Callable[[Job | None, dict[str, Any], Buffer], None],
+        on_part: Callable[[Job, dict[str, Any], Buffer], None],
         on_frame: Callable[[WorkerLink, dict[str, Any]], None],
         on_death: Callable[[WorkerLink], None],
     ) -> None:
@@ -56,6 +58,8 @@ class WorkerLink:
         self.gone = asyncio.Event()
         self.scratch: Path | None = None  # removed by whoever buries the worker
         self._on_answer = on_answer
+        self._on_part = on_part
+        self._paused = Paused()
         self._on_frame = on_frame
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
@@ -75,8 +79,7 @@ class WorkerLink:
     def send(self, job: Job, header: dict[str, Any]) -> None:
         """Hand ``job`` to the worker under ``header``, whose id is the job's number."""
         self.jobs[job.number] = job
-        if not self.owed:
-            self._heard_at = self._loop.time()
+        self._expect_word()
         body = job.request.body
         self.owed[job.number] = job.body_bytes
         self.held_bytes += job.body_bytes
@@ -98,6 +101,16 @@ class WorkerLink:
     def forget(self, job: Job) -> None:
         """Stop waiting for ``job``: its late answer will be given to ``on_answer`` without it."""
         self.jobs.pop(job.number, None)
+        if job.number in self._paused:
+            self._expect_word()
+            del self._paused[job.number]
+
+    def pace(self, job: Job, *, paused: bool) -> None:
+        """Ask the worker to hold a stream, or to go on with it; nothing is sent unless that is new."""
+        if not paused:
+            self._expect_word()
+        if self._paused.ask(job.number, paused=paused):
+            self.post({"kind": "pause" if paused else "resume", "id": job.number})
 
     def region_gone(self, region: Region) -> None:
         """Let the worker unmap a region that ends, see ``regions.RegionUser``."""
@@ -106,8 +119,8 @@ class WorkerLink:
             self.post({"kind": "detach", "region": region.number})
 
     def silent_s(self, now: float) -> float:
-        """Return for how long the worker has owed an answer and given none (seconds)."""
-        return now - self._heard_at if self.owed and self.alive else 0.0
+        """Return for how long the worker has owed an answer and given none (seconds); paused streams are not owed."""
+        return now - self._heard_at if len(self.owed) > len(self._paused) and self.alive else 0.0
 
     def kill(self) -> None:
         """SIGKILL the worker; ``on_death`` follows."""
@@ -117,6 +130,11 @@ class WorkerLink:
         """Close our direction of the channel: the worker finishes what it holds, then leaves; ``gone`` is set."""
         with contextlib.suppress(OSError):
             self.process.channel.shutdown(socket.SHUT_WR)
+
+    def _expect_word(self) -> None:
+        """Something is owed from now on; if nothing was until now, the worker may have been silent for long."""
+        if len(self.owed) == len(self._paused):
+            self._heard_at = self._loop.time()
 
     def _detach(self) -> None:
         channel = self.process.channel.fileno()
@@ -278,10 +296,29 @@ class WorkerLink:
             held = self.owed.pop(header["id"], None)
             if held is not None:
                 self.held_bytes -= held
+                self._paused.pop(header["id"], None)
                 self._heard_at = self._loop.time()
                 self._on_answer(self.jobs.pop(header["id"], None), header, body)
+        elif kind == "part":
+            self._take_part(frame)
         else:
             self._on_frame(self, header)
+
+    def _take_part(self, frame: Frame) -> None:
+        """Pass on a part of an answer that somebody waits for, if its request asked for parts."""
+        number = frame.header.get("id", -1)
+        self._heard_at = self._loop.time()
+        job = self.jobs.get(number)
+        if job is None:
+            return
+        try:
+            if job.request.part is None:
+                raise FrameError("a part that was not asked for")
+            self._paused.check(number, frame.body)
+        except FrameError as error:
+            self._kill_for(error)
+            return
+        self._on_part(job, frame.header, frame.body)
 
     def _kill_for(self, error: AgentError) -> None:
         _log.error("worker broke the protocol; killing it", pid=self.process.pid, error=str(error))

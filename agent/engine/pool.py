@@ -1,8 +1,9 @@
 """The workers of one variant: admission, dispatch, restart, retry.
 
 A pool keeps ``size`` workers of one variant alive. A job waits here only while no worker has room. When a worker dies
-its unanswered jobs are tried once more elsewhere, before everything that waits; a handler that declares itself not
-idempotent is the exception. Deaths beyond the bound end the pool: ``on_lost`` lets the version take its next variant.
+its unanswered jobs are tried once more elsewhere, before everything that waits; exceptions are a handler that declares
+itself not idempotent, and an answer of which parts are delivered. Deaths beyond the bound end the pool: ``on_lost``
+lets the version take its next variant.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import itertools
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from agent.arena import Arena
 from agent.backoff import Backoff
 from agent.config import EngineConfig
-from agent.engine.claims import answer_of, hello_of
+from agent.engine.claims import answer_of, hello_of, part_of
 from agent.engine.job import Job
 from agent.engine.link import WorkerLink
+from agent.engine.streams import check_room
 from agent.engine.types import VariantSpec
 from agent.engine.zygote import Exit, WorkerProcess
 from agent.errors import AgentError, DeadlineError, LoadError, OverloadedError, WorkerDiedError, WorkerError, by_code
@@ -30,7 +32,7 @@ from agent.wire import Buffer, Limits
 
 _log = get_logger("pool")
 _HELD_BYTES_MAX: Final = 64 * 1024 * 1024  # bodies a worker may hold before others wait in the daemon
-_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply")
+_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply", "stream")
 _ATTEMPTS_MAX: Final = 2
 _LEAVE_TIMEOUT_S: Final = 5.0
 _MEMORY_FOLDER: Final = Path("/dev/shm")
@@ -49,6 +51,9 @@ class PoolOwner(Protocol):
 
     def answered(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """A job has its answer; pass it on and count it."""
+
+    def part(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        """A job has one more part of its answer; pass it on and count it."""
 
     def worker_died(self, pid: int, cause: str, retried: int) -> None: ...
 
@@ -182,6 +187,8 @@ class Pool:
             raise OverloadedError(f"{config.queue_requests_max} requests are waiting; try again later")
         if self.held_bytes + job.body_bytes > config.queue_bytes_max:
             raise OverloadedError(f"waiting requests hold {config.queue_bytes_max} bytes; try again later")
+        if job.request.part is not None:
+            check_room(self._held(), hello=self.hello, window=self.spec.window * max(1, len(self.links)))
         self.adopt(job)
 
     def adopt(self, job: Job, *, first: bool = False) -> None:
@@ -213,6 +220,12 @@ class Pool:
         self._waiting_bytes -= job.body_bytes
         self._check_drained()
         return True
+
+    def pace(self, job: Job, *, paused: bool) -> None:
+        """Hold the stream of ``job``, or let it go on; before its first part it may turn out to be none."""
+        link = job.link
+        if job.parts and job.number in link.jobs:
+            link.pace(job, paused=paused)
 
     def sweep(self, now: float) -> None:
         """Answer jobs past their deadline; kill a worker that has held one job too long."""
@@ -247,6 +260,10 @@ class Pool:
             self._calls.pop(number, None)
 
     # Inside
+
+    def _held(self) -> Iterator[Job]:
+        """All jobs admitted and not answered."""
+        return itertools.chain(self.waiting, *(link.jobs.values() for link in self.links))
 
     def _roomiest(self) -> WorkerLink | None:
         """The worker with the fewest jobs, if it has room."""
@@ -291,6 +308,9 @@ class Pool:
         elif self._closed.is_set():
             self._check_drained()
 
+    def _on_part(self, job: Job, header: dict[str, Any], body: Buffer) -> None:
+        self._owner.part(job, part_of(header), (body,) if len(body) else ())
+
     def _finish_failed(self, job: Job, error: AgentError) -> None:
         header = {"kind": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
         self._owner.answered(job, header, ())
@@ -314,6 +334,7 @@ class Pool:
                 arena=self._arena,
                 regions_max=self._config.open_files_max // 2,
                 on_answer=self._on_answer,
+                on_part=self._on_part,
                 on_frame=self._on_frame,
                 on_death=self._on_death,
             )
@@ -391,7 +412,7 @@ class Pool:
         link.jobs.clear()
         retried = 0
         for job in reversed(jobs):
-            if self._idempotent and job.attempts < _ATTEMPTS_MAX:
+            if self._idempotent and job.attempts < _ATTEMPTS_MAX and not job.parts:
                 retried += 1
                 self.adopt(job, first=True)
             else:

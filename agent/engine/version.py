@@ -13,6 +13,7 @@ from typing import Any
 from agent.engine.admission import Shares
 from agent.engine.job import Job
 from agent.engine.pool import Pool, PoolOwner
+from agent.engine.streams import StreamCounts
 from agent.engine.types import OIP_DATATYPES, VariantSpec, VersionSpec
 from agent.errors import AgentError, LoadError, UnavailableError, WorkerError
 from agent.events import EventBus, Severity, Stream
@@ -40,6 +41,7 @@ class Version:
         events: EventBus,
         latency: HistogramSeries,
         answers: Counter,
+        streams: StreamCounts,
         now: Callable[[], float],
         revive_s: float,
     ) -> None:
@@ -56,6 +58,7 @@ class Version:
         self._events = events
         self._latency = latency
         self._answers = answers
+        self._streams = streams
         self._now = now
         self._revive_s = revive_s
         self._shares = Shares()
@@ -157,6 +160,7 @@ class Version:
             "variant": hello.get("variant"),
             "device": hello.get("device"),
             "max_batch": hello.get("max_batch", 1),
+            "streams": hello.get("streams", False),
         }
 
     def status(self) -> dict[str, Any]:
@@ -197,12 +201,19 @@ class Version:
         else:
             code = "ok"
             self.good += 1
-            self._latency.observe(self._now() - job.arrived)
-            header["model"] = spec.model
-            header["version"] = spec.version
-            header["variant"] = self.pool.spec.id if self.pool is not None else ""
+            if not job.parts:  # a stream's duration says nothing about how fast the model answers
+                self._latency.observe(self._now() - job.arrived)
+            self._sign(header)
         self._answers.add((spec.model, spec.version, code))
         job.answer(header, body)
+
+    def part(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        """Count a part of an answer, number it, pass it on; the first names who gives it."""
+        header["seq"] = job.parts
+        if not job.parts:
+            self._sign(header)
+        self._streams.count(job, self._now())
+        job.part(header, body)
 
     def worker_died(self, pid: int, cause: str, retried: int) -> None:
         """Report a death the pool is already repairing."""
@@ -266,6 +277,11 @@ class Version:
                 _log.warning("still no variant loads", model=self.spec.model, error=str(error))
             else:
                 return
+
+    def _sign(self, header: dict[str, Any]) -> None:
+        header["model"] = self.spec.model
+        header["version"] = self.spec.version
+        header["variant"] = self.pool.spec.id if self.pool is not None else ""
 
     def _fail(self, job: Job, error: AgentError) -> None:
         header = {"kind": "error", "code": error.code, "message": str(error), "retryable": error.retryable}

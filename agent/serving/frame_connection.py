@@ -33,6 +33,7 @@ from agent.serving.attachments import ANCILLARY_BYTES, Attachments
 from agent.serving.budget import ReceiveBudget
 from agent.serving.identity import Caller, require
 from agent.serving.outbound import Outbound
+from agent.serving.pacing import Pacing
 from agent.serving.ports import DEADLINE_MS_MAX, Control, Engine, InferRequest
 from agent.wire import PROTOCOL, Buffer, Decoder, Frame, Limits, encode, error_header
 
@@ -69,7 +70,8 @@ class FrameConnection:
 
     __slots__ = (
         "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_loop",
-        "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_server", "_shared", "_sock", "caller",
+        "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_server", "_shared", "_sock", "_streams",
+        "caller",
     )  # fmt: skip
 
     def __init__(self, server: Owner, sock: socket.socket, caller: Caller) -> None:
@@ -84,6 +86,7 @@ class FrameConnection:
         self._blocked_since = 0.0  # since when the peer has taken nothing (loop seconds); 0: it is not behind
         self._reserved = 0  # bytes of the receive budget
         self._shared: Attachments | None = None  # made for the first descriptor: most clients pass none
+        self._streams: Pacing | None = None  # made for the first request that takes its answer in parts
         self._flush_due = False
         self._paused = False
         self._finishing = False  # no more is read; closes when everything is answered
@@ -218,6 +221,9 @@ class FrameConnection:
             self._infer(request_id, header, frame.body)
         elif kind == "cancel":
             self._cancel(request_id)
+        elif kind in ("pause", "resume"):
+            if self._streams is not None:
+                self._streams.hold(request_id, held=kind == "pause")
         elif kind == "call":
             self._call(request_id, header)
         elif kind in ("attach", "detach"):
@@ -243,7 +249,27 @@ class FrameConnection:
             self._send_error(request_id, error)
             return
         self._outstanding[request_id] = request
+        if header.get("stream"):
+            self._take_parts(request_id, request)
         self._server.engine.submit(request)
+
+    def _take_parts(self, request_id: int, request: InferRequest) -> None:
+        """Let ``request`` be answered in parts."""
+        if self._streams is None:
+            self._streams = Pacing(self._server.engine)
+        self._streams.add(request_id, request)
+        request.part = partial(self._part, request.header)
+
+    def _part(self, asked: dict[str, Any], header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        """Pass a part of an answer on; as ``_answer``, but the request stays outstanding."""
+        request_id = asked["id"]
+        request = self._outstanding.get(request_id)
+        if request is None or request.header is not asked or self._streams is None:
+            return
+        header["id"] = request_id
+        self._send(encode(header, body))
+        if not self._closed:
+            self._streams.part_queued(request_id)
 
     def _answer(self, asked: dict[str, Any], header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """Pass the engine's answer on, unless nobody waits for it: withdrawn, or its id used anew since."""
@@ -252,6 +278,8 @@ class FrameConnection:
         if request is None or request.header is not asked:
             return
         del self._outstanding[request_id]
+        if self._streams is not None:
+            self._streams.remove(request_id)
         header["id"] = request_id
         self._send(encode(header, body))
 
@@ -260,6 +288,8 @@ class FrameConnection:
         request = self._outstanding.pop(request_id, None)
         task = self._calls.pop(request_id, None)
         if request is not None:
+            if self._streams is not None:
+                self._streams.remove(request_id)
             self._server.engine.cancel(request)
         elif task is not None:
             task.cancel()
@@ -386,6 +416,8 @@ class FrameConnection:
             self._loop.remove_writer(self._sock.fileno())
             self._blocked_since = 0.0
         self._pause_or_resume()
+        if self._streams is not None:
+            self._streams.set_behind(self._out.size > _PAUSE_BYTES)
         self._close_if_done()
 
     def _pause_or_resume(self) -> None:

@@ -22,7 +22,8 @@ class InferRequest:
     """One request on its way into the engine.
 
     ``answer`` takes a ``result`` or ``error`` header, with the id of ``header`` if that had one, and the body's
-    buffers. It is called at most once, on the loop's thread; after ``Engine.cancel`` a call changes nothing.
+    buffers. It is called at most once, on the loop's thread; after ``Engine.cancel`` a call changes nothing. ``part``
+    is there if the answer may come in parts: it takes each ``part`` header and body, in order, before ``answer``.
     """
 
     model: str
@@ -34,6 +35,7 @@ class InferRequest:
     answer: Answer
     regions: Sequence[tuple[int, Region]] = ()  # shared memory the header names, by the client's numbers
     handle: Any = None  # the engine's own
+    part: Answer | None = None
 
 
 class ModelState(Protocol):
@@ -55,6 +57,9 @@ class Engine(Protocol):
 
     def cancel(self, request: InferRequest) -> None:
         """Nobody waits for ``request`` any more; unknown or answered requests are ignored."""
+
+    def pace(self, request: InferRequest, *, paused: bool) -> None:
+        """Hold the stream that answers ``request``, or let it go on; repeated, unknown or answered is no fault."""
 
     def models(self) -> Sequence[str]:
         """Return the names of all models of this box, serving or expected."""

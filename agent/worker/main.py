@@ -2,7 +2,8 @@
 
 One thread, one loop: receive what has arrived, decide a batch, run it, answer everything in one write. It sleeps in
 ``recv`` while idle. Promises: each ``infer`` gets exactly one ``result`` or ``error``; one bad request fails alone;
-when the daemon closes its side, what was received is still answered before the process leaves.
+when the daemon closes its side, what was received is still answered before the process leaves. Between two batches one
+stream takes one step (``streams.py``).
 Leaves out: every decision (``batcher.py``) and every byte (``channel.py``, ``requests.py``).
 """
 
@@ -36,6 +37,7 @@ from agent.worker.channel import Channel
 from agent.worker.loading import Loaded
 from agent.worker.regions import Regions
 from agent.worker.requests import Request, into_window, stacked
+from agent.worker.streams import Streams
 
 _log = log.get_logger("worker")
 _WAITING_MAX: Final = 1024  # requests and bytes held here; the rest waits in the socket and in the daemon
@@ -87,6 +89,7 @@ class Server:
         self._batcher: Batcher[Request] = Batcher(
             rows_max=loaded.signature.rows_max, delay_max_s=loaded.spec.batch_delay_s
         )
+        self._streams = Streams(loaded.handler, loaded.signature, loaded.runtime.run)
 
     def serve(self) -> None:
         """Answer until the daemon has closed its side and nothing is left.
@@ -104,15 +107,18 @@ class Server:
             if batcher:
                 self._turn()
             elif channel.closed:
+                self._streams.end(CanceledError("the worker leaves"))
                 _flush_all(channel)
                 return
+            if self._streams:
+                self._streams.step()
 
     def _receive(self) -> None:
         """Take what has arrived; sleep if there is nothing else to do."""
-        channel, batcher = self._channel, self._batcher
+        channel, batcher, streams = self._channel, self._batcher, self._streams
         if channel.closed:
             return
-        wait = not batcher
+        wait = not batcher and not (streams and streams.ready)
         if channel.pending and wait:
             channel.wait(to_receive=True)
             wait = False
@@ -141,18 +147,26 @@ class Server:
                 shared = header.get("shared")
                 if shared is not None:
                     self._share(request, shared)
+                streamed = self._streams.takes(request)
             except FrameError:
                 raise
             except AgentError as error:
                 self._refuse(header["id"], error)
                 return
+            if streamed:
+                self._streams.add(request, self._channel)
+                return
             self._held_bytes += len(request.body)
             self._batcher.add(request)
         elif kind == "cancel":
+            if self._streams and self._streams.cancel(header["id"], self._channel):
+                return
             withdrawn = self._batcher.cancel(header["id"])
             if withdrawn is not None:
                 self._held_bytes -= len(withdrawn.body)
                 self._refuse(withdrawn.id, CanceledError("withdrawn before it started"))
+        elif kind in ("pause", "resume"):
+            self._streams.pace(header["id"], self._channel, paused=kind == "pause")
         elif kind == "call":
             self._call(header)
         else:
@@ -177,7 +191,7 @@ class Server:
             self._refuse(request.id, DeadlineError("the deadline passed while it waited in the worker"))
         if not batch:
             due = batcher.due()
-            if due is not None:
+            if due is not None and not (self._streams and self._streams.ready):
                 self._channel.flush()
                 self._channel.wait(due - now, to_receive=True)
             return

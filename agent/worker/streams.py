@@ -1,0 +1,239 @@
+"""Requests that a streaming handler answers: one step at a time, between the batches of all others.
+
+A step is one item of a handler's generator. Streams take turns; a step whose part cannot leave yet is not taken, so
+that a daemon which is behind, or asked for a pause, holds the generator and no memory grows.
+
+Promises: a stream ends in exactly one ``result`` or ``error``, and nothing follows it; its generator is closed then, so
+its ``finally`` has run; a deadline is looked at before each step; at most ``streams_max`` generators are open, the
+others wait by priority. A request that did not ask for parts gets them joined.
+Leaves out: when steps are taken (``main.py``).
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from agent import log
+from agent.errors import (
+    AgentError,
+    CanceledError,
+    DeadlineError,
+    HandlerError,
+    InvalidInputError,
+    OverloadedError,
+    StreamUnsupportedError,
+    TooLargeError,
+)
+from agent.tensors import Array
+from agent.wire import PART_BYTES_MAX, error_header
+from agent.worker.channel import Channel
+from agent.worker.requests import RawForm, Request, blamed, checked, into_window
+from agent.worker.signature import Signature
+from handlers.base import Handler, Prepared, StreamingHandler
+
+_log = log.get_logger("worker.streams")
+_JOINED_BYTES_MAX: Final = 64 * 1024 * 1024  # of items kept for a caller that did not ask for parts
+_ITEM_BYTES: Final = 64  # the least that one of them counts
+_STREAMS_MAX: Final = 256  # open and waiting; the daemon hands over fewer
+_HELD_BYTES_MAX: Final = 128 * 1024 * 1024  # of their bodies
+_END: Final = object()
+
+
+class Stream:
+    """One request on its way through a handler's ``stream``."""
+
+    __slots__ = ("channel", "items", "kept", "kept_bytes", "number", "paused", "request")
+
+    def __init__(self, request: Request, channel: Channel) -> None:
+        self.request = request
+        self.channel = channel
+        self.items: Iterator[Any] | None = None  # the open generator
+        self.number = 0  # of the next part
+        self.paused = False  # by the daemon
+        self.kept: list[Any] | None = None if request.header.get("stream") else []  # what will be joined
+        self.kept_bytes = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether a step may be taken: the last one's part has left, and nobody asked for a pause."""
+        return not self.paused and not self.channel.pending
+
+
+class Streams:
+    """All streams of one worker."""
+
+    def __init__(
+        self, handler: Handler | None, signature: Signature, run: Callable[[Mapping[str, Array]], Mapping[str, Array]]
+    ) -> None:
+        self._handler = handler if isinstance(handler, StreamingHandler) else None
+        self._signature = signature
+        self._run = run
+        self._open: deque[Stream] = deque()  # whose turn it is comes first
+        self._waiting: list[Stream] = []  # by level, then arrival
+        self._held_bytes = 0  # bodies of all
+
+    def __len__(self) -> int:
+        return len(self._open) + len(self._waiting)
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``step`` would do anything."""
+        return any(stream.ready for stream in self._open) or self._may_open()
+
+    def takes(self, request: Request) -> bool:
+        """Return whether the request is to be answered here.
+
+        Raises:
+            StreamUnsupportedError: it demands parts and the handler does not stream.
+            InvalidInputError: what it asks for makes no sense.
+            OverloadedError: too many are here.
+        """
+        asked = request.header.get("stream")
+        if asked not in (None, True, False, "auto"):
+            raise InvalidInputError("'stream' must be true, false or 'auto'")
+        if self._handler is None:
+            if asked is True:
+                raise StreamUnsupportedError("this model's handler does not stream; ask without 'stream'")
+            return False
+        if asked and "reply" in request.header:
+            raise InvalidInputError("an answer in parts takes no 'reply' window")
+        if not asked and not isinstance(request.form, RawForm):
+            return False
+        if len(self) >= _STREAMS_MAX or self._held_bytes > _HELD_BYTES_MAX:
+            raise OverloadedError("too many streams are under way; try again later")
+        return True
+
+    def add(self, request: Request, channel: Channel) -> None:
+        """Queue a request that ``takes`` accepted; ``channel`` gets its answer."""
+        self._held_bytes += len(request.body)
+        insort(self._waiting, Stream(request, channel), key=lambda stream: stream.request.level)
+
+    def cancel(self, request_id: int, channel: Channel) -> bool:
+        """End a stream whose answer nobody waits for; ``False`` if it is not here."""
+        stream = self._find(request_id, channel)
+        if stream is not None:
+            self._fail(stream, CanceledError("withdrawn while it was answered"))
+        return stream is not None
+
+    def pace(self, request_id: int, channel: Channel, *, paused: bool) -> None:
+        """Hold a stream, or let it go on; one that has ended is no fault, the frames crossed."""
+        stream = self._find(request_id, channel)
+        if stream is not None:
+            stream.paused = paused
+
+    def step(self) -> None:
+        """Take one item of the stream whose turn it is."""
+        while self._may_open():
+            self._open.append(self._waiting.pop(0))
+        for _ in range(len(self._open)):
+            stream = self._open[0]
+            self._open.rotate(-1)
+            if stream.ready:
+                self._step(stream)
+                return
+
+    def end(self, error: AgentError) -> None:
+        """End all streams with ``error``."""
+        for stream in (*self._open, *self._waiting):
+            self._fail(stream, error)
+
+    def _may_open(self) -> bool:
+        return bool(self._waiting) and self._handler is not None and len(self._open) < self._handler.streams_max
+
+    def _find(self, request_id: int, channel: Channel) -> Stream | None:
+        for stream in (*self._open, *self._waiting):
+            if stream.request.id == request_id and stream.channel is channel:
+                return stream
+        return None
+
+    def _step(self, stream: Stream) -> None:
+        request, handler = stream.request, self._handler
+        assert handler is not None
+        try:
+            if request.deadline <= time.monotonic():
+                raise DeadlineError("the deadline passed between two parts of the answer")
+            if stream.items is None:
+                stream.items = self._begin(request, handler)
+            try:
+                item = next(stream.items, _END)
+            except BaseException as error:  # foreign code: anything may come out of it
+                raise blamed(handler, "stream", error) from error
+            if item is _END:
+                self._finish(stream)
+            elif stream.kept is None:
+                self._send(stream, item)
+            else:
+                self._keep(stream, stream.kept, item)
+        except AgentError as error:
+            self._fail(stream, error)
+        except Exception as error:  # noqa: BLE001  a request may fail, the worker may not
+            self._fail(stream, blamed(handler, "stream", error))
+
+    def _begin(self, request: Request, handler: StreamingHandler) -> Iterator[Any]:
+        request.prepare(self._signature)
+        state = request.state.state if isinstance(request.state, Prepared) else None
+        try:
+            return iter(handler.stream(request.inputs, request.rows, self._model, state))
+        except BaseException as error:  # as above
+            raise blamed(handler, "stream", error) from error
+
+    def _model(self, given: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run the model for a handler, whose inputs are checked like everybody's."""
+        inputs, _ = checked(self._signature, given)
+        return self._run(inputs)
+
+    def _send(self, stream: Stream, item: Any) -> None:
+        request = stream.request
+        fields, body = request.form.part(request, item)
+        size = sum(map(len, body))
+        if size > PART_BYTES_MAX:
+            raise HandlerError(f"a part of {size} bytes; the limit is {PART_BYTES_MAX}: yield smaller ones")
+        stream.channel.post({"kind": "part", "id": request.id, "seq": stream.number, **fields}, body)
+        stream.number += 1
+
+    def _keep(self, stream: Stream, kept: list[Any], item: Any) -> None:
+        request = stream.request
+        assert isinstance(request.form, RawForm)
+        made = request.form.made_of(request, item)
+        _, body = request.form.pack(request, made, part=True)
+        stream.kept_bytes += max(_ITEM_BYTES, sum(map(len, body)))
+        if stream.kept_bytes > _JOINED_BYTES_MAX:
+            raise TooLargeError(f"the whole answer is above {_JOINED_BYTES_MAX} bytes: ask for it in parts")
+        kept.append(made)
+
+    def _finish(self, stream: Stream) -> None:
+        request = stream.request
+        fields: dict[str, Any] = {}
+        body: Any = ()
+        if stream.kept is not None:
+            assert isinstance(request.form, RawForm)
+            fields, body = request.form.joined(request, stream.kept)
+            if request.window is not None:
+                body = into_window(request.window, fields, body)
+        self._close(stream)
+        stream.channel.post({"kind": "result", "id": request.id, **fields}, body)
+        self._drop(stream)
+
+    def _fail(self, stream: Stream, error: AgentError) -> None:
+        self._close(stream)
+        stream.channel.post(error_header(stream.request.id, error.code, str(error), retryable=error.retryable))
+        self._drop(stream)
+
+    def _drop(self, stream: Stream) -> None:
+        (self._open if stream in self._open else self._waiting).remove(stream)
+        self._held_bytes -= len(stream.request.body)
+
+    def _close(self, stream: Stream) -> None:
+        """Close the generator where it stands; what its ``finally`` raises concerns nobody else."""
+        close = getattr(stream.items, "close", None)
+        stream.items = None
+        if close is None:
+            return
+        try:
+            close()
+        except BaseException:  # noqa: BLE001  as above
+            _log.exception("a handler's stream failed while it was closed")
