@@ -7,16 +7,18 @@ import asyncio
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from itertools import count, islice
 from os import PathLike
 from types import TracebackType
 from typing import Any, Final, Self
 
 from agent.backoff import Backoff
+from agent.client.inbox import Inbox
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
+    Part,
     Result,
     attach_frame,
     call_frame,
@@ -24,8 +26,10 @@ from agent.client.messages import (
     detach_frame,
     error_of,
     infer_frame,
+    part_of,
     predict_frame,
     result_of,
+    stream_frame,
     tensors_of,
     value_of,
 )
@@ -169,6 +173,61 @@ class AsyncClient:
 
         return result_of(await self._ask(build, deadline_ms, self._retries))
 
+    async def stream(
+        self,
+        model: str,
+        inputs: Mapping[str, Array] | Buffer,
+        content_type: str = "application/octet-stream",
+        *,
+        version: str | None = None,
+        deadline_ms: float | None = None,
+        outputs: Sequence[str] | None = None,
+        priority: int | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[Part, None]:
+        """Yield the parts of an answer as they come; arguments and errors as ``Client.stream``.
+
+        Other requests go on beside it. Leaving the loop early ends the work at the daemon, at once within
+        ``async with contextlib.aclosing(client.stream(…)) as parts``. Parts that are not taken pause the model.
+        """
+        request_id = next(self._ids)
+        frame = stream_frame(
+            request_id,
+            model,
+            inputs,
+            content_type=content_type,
+            version=version,
+            deadline_ms=deadline_ms,
+            outputs=outputs,
+            priority=priority,
+            params=params,
+        )
+        wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
+        part: Part | None = None
+        retries = self._retries
+        while True:
+            line = await self._connected()
+            try:
+                async with asyncio.timeout(wait_s):
+                    inbox = await line.open(request_id, frame)
+                while True:
+                    async with asyncio.timeout(wait_s):
+                        answer = await inbox.take()
+                    if answer.header["kind"] != "part":
+                        line.close(request_id)
+                    part = part_of(answer, part)
+                    if part is None:
+                        return
+                    yield part
+            except TimeoutError as error:
+                raise DeadlineError(f"nothing came for {wait_s} s") from error
+            except _BrokenError as error:
+                if part is not None or not retries:
+                    raise UnavailableError(f"the connection to {self._path} broke: {error}") from error
+                retries -= 1
+            finally:
+                line.abandon(request_id)
+
     async def call(
         self, method: str, args: Mapping[str, Any] | None = None, *, deadline_ms: float | None = None
     ) -> Any:
@@ -275,6 +334,7 @@ class _Line:
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(ANSWER_LIMITS)
         self._waiting: dict[int, asyncio.Future[Frame]] = {}
+        self._inboxes: dict[int, Inbox] = {}  # of answers that come in parts
         self._unsent: deque[Buffer] = deque()
         self._unsent_bytes = 0
         self._passing: deque[tuple[Buffer, int]] = deque()  # the buffers of ``_unsent`` a descriptor goes with
@@ -307,6 +367,24 @@ class _Line:
         finally:
             self._waiting.pop(request_id, None)
 
+    async def open(self, request_id: int, frame: Sequence[Buffer]) -> Inbox:
+        """Send a request whose answer comes in parts, and return where they arrive; ``_BrokenError`` as ``ask``."""
+        await self._writable.wait()
+        if self.broken is not None:
+            raise self.broken
+        inbox = self._inboxes[request_id] = Inbox(request_id, self.tell)
+        self._write(frame)
+        return inbox
+
+    def close(self, request_id: int) -> None:
+        """Forget an answer whose last frame has been taken."""
+        self._inboxes.pop(request_id, None)
+
+    def abandon(self, request_id: int) -> None:
+        """Withdraw a request whose answer is not complete; one that is closed is not."""
+        if self._inboxes.pop(request_id, None) is not None and self.broken is None:
+            self._write(cancel_frame(request_id))
+
     def end(self, error: Exception) -> None:
         """Fail all who wait with ``error`` and close."""
         if self.broken is None:
@@ -314,6 +392,8 @@ class _Line:
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(type(error)(*error.args))  # each waiter raises its own
+            for inbox in self._inboxes.values():
+                inbox.fail(type(error)(*error.args))
             self._writable.set()
             self._loop.remove_reader(self._sock.fileno())
             self._loop.remove_writer(self._sock.fileno())
@@ -427,6 +507,10 @@ class _Line:
         if request_id is None:
             if frame.header["kind"] == "error":
                 self.end(error_of(frame))
+            return
+        inbox = self._inboxes.get(request_id) if self._inboxes else None
+        if inbox is not None:
+            inbox.put(frame)
             return
         future = self._waiting.get(request_id)
         if future is not None and not future.done():

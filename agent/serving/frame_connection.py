@@ -268,8 +268,11 @@ class FrameConnection:
             return
         header["id"] = request_id
         self._send(encode(header, body))
-        if not self._closed:
-            self._streams.part_queued(request_id)
+        if self._closed:
+            return
+        if self._blocked_since:
+            self._streams.set_behind(self._out.size > _PAUSE_BYTES)
+        self._streams.part_queued(request_id)
 
     def _answer(self, asked: dict[str, Any], header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """Pass the engine's answer on, unless nobody waits for it: withdrawn, or its id used anew since."""

@@ -93,7 +93,7 @@ class Streams:
             OverloadedError: too many are here.
         """
         asked = request.header.get("stream")
-        if asked not in (None, True, False, "auto"):
+        if not (asked is None or isinstance(asked, bool) or asked == "auto"):
             raise InvalidInputError("'stream' must be true, false or 'auto'")
         if self._handler is None:
             if asked is True:
