@@ -1,4 +1,4 @@
-"""Answers in parts from a real sandboxed worker through the engine to real sockets: frames, HTTP, the client library."""
+"""Answers in parts from a real sandboxed worker to real sockets: frames, HTTP, the client library."""
 
 from __future__ import annotations
 
@@ -24,11 +24,8 @@ from agent.engine.engine import Engine
 from agent.engine.version import Version
 from agent.engine.zygote import become_subreaper
 from agent.errors import (
-    AgentError,
-    CanceledError,
     DeadlineError,
     HandlerError,
-    OverloadedError,
     StreamUnsupportedError,
     UnavailableError,
     WorkerDiedError,
@@ -355,7 +352,7 @@ def test_a_client_may_pause_and_resume_its_own_stream(tmp_path: Path) -> None:
 
 def test_a_paused_stream_is_no_hanging_worker_and_a_hanging_one_is(tmp_path: Path) -> None:
     async def test() -> None:
-        async with served(tmp_path, engine={"hang_timeout_s": 0.5}) as box:
+        async with served(tmp_path, engine={"hang_timeout_s": 3.0}) as box:
             (worker,) = box.version.status()["workers"]
             async with FramePeer(box.edges.frame_path) as peer:
                 await peer.stream(1, ENDLESS, deadline_ms=60_000)
@@ -363,11 +360,8 @@ def test_a_paused_stream_is_no_hanging_worker_and_a_hanging_one_is(tmp_path: Pat
                 await peer.send({"kind": "pause", "id": 1})
                 await until_still(box)
                 link = box.version.pool.links[0]  # type: ignore[union-attr]
-                loop = asyncio.get_running_loop()
-                since = loop.time()
-                while loop.time() - since < 1.0:  # twice the bound
-                    assert link.silent_s(loop.time() + 60.0) == 0.0
-                    await asyncio.sleep(0.05)
+                much_later = asyncio.get_running_loop().time() + 1000.0
+                assert link.silent_s(much_later) == 0.0
                 await peer.send({"kind": "resume", "id": 1})
                 await peer.receive()
                 assert box.version.status()["workers"] == [worker]
@@ -410,14 +404,13 @@ def test_a_version_that_retires_lets_its_streams_end_for_a_while(
             assert old is box.version
             async with asyncio.TaskGroup() as group:
                 group.create_task(box.engine.retire(old, timeout_s=timeout_s))
-                await peer.send({"kind": "infer", "id": 2, "model": "scale", "content_type": "application/json"}, [b"[[1,1,1,1]]"])
                 end = await peer.end_of(1) if code else None
                 if end is not None:
                     assert end.header["code"] == code
                 else:
                     seen = 1
-                    while (frame := await peer.receive()).header["kind"] != "result" or frame.header["id"] != 1:
-                        seen += frame.header["kind"] == "part"
+                    while (frame := await peer.receive()).header["kind"] == "part":
+                        seen += 1
                     assert seen == count
                     assert frame.header["version"] == "1.0.0"
 
@@ -624,9 +617,12 @@ def test_a_model_that_answers_whole_says_so_to_who_demands_parts(tmp_path: Path)
         async with served(tmp_path, handler=None) as box:
             body = b"[[1, 1, 1, 1]]"
             json_type = {"Content_Type": "application/json"}
-            for path, more in ((PREDICT, {"Accept": "text/event-stream"}), (GENERATE + "_stream", {})):
-                answer = await ask(box.edges.port, "POST", path, body, **json_type, **more)
-                assert (answer.status, answer.json()["code" if path != PREDICT else "error"]) == (400, "stream_unsupported")
+            events = {"Accept": "text/event-stream"}
+            answer = await ask(box.edges.port, "POST", PREDICT, body, **json_type, **events)
+            assert (answer.status, answer.json()["error"]) == (400, "stream_unsupported")
+            for path, more in ((INFER, events), (GENERATE + "_stream", {})):
+                answer = await ask(box.edges.port, "POST", path, b"{}", **more)
+                assert (answer.status, answer.json()["code"]) == (400, "stream_unsupported")
             answer = await ask(box.edges.port, "POST", PREDICT, body, **json_type)
             assert answer.json() == {"outputs": {"y": [[2.0, 2.0, 2.0, 2.0]]}}
             assert answer.headers["content-length"]
@@ -644,9 +640,8 @@ def test_a_slow_http_client_gets_everything(tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path, write_timeout_s=60.0) as box, WebPeer(box.edges.port) as peer:
             size, count = 100_000, 300
-            await peer.send(
-                request("POST", PREDICT, body_of({"kind": "bytes", "count": count, "size": size}), X_Deadline_Ms="60000")
-            )
+            asked = {"kind": "bytes", "count": count, "size": size}
+            await peer.send(request("POST", PREDICT, body_of(asked), X_Deadline_Ms="60000"))
             held = await until_still(box)
             assert 0 < held < count, "the stream ran on though nobody read"
             _, found, whole = await chunks(peer)
@@ -758,8 +753,3 @@ def test_a_broken_connection_is_told_and_not_repeated_after_the_first_part(tmp_p
                 await blocking(box.edges.frame_path, work)
 
     run(test)
-
-
-def test_errors_of_streams_are_classes(tmp_path: Path) -> None:
-    assert issubclass(StreamUnsupportedError, AgentError)
-    assert {CanceledError.code, OverloadedError.code} == {"canceled", "overloaded"}

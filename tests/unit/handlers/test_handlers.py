@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from handlers import registry, testing
-from handlers.base import Context, Handler, InputError, Prepared, Reply
+from handlers.base import Context, Handler, InputError, Prepared, Reply, StreamingHandler
 from handlers.tensors import TensorsHandler
 from tests.fakes import models
 
@@ -98,6 +98,36 @@ def test_a_context_gives_paths_inside_the_bundle_only(tmp_path: Path) -> None:
         context(bundle_dir=tmp_path).path("../x")
 
 
+# streaming
+
+
+class Streaming(StreamingHandler):
+    """Answers with what its body says."""
+
+    def preprocess(self, body: bytes, content_type: str) -> Any:
+        return {"x": np.ones((1, 4), np.float32)}
+
+    def stream(self, inputs: Any, rows: int, run: Any, state: Any) -> Any:
+        yield "a"
+        yield run(inputs)
+        if state is None:
+            run({"z": inputs["x"]})
+
+
+def test_items_are_joined_by_their_kind() -> None:
+    handler = Streaming(context())
+    assert handler.joined(["a", "b"]) == Reply(b"ab", "text/plain; charset=utf-8")
+    assert handler.joined([Reply(b"a", "x/y"), Reply(b"b", "x/y")]) == Reply(b"ab", "x/y")
+    assert handler.joined(["a", {"b": 1}]) == ["a", {"b": 1}]
+    mixed = [Reply(b"a", "x/y"), Reply(b"b", "x/z")]
+    assert handler.joined(mixed) == mixed
+    assert handler.joined([]) == []
+
+
+def test_arrays_become_lists_unless_the_handler_says_otherwise() -> None:
+    assert Streaming(context()).postprocess({"y": np.eye(2, dtype=np.int64)}, 2) == {"y": [[1, 0], [0, 1]]}
+
+
 # handlers.testing
 
 
@@ -135,6 +165,33 @@ def test_a_handler_can_be_tried_on_a_real_model(model: Path) -> None:
     for body in (b"list", b"names", b"rows"):
         with pytest.raises(ValueError, match="preprocess returned"):
             testing.answer(handler, run, body, "text/plain")
+
+
+def test_a_streaming_handler_can_be_tried_too(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, signature = testing.load_model(model)
+    parts = testing.parts(Streaming(context(signature)), run, b"", "text/plain")
+    assert next(parts) == "a"
+    assert len(next(parts)["y"][0]) == 3
+    with pytest.raises(ValueError, match=r"stream ran the model on inputs \['z'\]"):
+        next(parts)
+    file = model.parent / "steps.py"
+    file.write_text(STREAMER)
+    command = ["--model", str(model), "--handler", f"{file}:Counter", str(model.parent / "steps.py")]
+    assert testing.main(command) == 0
+    assert [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()] == ['[0]: "0"', '[1]: "1"']
+    handler = testing.load_handler(f"{file}:Counter", context(signature))
+    assert testing.answer(handler, run, b"", "a/b") == Reply(b"01", "text/plain; charset=utf-8")
+
+
+STREAMER = """
+import numpy as np
+from handlers.base import StreamingHandler
+class Counter(StreamingHandler):
+    def preprocess(self, body, content_type):
+        return {"x": np.ones((1, 4), np.float32)}
+    def stream(self, inputs, rows, run, state):
+        yield from "01"
+"""
 
 
 def test_the_command_answers_each_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
