@@ -24,6 +24,7 @@ resume id                                                                       
 call   id, method, args                                                              –
 reply  id, value                                                                     –
 hello  client or server, protocol, limits?                                           –
+alive  id: of a worker that works on an answer                                        –
 attach id, region, nbytes; one descriptor travels with the frame                     –
 detach id, region                                                                    –
 ====== ============================================================================ ==========================
@@ -93,6 +94,7 @@ class Kind(StrEnum):
     CALL = "call"
     REPLY = "reply"
     HELLO = "hello"
+    ALIVE = "alive"
     ATTACH = "attach"
     DETACH = "detach"
 

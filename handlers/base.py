@@ -97,7 +97,8 @@ class Handler(ABC):
 class StreamingHandler(Handler):
     """Base of handlers that answer in parts: tokens of a text, windows of a signal, frames of a film."""
 
-    streams_max: ClassVar[int] = 16  # ``stream`` of so many requests is under way at once; others wait their turn
+    # ``stream`` of so many requests is under way at once, not counting those whose callers do not take their parts.
+    streams_max: ClassVar[int] = 16
 
     @abstractmethod
     def stream(

@@ -301,6 +301,8 @@ class WorkerLink:
                 self._on_answer(self.jobs.pop(header["id"], None), header, body)
         elif kind == "part":
             self._take_part(frame)
+        elif kind == "alive":
+            self._heard_at = self._loop.time()
         else:
             self._on_frame(self, header)
 

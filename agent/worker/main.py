@@ -110,7 +110,7 @@ class Server:
                 self._streams.end(CanceledError("the worker leaves"))
                 _flush_all(channel)
                 return
-            if self._streams:
+            if self._streams.count:
                 self._streams.step()
 
     def _receive(self) -> None:
@@ -118,7 +118,7 @@ class Server:
         channel, batcher, streams = self._channel, self._batcher, self._streams
         if channel.closed:
             return
-        wait = not batcher and not (streams and streams.ready)
+        wait = not batcher and not (streams.count and streams.ready)
         if channel.pending and wait:
             channel.wait(to_receive=True)
             wait = False
@@ -159,7 +159,7 @@ class Server:
             self._held_bytes += len(request.body)
             self._batcher.add(request)
         elif kind == "cancel":
-            if self._streams and self._streams.cancel(header["id"], self._channel):
+            if self._streams.count and self._streams.cancel(header["id"], self._channel):
                 return
             withdrawn = self._batcher.cancel(header["id"])
             if withdrawn is not None:
@@ -191,7 +191,7 @@ class Server:
             self._refuse(request.id, DeadlineError("the deadline passed while it waited in the worker"))
         if not batch:
             due = batcher.due()
-            if due is not None and not (self._streams and self._streams.ready):
+            if due is not None and not (self._streams.count and self._streams.ready):
                 self._channel.flush()
                 self._channel.wait(due - now, to_receive=True)
             return

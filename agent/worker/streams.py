@@ -4,8 +4,9 @@ A step is one item of a handler's generator. Streams take turns; a step whose pa
 that a daemon which is behind, or asked for a pause, holds the generator and no memory grows.
 
 Promises: a stream ends in exactly one ``result`` or ``error``, and nothing follows it; its generator is closed then, so
-its ``finally`` has run; a deadline is looked at before each step; at most ``streams_max`` generators are open, the
-others wait by priority. A request that did not ask for parts gets them joined.
+its ``finally`` has run; a deadline is looked at before each step; at most ``streams_max`` generators are at work, the
+others wait by priority. A request that did not ask for parts gets them joined; the daemon hears meanwhile that the
+worker is alive.
 Leaves out: when steps are taken (``main.py``).
 """
 
@@ -37,6 +38,7 @@ from handlers.base import Handler, Prepared, StreamingHandler
 
 _log = log.get_logger("worker.streams")
 _JOINED_BYTES_MAX: Final = 64 * 1024 * 1024  # of items kept for a caller that did not ask for parts
+_ALIVE_S: Final = 1.0  # between two words to a daemon that gets no parts
 _ITEM_BYTES: Final = 64  # the least that one of them counts
 _STREAMS_MAX: Final = 256  # open and waiting; the daemon hands over fewer
 _HELD_BYTES_MAX: Final = 128 * 1024 * 1024  # of their bodies
@@ -46,7 +48,7 @@ _END: Final = object()
 class Stream:
     """One request on its way through a handler's ``stream``."""
 
-    __slots__ = ("channel", "items", "kept", "kept_bytes", "number", "paused", "request")
+    __slots__ = ("channel", "items", "kept", "kept_bytes", "number", "paused", "request", "told_at")
 
     def __init__(self, request: Request, channel: Channel) -> None:
         self.request = request
@@ -56,6 +58,7 @@ class Stream:
         self.paused = False  # by the daemon
         self.kept: list[Any] | None = None if request.header.get("stream") else []  # what will be joined
         self.kept_bytes = 0
+        self.told_at = request.arrived  # when the daemon was told that this one is worked on (seconds)
 
     @property
     def ready(self) -> bool:
@@ -75,9 +78,7 @@ class Streams:
         self._open: deque[Stream] = deque()  # whose turn it is comes first
         self._waiting: list[Stream] = []  # by level, then arrival
         self._held_bytes = 0  # bodies of all
-
-    def __len__(self) -> int:
-        return len(self._open) + len(self._waiting)
+        self.count = 0  # of all
 
     @property
     def ready(self) -> bool:
@@ -103,12 +104,13 @@ class Streams:
             raise InvalidInputError("an answer in parts takes no 'reply' window")
         if not asked and not isinstance(request.form, RawForm):
             return False
-        if len(self) >= _STREAMS_MAX or self._held_bytes > _HELD_BYTES_MAX:
+        if self.count >= _STREAMS_MAX or self._held_bytes > _HELD_BYTES_MAX:
             raise OverloadedError("too many streams are under way; try again later")
         return True
 
     def add(self, request: Request, channel: Channel) -> None:
         """Queue a request that ``takes`` accepted; ``channel`` gets its answer."""
+        self.count += 1
         self._held_bytes += len(request.body)
         insort(self._waiting, Stream(request, channel), key=lambda stream: stream.request.level)
 
@@ -142,7 +144,10 @@ class Streams:
             self._fail(stream, error)
 
     def _may_open(self) -> bool:
-        return bool(self._waiting) and self._handler is not None and len(self._open) < self._handler.streams_max
+        """Whether another generator may begin; a paused one leaves its place, or slow callers would keep others out."""
+        if not self._waiting or self._handler is None:
+            return False
+        return sum(not stream.paused for stream in self._open) < self._handler.streams_max
 
     def _find(self, request_id: int, channel: Channel) -> Stream | None:
         for stream in (*self._open, *self._waiting):
@@ -204,6 +209,10 @@ class Streams:
         if stream.kept_bytes > _JOINED_BYTES_MAX:
             raise TooLargeError(f"the whole answer is above {_JOINED_BYTES_MAX} bytes: ask for it in parts")
         kept.append(made)
+        now = time.monotonic()
+        if now - stream.told_at > _ALIVE_S:
+            stream.told_at = now
+            stream.channel.post({"kind": "alive", "id": request.id})
 
     def _finish(self, stream: Stream) -> None:
         request = stream.request
@@ -225,6 +234,7 @@ class Streams:
 
     def _drop(self, stream: Stream) -> None:
         (self._open if stream in self._open else self._waiting).remove(stream)
+        self.count -= 1
         self._held_bytes -= len(stream.request.body)
 
     def _close(self, stream: Stream) -> None:

@@ -430,6 +430,28 @@ def test_streams_take_half_of_a_worker_at_most(tmp_path: Path) -> None:
     run(test)
 
 
+def test_large_requests_and_answers_stream_and_join(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as box, AsyncClient(box.edges.frame_path) as client:
+            asked = body_of({"kind": "bytes", "size": 400_000, "pad": "x" * 300_000})
+            for _ in range(3):
+                parts = [part.body async for part in client.stream("scale", asked)]
+                assert parts == [bytes([number]) * 400_000 for number in range(3)]
+                assert (await client.predict("scale", asked)).body == b"".join(parts)
+
+    run(test)
+
+
+def test_a_joined_answer_may_take_longer_than_a_hang(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path, engine={"hang_timeout_s": 3.0}) as box, AsyncClient(box.edges.frame_path) as client:
+            answer = await client.predict("scale", body_of({"kind": "text", "count": 9, "sleep_s": 0.5}))
+            assert answer.body == b"2 4 8 16 32 64 128 256 512 "
+            assert box.version.deaths == 0
+
+    run(test)
+
+
 def test_streams_are_counted(tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as box, FramePeer(box.edges.frame_path) as peer:

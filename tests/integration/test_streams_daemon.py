@@ -175,7 +175,7 @@ def test_a_swap_lets_streams_end_and_routes_new_ones_to_the_new_version(box: Box
     def follow() -> None:
         try:
             with box.client() as client:
-                asked = {"kind": "bytes", "count": 400, "sleep_s": 0.005}
+                asked = {"kind": "bytes", "count": 400, "sleep_s": 0.01}
                 for part in client.stream(MODEL, body(asked), deadline_ms=120_000):
                     seen.append((part.seq, part.version))
                     begun.set()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from handlers import registry, testing
 from handlers.base import Context, Handler, InputError, Prepared, Reply, StreamingHandler
@@ -181,6 +183,40 @@ def test_a_streaming_handler_can_be_tried_too(model: Path, capsys: pytest.Captur
     assert [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()] == ['[0]: "0"', '[1]: "1"']
     handler = testing.load_handler(f"{file}:Counter", context(signature))
     assert testing.answer(handler, run, b"", "a/b") == Reply(b"01", "text/plain; charset=utf-8")
+
+
+def next_byte() -> onnx.ModelProto:
+    """Scores for the byte after ``context``: the letter after its last one, and nothing after ``e``."""
+    table = np.eye(256, k=1, dtype=np.float32)
+    table[ord("e")] = np.eye(256, dtype=np.float32)[0]
+    nodes = [
+        helper.make_node("Gather", ["context", "last"], ["byte"], axis=1),
+        helper.make_node("Cast", ["byte"], ["index"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "index"], ["scores"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "next",
+        [helper.make_tensor_value_info("context", TensorProto.UINT8, ["N", 16])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 256])],
+        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array(15, dtype=np.int64), "last")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+def test_the_example_of_the_documentation_writes(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs/handlers.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Writer" in block)
+    (tmp_path / "writer.py").write_text(example)
+    onnx.save(next_byte(), str(tmp_path / "model.onnx"))
+    run, signature = testing.load_model(tmp_path / "model.onnx")
+    writer = testing.load_handler(f"{tmp_path / 'writer.py'}:Writer", context(signature))
+    assert isinstance(writer, StreamingHandler)
+    assert list(testing.parts(writer, run, b'{"text_input": "once a"}', "application/json")) == ["b", "c", "d", "e"]
+    asked = b'{"text_input": "a", "parameters": {"max_tokens": 2}}'
+    assert testing.answer(writer, run, asked, "application/json") == Reply(b"bc", "text/plain; charset=utf-8")
+    with pytest.raises(InputError, match="expected"):
+        testing.answer(writer, run, b"[]", "application/json")
 
 
 STREAMER = """
