@@ -183,6 +183,19 @@ def test_a_handler_that_cannot_stream_says_so_unless_asked_softly(zygote: Zygote
     worker.close()
 
 
+def test_the_built_in_windows_stream(zygote: ZygoteProcess, tmp_path: Path) -> None:
+    worker = start(zygote, tmp_path, {"id": "windows/v1", "params": {"samples": "int16"}})
+    assert worker.hello()["streams"] is True
+    signal = np.arange(10, dtype="<i2").tobytes()
+    parts, _ = rest(worker, worker.post_raw(signal, "application/octet-stream", stream=True))
+    answers = [json.loads(part.body) for part in parts]
+    assert [answer["start"] for answer in answers] == [0, 4, 8]
+    assert answers[2]["outputs"]["y"] == [16.0, 18.0, 0.0, 0.0]
+    _, end = rest(worker, worker.post_raw(signal, "application/octet-stream"))
+    assert json.loads(bytes(end.body)) == answers
+    worker.close()
+
+
 def test_canceling_closes_the_generator_within_a_step(worker: WorkerProcess) -> None:
     number = ask(worker, {"kind": "bytes", "count": FOREVER})
     assert worker.receive().header["kind"] == "part"

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from handlers import registry, testing
 from handlers.base import Context, Handler, InputError, Prepared, Reply, StreamingHandler
 from handlers.tensors import TensorsHandler
+from handlers.windows import WindowsHandler
 from tests.fakes import models
 
 SIGNATURE = {
@@ -128,6 +129,48 @@ def test_items_are_joined_by_their_kind() -> None:
 
 def test_arrays_become_lists_unless_the_handler_says_otherwise() -> None:
     assert Streaming(context()).postprocess({"y": np.eye(2, dtype=np.int64)}, 2) == {"y": [[1, 0], [0, 1]]}
+
+
+# windows/v1
+
+MONO = {
+    "inputs": [{"name": "x", "dtype": "float32", "shape": ["N", 4]}],
+    "outputs": [{"name": "y", "dtype": "float32", "shape": ["N", 4]}],
+}
+
+
+def windows_of(body: bytes, **params: Any) -> list[tuple[int, list[float]]]:
+    handler = WindowsHandler(context(MONO, params=params))
+    parts = testing.parts(handler, lambda inputs: {"y": inputs["x"]}, body, "application/octet-stream")
+    return [(part["start"], part["outputs"]["y"]) for part in parts]
+
+
+def test_a_signal_is_answered_window_by_window() -> None:
+    signal = np.arange(1, 7, dtype=np.float32)
+    assert windows_of(signal.tobytes()) == [(0, [1, 2, 3, 4]), (4, [5, 6, 0, 0])]
+    assert windows_of(signal.tobytes(), hop=2) == [(0, [1, 2, 3, 4]), (2, [3, 4, 5, 6])]
+    assert windows_of(signal.astype("<i2").tobytes(), samples="int16", scale=0.5)[1] == (4, [2.5, 3, 0, 0])
+    assert windows_of(signal[:2].tobytes()) == [(0, [1, 2, 0, 0])]
+    assert windows_of(np.array([np.nan], np.float32).tobytes()) == [(0, [None, 0, 0, 0])]
+    for body in (b"", b"12345"):
+        with pytest.raises(InputError, match="expected float32 samples"):
+            windows_of(body)
+
+
+def test_rows_of_tensors_are_windows_too() -> None:
+    handler = WindowsHandler(context(MONO))
+    rows = np.eye(2, 4, dtype=np.float32)
+    items = list(handler.stream({"x": rows}, 2, lambda inputs: {"y": inputs["x"]}, None))
+    assert [(item["start"], item["outputs"]["y"]) for item in items] == [(0, [1, 0, 0, 0]), (1, [0, 1, 0, 0])]
+
+
+@pytest.mark.parametrize(
+    ("signature", "params"),
+    [(SIGNATURE, {}), (MONO | {"inputs": [MONO["inputs"][0] | {"shape": ["N", "T"]}]}, {}), (MONO, {"hop": 0})],
+)
+def test_what_has_no_windows_is_refused_when_it_is_loaded(signature: Any, params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        WindowsHandler(context(signature, params=params))
 
 
 # handlers.testing
