@@ -296,7 +296,8 @@ class WorkerLink:
             held = self.owed.pop(header["id"], None)
             if held is not None:
                 self.held_bytes -= held
-                self._paused.pop(header["id"], None)
+                if self._paused:
+                    self._paused.pop(header["id"], None)
                 self._heard_at = self._loop.time()
                 self._on_answer(self.jobs.pop(header["id"], None), header, body)
         elif kind == "part":
