@@ -125,7 +125,8 @@ class StepsHandler(StreamingHandler):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if number == asked.get("hang_at"):
                     time.sleep(3600)
-                time.sleep(asked.get("sleep_s", 0))
+                if "sleep_s" in asked:
+                    time.sleep(asked["sleep_s"])
                 outputs = run({"x": x} if number != asked.get("wrong_at") else {"z": x})
                 x = outputs["y"]
                 self.steps += 1

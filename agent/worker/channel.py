@@ -47,6 +47,11 @@ class Channel:
         """Whether anything waits to be taken by the daemon."""
         return bool(self._outgoing)
 
+    @property
+    def filling(self) -> bool:
+        """Whether a large body is half here; what the daemon said after it is not known yet."""
+        return self._decoder.body_buffer() is not None
+
     def receive(self, *, wait: bool, frames_max: int) -> list[Frame]:
         """Return the frames that have arrived, about ``frames_max`` at most; with ``wait`` block for the first bytes.
 

@@ -62,8 +62,11 @@ class Stream:
 
     @property
     def ready(self) -> bool:
-        """Whether a step may be taken: the last one's part has left, and nobody asked for a pause."""
-        return not self.paused and not self.channel.pending
+        """Whether a step may be taken: the last one's part has left, and the daemon has not asked for a pause.
+
+        While a large body is half here such a wish may lie behind it.
+        """
+        return not self.paused and not self.channel.pending and not self.channel.filling
 
 
 class Streams:

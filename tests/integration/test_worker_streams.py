@@ -341,6 +341,18 @@ def test_a_daemon_that_takes_nothing_holds_the_generator(worker: WorkerProcess) 
     drained(worker, number)
 
 
+def test_a_large_body_and_a_stream_pass_each_other(worker: WorkerProcess) -> None:
+    number = ask(worker, {"kind": "bytes", "count": FOREVER, "size": 10_000})
+    worker.receive()
+    pad = json.dumps({"kind": "text", "pad": "x" * 3_000_000}).encode()
+    large = worker.post_raw(pad, JSON)
+    worker.send({"kind": "pause", "id": number})
+    _, end = drained(worker, large)
+    assert bytes(end.body) == b"2 4 8 "
+    worker.send({"kind": "cancel", "id": number})
+    assert drained(worker, number)[1].header["code"] == "canceled"
+
+
 def test_a_closed_channel_ends_streams_and_lets_the_worker_leave(worker: WorkerProcess) -> None:
     number = ask(worker, {"kind": "bytes", "count": FOREVER, "sleep_s": 0.001})
     worker.receive()
