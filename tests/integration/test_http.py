@@ -46,7 +46,13 @@ def test_raw_bodies_are_predicted(tmp_path: Path, loop: str) -> None:
             header = served.engine.seen[0].header
             trace = header.pop("trace")
             assert trace
-            assert header == {"kind": "infer", "model": "echo", "content_type": "image/png", "accept": "a/b"}
+            assert header == {
+                "kind": "infer",
+                "model": "echo",
+                "content_type": "image/png",
+                "accept": "a/b",
+                "stream": "auto",
+            }
 
     run(test, loop=loop)
 
