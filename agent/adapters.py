@@ -24,6 +24,7 @@ from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
 from agent.deploy.ports import Bundle, Evidence, Loaded, Progress
 from agent.deploy.reconciler import Reconciler
 from agent.engine.engine import Engine
+from agent.engine.growth import Bounds
 from agent.engine.types import FORWARDED_BYTES, VariantSpec, VersionSpec
 from agent.engine.version import Version
 from agent.errors import PolicyError, SelfTestError, StateError
@@ -72,6 +73,8 @@ class SpecMaker:
     def _variant_spec(self, manifest: Manifest, variant: Variant, path: Path) -> VariantSpec:
         batching = manifest.batching
         device = {"kind": variant.device.kind, "index": 0}
+        workers = self._engine.workers_of(manifest.name)
+        threads = variant.threads.intra or self._profile.intra_op_threads
         worker: dict[str, Any] = {
             "model": manifest.name,
             "version": manifest.version,
@@ -97,11 +100,12 @@ class SpecMaker:
             "batching": {"max_batch": batching.max_batch, "max_delay_ms": batching.max_delay_ms, "axis": batching.axis},
             "session": _plain(variant.session),
             "threads": {
-                "intra": variant.threads.intra or self._profile.intra_op_threads,
+                "intra": threads,
                 "inter": variant.threads.inter or 1,
             },
             "limits": {"memory_bytes": self._memory_bytes(variant), "open_files": self._engine.open_files_max},
             "sandbox": self._policy.sandbox,
+            "share_weights": workers.share_weights,
             "wire": {
                 "header_bytes_max": self._serving.header_bytes_max + FORWARDED_BYTES,
                 "body_bytes_max": self._serving.body_bytes_max,
@@ -113,7 +117,15 @@ class SpecMaker:
             precision=variant.precision,
             device=variant.device.kind if variant.device.kind == "cpu" else f"{variant.device.kind}:0",
             worker=worker,
+            lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
+            bounds=Bounds(
+                least=workers.min,
+                most=workers.max or max(workers.min, self._profile.workers_max),
+                grow_delay_s=workers.grow_delay_ms / 1000,
+                shrink_idle_s=workers.shrink_idle_s,
+            ),
+            threads=threads,
         )
 
     def _memory_bytes(self, variant: Variant) -> int:

@@ -6,7 +6,8 @@ was lent to one model's workers never holds another model's data.
 
 A slot goes back when its last holder lets go: each ``lease`` (a memoryview and all its slices) until it is collected,
 and each worker that may still touch it until it has answered or died. Promises: that happens exactly once per use; the
-bounds hold; running out is no error, the caller then copies as if there were no arena. Single-threaded.
+bounds hold; running out is no error, the caller then copies as if there were no arena; what is not used for a while is
+given back to the kernel, because its pages count as the daemon's own. Single-threaded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import weakref
 from collections import OrderedDict
 from typing import Any, Final
 
+from agent.clock import Clock
 from agent.regions import Region
 
 SHARED_BYTES_MIN: Final = 64 * 1024  # smaller bodies are cheaper sent
@@ -67,7 +69,8 @@ class Arena:
         self.idle_bytes = 0
         self._bytes_max = bytes_max
         self._idle_bytes_max = idle_bytes_max
-        self._idle: OrderedDict[Slot, None] = OrderedDict()  # the longest unused first
+        self._idle: OrderedDict[Slot, int] = OrderedDict()  # the longest unused first, each since which sweep
+        self._sweeps = 0
         self._numbers = itertools.count(2, 2)  # even; clients' regions have odd numbers
 
     def take(self, model: str, nbytes: int) -> Slot | None:
@@ -93,16 +96,39 @@ class Arena:
     def end(self, region: Region) -> None:
         """Keep the slot for reuse; called when its last holder let go."""
         assert isinstance(region, Slot)
-        self._idle[region] = None
+        self._idle[region] = self._sweeps
         self.idle_bytes += region.nbytes
         while self.idle_bytes > self._idle_bytes_max:
             self._destroy(next(iter(self._idle)))
+
+    def sweep(self) -> None:
+        """Give back the slots that were idle all the time since the last sweep."""
+        while self._idle and next(iter(self._idle.values())) < self._sweeps:
+            self._destroy(next(iter(self._idle)))
+        self._sweeps += 1
 
     def _destroy(self, slot: Slot) -> None:
         del self._idle[slot]
         self.idle_bytes -= slot.nbytes
         self.held_bytes -= slot.nbytes
         slot.close()
+
+
+class ArenaKeeper:
+    """Component: after a burst, let go of what nobody used for ``idle_s`` (seconds; at most twice that)."""
+
+    name = "arena"
+
+    def __init__(self, arena: Arena, *, clock: Clock, idle_s: float) -> None:
+        self._arena = arena
+        self._clock = clock
+        self._idle_s = idle_s
+
+    async def run(self) -> None:
+        """Sweep until cancelled."""
+        while True:
+            await self._clock.sleep(self._idle_s)
+            self._arena.sweep()
 
 
 def slot_of(body: object) -> Slot | None:

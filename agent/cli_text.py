@@ -182,8 +182,22 @@ def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
             f", {shown(row['variant'])} on {shown(row['device'])}, sandbox {shown(sandbox)}",
         ),
         Text(f"  {facts}"),
+        *_worker_lines(row),
         *(Text(f"  not {shown(skip['variant'])}: {shown(skip['reason'])}") for skip in row["fallbacks"]),
     ]
+
+
+def _worker_lines(row: Mapping[str, Any]) -> list[Text]:
+    """Return how many workers there are, where their number can change, and which cores they are bound to."""
+    scaling = row.get("scaling")
+    if scaling is None:
+        return []
+    count, least, most = len(row["workers"]), scaling["min"], scaling["max"]
+    bound = " | ".join(",".join(map(shown, cores)) for cores in scaling["cores"] if cores)
+    parts = [f"  workers: {count}"] + ([f" ({least} to {most})"] if most > least else [])
+    parts += [f", on cores {bound}"] if bound else []
+    lines = [Text("".join(parts))] if most > 1 or bound else []
+    return lines + ([Text(f"  no further worker: {shown(scaling['held'])}")] if scaling["held"] else [])
 
 
 def _absent_lines(model: str, reason: str) -> list[Text]:

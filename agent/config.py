@@ -11,6 +11,7 @@ import re
 import socket
 import tomllib
 from pathlib import Path
+from types import UnionType
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -89,6 +90,7 @@ class SharedMemoryConfig(Section, frozen=True):
     total_bytes_max: int = 1024 * MIB  # of all connections together
     arena_bytes_max: int = 256 * MIB  # the daemon's own, for large bodies that are sent; 0: workers get them sent too
     arena_idle_bytes_max: int = 16 * MIB  # of it kept for reuse
+    arena_idle_s: float = 10.0  # and given back once it was not used for so long
 
     def __post_init__(self) -> None:
         _require(0 <= self.regions_max <= 4096, "regions_max: 0..4096")
@@ -97,6 +99,7 @@ class SharedMemoryConfig(Section, frozen=True):
         _require(self.total_bytes_max >= self.region_bytes_max, "total_bytes_max: at least region_bytes_max")
         _require(0 <= self.arena_bytes_max <= 1 << 40, "arena_bytes_max: 0..1 TiB")
         _require(self.arena_idle_bytes_max >= 0, "arena_idle_bytes_max: not negative")
+        _require(0.1 <= self.arena_idle_s <= 86400, "arena_idle_s: 0.1..86400")
 
 
 class TokenConfig(Section, frozen=True):
@@ -161,10 +164,42 @@ class PolicyConfig(Section, frozen=True):
     sandbox: Literal["enforce", "best_effort"] = "enforce"  # enforce: no worker without seccomp and Landlock
 
 
+class WorkersConfig(Section, frozen=True):
+    """How many workers a model has: more while its requests queue, fewer once they are not needed.
+
+    ``workers = 2`` in ``[engine]`` is short for ``workers = {min = 2, max = 2}``.
+    """
+
+    min: int = 1  # started with the model
+    max: int = 0  # most; 0: ``workers_max`` of the profile, but not below min
+    grow_delay_ms: float = 100.0  # with every worker busy and requests queued for so long, one more is started
+    shrink_idle_s: float = 60.0  # with one worker too many for so long, one that is idle leaves
+    share_weights: bool = False  # CPU: all workers read ONNX weights from the pages of external data files, at a cost
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.min <= 64, "min: 1..64")
+        _require(self.max == 0 or self.min <= self.max <= 64, "max: min..64, or 0")
+        _require(1 <= self.grow_delay_ms <= 3_600_000, "grow_delay_ms: 1..3600000")
+        _require(0.1 <= self.shrink_idle_s <= 86_400, "shrink_idle_s: 0.1..86400")
+
+
+class ModelWorkersConfig(Section, frozen=True):
+    """Workers of one model, whether the file, the fleet or a local pin brings it to this box."""
+
+    name: str  # the slot
+    workers: int | WorkersConfig  # instead of ``[engine.workers]`` as a whole; a number, or a table with its keys
+
+    def __post_init__(self) -> None:
+        _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
+        _require_workers(self.workers)
+
+
 class EngineConfig(Section, frozen=True):
     """Bounds of pools and workers."""
 
-    workers: int = 1  # per model
+    workers: int | WorkersConfig = msgspec.field(default_factory=WorkersConfig)  # of each model
+    models: tuple[ModelWorkersConfig, ...] = ()  # see `[[engine.models]]`
+    pin_cores: Literal["profile", "always", "never"] = "profile"  # bind each worker to cores, one for each thread
     queue_requests_max: int = 256  # waiting and running, per model
     queue_bytes_max: int = 256 * MIB  # their bodies, per model
     start_timeout_s: float = 120.0  # fork to ready: load, warm-up and self-test
@@ -173,18 +208,27 @@ class EngineConfig(Section, frozen=True):
     restart_cap_s: float = 30.0  # longest wait between restarts
     deaths_max: int = 5  # within deaths_window_s: the next variant takes over
     deaths_window_s: float = 60.0  # over which deaths are counted
+    lanes_max: int = 64  # direct lanes of local applications to workers; 0: everything goes through the daemon
     memory_bytes_max: int = 0  # RLIMIT_AS of a worker; 0: from the manifest's measured memory, with head room
     open_files_max: int = 256  # RLIMIT_NOFILE of a worker
 
     def __post_init__(self) -> None:
-        _require(1 <= self.workers <= 64, "workers: 1..64")
+        _require_workers(self.workers)
+        names = [model.name for model in self.models]
+        _require(len(set(names)) == len(names), "models: two entries have the same name")
         _require(1 <= self.queue_requests_max <= 1_000_000, "queue_requests_max: 1..1000000")
         _require(self.queue_bytes_max >= MIB, "queue_bytes_max: at least 1 MiB")
         _require(0 < self.start_timeout_s <= 3600, "start_timeout_s: above 0, at most 3600")
         _require(0 < self.hang_timeout_s <= 3600, "hang_timeout_s: above 0, at most 3600")
         _require(0 < self.restart_first_s <= self.restart_cap_s, "restart_first_s: above 0, at most restart_cap_s")
         _require(1 <= self.deaths_max <= 1000, "deaths_max: 1..1000")
+        _require(0 <= self.lanes_max <= 4096, "lanes_max: 0..4096")
         _require(16 <= self.open_files_max <= 65536, "open_files_max: 16..65536")
+
+    def workers_of(self, model: str) -> WorkersConfig:
+        """Return the bounds that hold for ``model``."""
+        own = next((entry.workers for entry in self.models if entry.name == model), self.workers)
+        return WorkersConfig(min=own, max=own) if isinstance(own, int) else own
 
 
 class ClientLimitConfig(Section, frozen=True):
@@ -213,7 +257,8 @@ class DeployConfig(Section, frozen=True):
     probation_calls_min: int = 20  # and so many good answers; idle models are probed by their golden inputs
     probation_limit_s: float = 600.0  # without enough good answers by then, the version is rolled back
     probation_errors_max: float = 0.02  # share of failed answers above the previous version's
-    starts_in_trial_max: int = 3  # daemon starts during one trial; with more the version is rolled back
+    starts_in_trial_max: int = 3  # starts during one trial after a crash or power cut; with more it is rolled back
+    trial_retry_cap_s: float = 3600.0  # a version with nothing to roll back to is started again, at most so far apart
     fetch_retry_cap_s: float = 300.0  # longest wait between tries while the store cannot be reached
     fetch_limit_s: float = 72 * 3600.0  # with the store unreachable for so long, the deployment fails
     keep_versions: int = 2  # per slot on disk, beside active and previous
@@ -223,6 +268,7 @@ class DeployConfig(Section, frozen=True):
         _require(self.probation_calls_min >= 0, "probation_calls_min: not negative")
         _require(0 <= self.probation_errors_max <= 1, "probation_errors_max: 0..1")
         _require(1 <= self.starts_in_trial_max <= 100, "starts_in_trial_max: 1..100")
+        _require(self.trial_retry_cap_s > 0, "trial_retry_cap_s: above 0")
         _require(self.fetch_retry_cap_s > 0, "fetch_retry_cap_s: above 0")
 
 
@@ -377,13 +423,25 @@ def _kind_at(key: str) -> Any:
     """Return the type of the value that a path such as ``auth.tokens[0].roles[1]`` names; ``None`` if unknown."""
     kind: Any = Config
     for name in key.split(".") if key else ():
-        if not (isinstance(kind, type) and issubclass(kind, Section)):
+        kind = section_of(kind)
+        if kind is None:
             return None
         field, *brackets = name.split("[")
         kind = get_type_hints(kind).get(field)
         for _ in brackets:
             kind = next(iter(get_args(kind)), None)
-    return kind
+    return section_of(kind) or kind
+
+
+def section_of(kind: Any) -> type[Section] | None:
+    """Return the section that a value of this type may be; ``None`` for plain values and for lists."""
+    kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    return next((item for item in kinds if isinstance(item, type) and issubclass(item, Section)), None)
+
+
+def _require_workers(workers: int | WorkersConfig) -> None:
+    few = not isinstance(workers, int) or 1 <= workers <= 64
+    _require(few, "workers: 1..64, or a table such as {min = 1, max = 4}")
 
 
 def _require(condition: bool, message: str) -> None:

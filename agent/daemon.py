@@ -25,7 +25,7 @@ import uvloop
 
 from agent import __version__, sdnotify
 from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker
-from agent.arena import Arena
+from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
 from agent.config import Config, ServingConfig, load
@@ -39,7 +39,7 @@ from agent.errors import AgentError, ConfigError, StateError
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger, setup
 from agent.metrics import Metrics
-from agent.profile import choose, load_profiles, probe
+from agent.profile import Profile, choose, load_profiles, probe
 from agent.serving.budget import ReceiveBudget
 from agent.serving.frames import FrameServer
 from agent.serving.http import HttpServer
@@ -140,6 +140,12 @@ async def serve(config: Config, state_dir: Path) -> None:
             Stream.HEALTH, "component.restarted", Severity.WARNING, component=name, reason=str(error)
         ),
     )
+
+    def record_end(failure: type[BaseException] | None, *_: object) -> None:
+        """The last worker has left."""
+        if failure is None:
+            reconciler.stopped()
+
     async with AsyncExitStack() as stack:
         stack.callback(_lock(state_dir))
         # Telemetry: outermost, so that it hears of everything until the end.
@@ -163,6 +169,7 @@ async def serve(config: Config, state_dir: Path) -> None:
         stack.enter_context(reporter.listening())
         events.emit(Stream.HEALTH, "daemon.started", version=__version__, profile=profile.name)
         # Engine and what it serves.
+        stack.push(record_end)
         arena = Arena(
             bytes_max=config.shared_memory.arena_bytes_max, idle_bytes_max=config.shared_memory.arena_idle_bytes_max
         )
@@ -174,6 +181,8 @@ async def serve(config: Config, state_dir: Path) -> None:
             metrics=metrics,
             arena=arena,
             limits=config.limits,
+            cores=sorted(os.sched_getaffinity(0)) if _binds(config, profile) else (),
+            memory_bytes_max=int(profile.memory_share * hardware.memory_bytes),
         )
         await stack.enter_async_context(engine.running())
         puller = Puller(config.store, config.policy, state_dir, hardware, profile)
@@ -218,7 +227,8 @@ async def serve(config: Config, state_dir: Path) -> None:
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
         )
-        components: list[Component] = [engine, reconciler, reporter]
+        keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
+        components: list[Component] = [engine, reconciler, reporter, keeper]
         if link is not None:
             commands = CommandInbox(
                 state_dir / "commands.db",
@@ -334,6 +344,10 @@ def _lock(state_dir: Path) -> Callable[[], None]:
         os.close(descriptor)
         raise StateError(f"{state_dir} is in use by another inferd") from error
     return lambda: os.close(descriptor)
+
+
+def _binds(config: Config, profile: Profile) -> bool:
+    return config.engine.pin_cores == "always" or (config.engine.pin_cores == "profile" and profile.pin_cores)
 
 
 def _configured(model: Any) -> Desired:

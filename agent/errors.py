@@ -16,6 +16,7 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     ├── OverloadedError* (overloaded)               admission refused; nothing was done
     ├── RateLimitedError* (rate_limited)            this client asked too much; nothing was done
     ├── UnavailableError* (unavailable)             the model exists and cannot serve now
+    ├── LaneRefusedError (lane_refused)             no direct lane here: ask through the daemon
     ├── DeadlineError (deadline_exceeded)
     ├── CanceledError (canceled)
     ├── WorkerError (worker_failed)
@@ -147,6 +148,12 @@ class UnavailableError(AgentError):
 
     code = "unavailable"
     retryable = True
+
+
+class LaneRefusedError(AgentError):
+    """This caller gets no direct lane to this model; the message says why. Requests go through the daemon."""
+
+    code = "lane_refused"
 
 
 class DeadlineError(AgentError):

@@ -73,6 +73,13 @@ class HistogramSeries:
         self.count += 1
         self.total += value
 
+    def merge(self, buckets: Sequence[int], total: float) -> None:
+        """Add what was observed elsewhere with the same bounds; other bounds are ignored."""
+        if len(buckets) == len(self.buckets):
+            self.buckets = [mine + theirs for mine, theirs in zip(self.buckets, buckets, strict=True)]
+            self.count += sum(buckets)
+            self.total += total
+
     def quantile(self, q: float) -> float:
         """Return the upper bound of the bucket that holds quantile ``q`` (0..1); 0.0 when empty."""
         rank, seen = q * self.count, 0

@@ -68,6 +68,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     precisions: tuple[str, ...] = ("int8", "fp32")  # tie-break between variants of equal priority, best first
     intra_op_threads: int = 1
     memory_share: float = 0.8  # of the box's memory for models
+    workers_max: int = 1  # of one model, unless the configuration says otherwise
+    pin_cores: bool = False  # bind each worker to cores of its own, as many as it has threads
 
 
 def probe() -> Hardware:

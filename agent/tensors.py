@@ -14,7 +14,7 @@ from agent.wire import Buffer, Tensor, parse_tensors, tensor_entries
 
 Array = npt.NDArray[Any]
 _LENGTH: Final = struct.Struct("<I")
-_NUMPY: Final[Mapping[str, np.dtype[Any]]] = {
+NUMPY_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     name: np.dtype(name).newbyteorder("<")
     for name in (
         "bool",
@@ -31,7 +31,7 @@ _NUMPY: Final[Mapping[str, np.dtype[Any]]] = {
         "float64",
     )
 }
-_NAMES: Final[Mapping[np.dtype[Any], str]] = {dtype: name for name, dtype in _NUMPY.items()}
+DTYPE_NAMES: Final[Mapping[np.dtype[Any], str]] = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 
 def dtype_name(array: Array) -> str:
@@ -40,14 +40,14 @@ def dtype_name(array: Array) -> str:
     Raises:
         TensorError: a dtype the wire does not carry.
     """
-    known = _NAMES.get(array.dtype)
+    known = DTYPE_NAMES.get(array.dtype)
     if known is not None:
         return known
     if array.dtype.kind in "OSU":
         return "bytes"
     name = array.dtype.newbyteorder("=").name
-    if name not in _NUMPY:
-        raise TensorError(f"dtype {array.dtype} cannot be sent; use one of {', '.join(_NUMPY)} or bytes")
+    if name not in NUMPY_DTYPES:
+        raise TensorError(f"dtype {array.dtype} cannot be sent; use one of {', '.join(NUMPY_DTYPES)} or bytes")
     return name
 
 
@@ -66,7 +66,7 @@ def pack(arrays: Mapping[str, Array]) -> tuple[list[dict[str, Any]], list[Buffer
         if dtype == "bytes":
             data = pack_bytes(array)
         else:
-            plain = np.ascontiguousarray(array, dtype=_NUMPY[dtype])
+            plain = np.ascontiguousarray(array, dtype=NUMPY_DTYPES[dtype])
             data = plain.data.cast("B") if plain.size else b""
         rows.append((name, dtype, array.shape, len(data)))
         buffers.append(data)
@@ -95,7 +95,7 @@ def as_array(tensor: Tensor, body: memoryview) -> Array:
     if tensor.dtype == "bfloat16":
         wide = np.frombuffer(part, dtype="<u2").astype(np.uint32) << 16
         return wide.view(np.float32).reshape(tensor.shape)
-    return np.ndarray(tensor.shape, _NUMPY[tensor.dtype], part)
+    return np.ndarray(tensor.shape, NUMPY_DTYPES[tensor.dtype], part)
 
 
 def pack_bytes(array: Array) -> bytes:

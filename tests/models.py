@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from agent.engine.growth import Bounds
 from agent.engine.types import VariantSpec, VersionSpec
 
 FEATURES = 4
@@ -29,6 +30,30 @@ def write_scale_model(path: Path, *, factor: float = 2.0) -> None:
 
 
 HANDLERS: dict[str, str] = {
+    # Takes its time: the body says how many seconds. Once its bundle holds a file "refuse" no further one starts.
+    "slow": '''
+import time
+
+import numpy as np
+
+from handlers.base import Handler
+
+
+class SlowHandler(Handler):
+    """Sleeps, then answers."""
+
+    def __init__(self, context):
+        super().__init__(context)
+        if context.path("refuse").exists():
+            raise RuntimeError("asked not to start")
+
+    def preprocess(self, body, content_type):
+        time.sleep(float(bytes(body)))
+        return {"x": np.ones((1, 4), dtype=np.float32)}
+
+    def postprocess(self, outputs, rows):
+        return {"y": outputs["y"].tolist()}
+''',
     # Never finishes loading.
     "stuck": '''
 import time
@@ -157,7 +182,7 @@ import os
 import msgpack
 import numpy as np
 
-from agent.wire import encode
+from agent.wire import FIRST_ID, encode
 from handlers.base import Handler
 
 
@@ -171,7 +196,7 @@ class LiarHandler(Handler):
             os.write(3, b"".join(encode({"kind": "hello", **msgpack.unpackb(lie.read_bytes())})))
 
     def preprocess(self, body, content_type):
-        for number in range(1, 100):
+        for number in range(FIRST_ID, FIRST_ID + 100):
             os.write(3, b"".join(encode({**json.loads(body), "id": number})))
         return {"x": np.zeros((1, 4), dtype=np.float32)}
 
@@ -217,6 +242,7 @@ def scale_version(
     factors: tuple[float | None, ...] = (2.0,),
     handler: str | None = None,
     window: int = 64,
+    bounds: Bounds | None = None,
 ) -> VersionSpec:
     """Write a bundle folder and return its spec; one variant per factor, ``None`` = a model file that is rubbish."""
     variants = []
@@ -234,6 +260,14 @@ def scale_version(
             write_scale_model(folder / entry, factor=factor)
         worker = worker_spec(folder, version=version, variant=f"v{index}", entry=entry, handler=spec)
         variants.append(
-            VariantSpec(id=f"v{index}", runtime="onnx", precision="fp32", device="cpu", worker=worker, window=window)
+            VariantSpec(
+                id=f"v{index}",
+                runtime="onnx",
+                precision="fp32",
+                device="cpu",
+                worker=worker,
+                window=window,
+                bounds=bounds or Bounds(),
+            )
         )
     return VersionSpec(model="scale", version=version, digest=f"{version:0<64}"[:64], variants=tuple(variants))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from agent.arena import Arena
 from agent.clock import SystemClock
-from agent.config import AuthConfig, EngineConfig, ServingConfig, SharedMemoryConfig
+from agent.config import AuthConfig, ClientLimitConfig, EngineConfig, ServingConfig, SharedMemoryConfig
 from agent.engine.engine import Engine
 from agent.engine.types import VersionSpec
 from agent.engine.version import Version
@@ -45,6 +45,7 @@ class SharedBox:
     engine: Engine
     frames: FrameServer
     arena: Arena
+    metrics: Metrics
 
     def version(self, model: str) -> Version:
         """Return what serves ``model``."""
@@ -66,6 +67,7 @@ async def shared_box(
     *versions: VersionSpec,
     memory: SharedMemoryConfig | None = None,
     serving: ServingConfig | None = None,
+    limits: Iterable[ClientLimitConfig] = (),
     **options: Any,
 ) -> AsyncIterator[SharedBox]:
     """Serve ``versions`` on a frame socket in ``folder``; ``options`` are fields of ``EngineConfig``."""
@@ -74,12 +76,12 @@ async def shared_box(
     metrics = Metrics()
     config = EngineConfig(**{"restart_first_s": 0.001, "start_timeout_s": 60.0, **options})
     shared = memory or SharedMemoryConfig()
-    limits = Limits(body_bytes_max=serving.body_bytes_max)
     arena = Arena(bytes_max=shared.arena_bytes_max, idle_bytes_max=shared.arena_idle_bytes_max)
     engine = Engine(
         config,
         scratch=folder / "scratch",
-        wire=limits,
+        wire=Limits(body_bytes_max=serving.body_bytes_max),
+        limits=limits,
         events=EventBus(SystemClock()),
         metrics=metrics,
         arena=arena,
@@ -102,7 +104,7 @@ async def shared_box(
                 arena=arena,
             )
             async with frames.serving():
-                yield SharedBox(path, engine, frames, arena)
+                yield SharedBox(path, engine, frames, arena, metrics)
         finally:
             sweeper.cancel()
             await asyncio.wait({sweeper})

@@ -52,7 +52,7 @@ def render() -> str:
             f"\n## `{heading}`\n\n{inspect.getdoc(section)}\n\n| key | default | meaning |\n| --- | --- | --- |"
         )
         for field in msgspec.structs.fields(section):
-            if not _is_section(field.type):
+            if many or not _is_section(field.type):
                 meaning = "; ".join(filter(None, (comments[section.__name__, field.name], _choices(field.type))))
                 parts.append(f"| `{field.name}` | {_default(field)} | {meaning} |")
     return "\n".join(parts) + "\n"
@@ -62,10 +62,10 @@ def _sections() -> list[tuple[str, Any, bool]]:
     found: list[tuple[str, Any, bool]] = []
     for field in msgspec.structs.fields(config.Config):
         if _is_section(field.type):
-            found.append((field.name, field.type, False))
+            found.append((field.name, config.section_of(field.type), False))
             for inner in msgspec.structs.fields(field.type):
                 if _is_section(inner.type):
-                    found.append((f"{field.name}.{inner.name}", inner.type, False))
+                    found.append((f"{field.name}.{inner.name}", config.section_of(inner.type), False))
                 elif item := _item_section(inner.type):
                     found.append((f"{field.name}.{inner.name}", item, True))
         elif item := _item_section(field.type):
@@ -74,12 +74,11 @@ def _sections() -> list[tuple[str, Any, bool]]:
 
 
 def _is_section(kind: Any) -> bool:
-    return inspect.isclass(kind) and issubclass(kind, config.Section)
+    return config.section_of(kind) is not None
 
 
 def _item_section(kind: Any) -> Any:
-    arguments = getattr(kind, "__args__", ())
-    return next((item for item in arguments if _is_section(item)), None)
+    return next((item for item in get_args(kind) if _is_section(item)), None)
 
 
 def _choices(kind: Any) -> str:

@@ -6,6 +6,7 @@ import array
 import asyncio
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from itertools import count, islice
@@ -15,6 +16,7 @@ from typing import Any, Final, Self
 
 from agent.backoff import Backoff
 from agent.client.inbox import Inbox
+from agent.client.lanes import WAIT_MARGIN_S, Lanes
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
@@ -26,6 +28,8 @@ from agent.client.messages import (
     detach_frame,
     error_of,
     infer_frame,
+    lane_frame,
+    lend_frame,
     part_of,
     predict_frame,
     result_of,
@@ -36,7 +40,7 @@ from agent.client.messages import (
 from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory
 from agent.errors import AgentError, DeadlineError, FrameError, TooLargeError, UnavailableError
 from agent.tensors import Array
-from agent.wire import Buffer, Decoder, Frame
+from agent.wire import FIRST_ID, Buffer, Decoder, Frame
 
 _READ_BYTES: Final = 64 * 1024
 _GRACE_S: Final = 5.0  # beyond a request's deadline: the daemon answers late requests too
@@ -58,11 +62,14 @@ class AsyncClient:
 
     Large arrays go through shared memory by themselves, copied once; arrays over a ``region`` are not copied at all.
 
+    With ``lanes`` requests go straight to each model's worker where the daemon allows it, as with ``Client``.
+
     Args:
         socket_path: The daemon's frame socket.
         connect_timeout_s: How long to wait for a daemon that is not there (restarting).
         timeout_s: How long to wait for an answer when the request has no deadline of its own.
         retries: Bound of repeated requests, see above.
+        lanes: Whether to use direct lanes, see above.
     """
 
     def __init__(
@@ -72,12 +79,15 @@ class AsyncClient:
         connect_timeout_s: float = 5.0,
         timeout_s: float = 60.0,
         retries: int = 2,
+        lanes: bool = False,
     ) -> None:
         self._path = str(socket_path)
         self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
         self._retries = retries
-        self._ids = count(1)
+        self._ids = count(FIRST_ID)
+        self._lanes: Lanes[_Lane] = Lanes(enabled=lanes)
+        self._opening = asyncio.Lock()
         self._line: _Line | None = None
         self._connecting = asyncio.Lock()
         self._attaching = asyncio.Lock()
@@ -112,7 +122,7 @@ class AsyncClient:
             )
 
         try:
-            frame = await self._ask(build, deadline_ms, self._retries, plan)
+            frame = await self._ask(build, deadline_ms, self._retries, plan, None if version else model)
             if plan is None and len(frame.body) <= STAGED_BYTES_MIN:
                 return result_of(frame)
             return tensors_of(frame, model, plan, self._memory)
@@ -171,7 +181,7 @@ class AsyncClient:
                 params=params,
             )
 
-        return result_of(await self._ask(build, deadline_ms, self._retries))
+        return result_of(await self._ask(build, deadline_ms, self._retries, None, None if version else model))
 
     async def stream(
         self,
@@ -248,6 +258,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; waiting requests fail with ``UnavailableError``."""
+        for lane in self._lanes:
+            lane.line.end(UnavailableError("the client was closed"))
+        self._lanes.clear()
         if self._line is not None:
             self._line.end(UnavailableError("the client was closed"))
         self._memory.close_staging()
@@ -263,13 +276,30 @@ class AsyncClient:
     # Inside
 
     async def _ask(
-        self, build: Callable[[int], list[Buffer]], deadline_ms: float | None, retries: int, plan: Plan | None = None
+        self,
+        build: Callable[[int], list[Buffer]],
+        deadline_ms: float | None,
+        retries: int,
+        plan: Plan | None = None,
+        model: str | None = None,
     ) -> Frame:
+        """Return the answer to the frame that ``build`` makes; ``model`` may be asked on its direct lane."""
         wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
         request_id = next(self._ids)
         frame = build(request_id)
         broken: _BrokenError | None = None
-        for _ in range(retries + 1):
+        tries = retries + 1
+        lane = await self._lane(model) if model is not None else None
+        if lane is not None:
+            try:
+                lane_wait_s = wait_s if deadline_ms is None else deadline_ms / 1000 + WAIT_MARGIN_S
+                return await self._ask_on_lane(lane, request_id, frame, lane_wait_s, plan)
+            except _UnsentError:
+                pass  # nobody took it, so no try is used up
+            except _BrokenError as error:
+                broken = error
+                tries -= 1
+        for _ in range(tries):
             line = await self._connected()
             try:
                 async with asyncio.timeout(wait_s):
@@ -281,6 +311,58 @@ class AsyncClient:
             except _BrokenError as error:
                 broken = error
         raise UnavailableError(f"the connection to {self._path} broke {retries + 1} times: {broken}")
+
+    async def _lane(self, model: str) -> _Lane | None:
+        """Return the model's lane, asking for one if it is time to."""
+        lane = self._lanes.get(model)
+        if lane is not None:
+            if not lane.line.leaving and lane.line.broken is None:
+                return lane
+            self._lanes.drop(model, lane, time.monotonic(), farewell=lane.line.leaving)
+        if not self._lanes.wanted(model, time.monotonic()):
+            return None
+        async with self._opening:
+            lane = self._lanes.get(model)
+            if lane is not None or not self._lanes.wanted(model, time.monotonic()):
+                return lane
+            try:
+                return await self._open_lane(model)
+            except (AgentError, _BrokenError):  # refused; or no daemon, which the request itself will find out
+                self._lanes.refused(model, time.monotonic())
+                return None
+
+    async def _open_lane(self, model: str) -> _Lane:
+        line = await self._connected()
+        request_id = next(self._ids)
+        value = value_of(await line.ask(request_id, lane_frame(request_id, model)))
+        lane = _Lane(_Line(line.take_socket(), is_lane=True), int(value["lane"]), line)
+        self._lanes.add(model, lane)
+        return lane
+
+    async def _ask_on_lane(
+        self, lane: _Lane, request_id: int, frame: list[Buffer], wait_s: float, plan: Plan | None
+    ) -> Frame:
+        """Return the answer of a model's worker; ``_BrokenError`` if the lane has ended."""
+        try:
+            async with asyncio.timeout(wait_s):
+                if plan is not None:
+                    await self._lend_all(lane, plan)
+                return await lane.line.ask(request_id, frame)
+        except TimeoutError as error:
+            raise DeadlineError(f"no answer within {wait_s} s") from error
+
+    async def _lend_all(self, lane: _Lane, plan: Plan) -> None:
+        """Let the lane's worker know the regions of a request."""
+        for number, region in plan.regions.items():
+            if number in lane.known:
+                continue
+            try:
+                await self._attach(lane.home, region)
+                request_id = next(self._ids)
+                value_of(await lane.home.ask(request_id, lend_frame(request_id, lane.number, region)))
+            except AgentError as error:  # this worker cannot have it
+                raise _UnsentError(str(error)) from error
+            lane.known.add(number)
 
     async def _attach_all(self, line: _Line, plan: Plan) -> None:
         """Let this connection know the regions of a request."""
@@ -322,19 +404,39 @@ class _BrokenError(Exception):
     """The connection ended and the request had no answer."""
 
 
+class _UnsentError(_BrokenError):
+    """The connection ended before the whole request had left: nobody took it."""
+
+
 class _StagingRefusedError(Exception):
     """The daemon does not take our staging region; the same request can be sent as bytes."""
+
+
+class _Lane:
+    """A connection straight to a model's worker."""
+
+    def __init__(self, line: _Line, number: int, home: _Line) -> None:
+        self.line = line
+        self.number = number
+        self.home = home  # the daemon's connection it hangs on
+        self.known: set[int] = set()  # regions the worker knows
 
 
 class _Line:
     """One connection: who waits for which answer. A bare socket: transports cannot pass descriptors."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, is_lane: bool = False) -> None:
         self._sock = sock
+        self._is_lane = is_lane
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(ANSWER_LIMITS)
         self._waiting: dict[int, asyncio.Future[Frame]] = {}
         self._inboxes: dict[int, Inbox] = {}  # of answers that come in parts
+        self._ends: dict[int, int] = {}  # of those who wait: at which byte of all that was written their frame ends
+        self._written = 0
+        self._left = 0  # bytes the kernel has taken
+        self._sockets: deque[int] = deque()  # descriptors that came with replies
+        self.leaving = False  # the other side takes nothing more
         self._unsent: deque[Buffer] = deque()
         self._unsent_bytes = 0
         self._passing: deque[tuple[Buffer, int]] = deque()  # the buffers of ``_unsent`` a descriptor goes with
@@ -353,11 +455,14 @@ class _Line:
         """Return the answer to ``request_id``; ``_BrokenError`` if there will be none."""
         if descriptor is None:  # a frame with one is small, and must have left even if its caller is canceled
             await self._writable.wait()
+        if self.leaving:
+            raise _UnsentError("the lane takes nothing more")
         if self.broken is not None:
             raise self.broken
         future: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
         self._write(frame, descriptor)
+        self._ends[request_id] = self._written
         try:
             return await future
         except asyncio.CancelledError:
@@ -366,6 +471,19 @@ class _Line:
             raise
         finally:
             self._waiting.pop(request_id, None)
+            self._ends.pop(request_id, None)
+
+    def take_socket(self) -> socket.socket:
+        """Return the socket that came with a reply.
+
+        Raises:
+            FrameError: none came.
+        """
+        if not self._sockets:
+            raise FrameError("a lane came without its socket")
+        sock = socket.socket(fileno=self._sockets.popleft())
+        sock.setblocking(False)
+        return sock
 
     async def open(self, request_id: int, frame: Sequence[Buffer]) -> Inbox:
         """Send a request whose answer comes in parts, and return where they arrive; ``_BrokenError`` as ``ask``."""
@@ -389,11 +507,15 @@ class _Line:
         """Fail all who wait with ``error`` and close."""
         if self.broken is None:
             self.broken = error
+            if isinstance(error, _BrokenError):
+                self._fail_unsent()
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(type(error)(*error.args))  # each waiter raises its own
             for inbox in self._inboxes.values():
                 inbox.fail(type(error)(*error.args))
+            while self._sockets:
+                os.close(self._sockets.popleft())
             self._writable.set()
             self._loop.remove_reader(self._sock.fileno())
             self._loop.remove_writer(self._sock.fileno())
@@ -401,10 +523,17 @@ class _Line:
             while self._passing:
                 os.close(self._passing.popleft()[1])
 
+    def _fail_unsent(self) -> None:
+        """Tell those whose frame has not left: nobody will take it."""
+        for request_id, future in self._waiting.items():
+            if self._ends.get(request_id, 0) > self._left and not future.done():
+                future.set_exception(_UnsentError("nobody took the request"))
+
     # Out
 
     def _write(self, frame: Sequence[Buffer], descriptor: int | None = None) -> None:
         size = sum(len(part) for part in frame)
+        self._written += size
         parts: Sequence[Buffer] = [part for part in frame if len(part)]
         if size <= _JOIN_BYTES_MAX:
             parts = (b"".join(parts),)
@@ -429,8 +558,13 @@ class _Line:
             if not self._blocked:
                 self._blocked = True
                 self._loop.add_writer(self._sock.fileno(), self._flush)
-        except OSError as error:  # the daemon closed on us: it may have said why
-            if not self._last_words():
+        except OSError as error:  # the other side takes nothing more: it may have said why
+            if self._is_lane:  # what it took it still answers
+                self.leaving = True
+                self._fail_unsent()
+                self._unsent.clear()
+                self._loop.remove_writer(self._sock.fileno())
+            elif not self._last_words():
                 self.end(_BrokenError(str(error)))
         else:
             if self._blocked:
@@ -454,6 +588,7 @@ class _Line:
 
     def _sent(self, count: int) -> None:
         self._unsent_bytes -= count
+        self._left += count
         while count:
             first = self._unsent[0]
             if len(first) > count:
@@ -486,7 +621,8 @@ class _Line:
                 raise ConnectionResetError("closed by the daemon")
             frame = self._decoder.body_filled(received)
             return () if frame is None else (frame,)
-        data = self._sock.recv(_READ_BYTES)
+        data, descriptors, _, _ = socket.recv_fds(self._sock, _READ_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        self._sockets.extend(descriptors)
         if not data:
             raise ConnectionResetError("closed by the daemon")
         return self._decoder.feed(data)
@@ -507,6 +643,8 @@ class _Line:
         if request_id is None:
             if frame.header["kind"] == "error":
                 self.end(error_of(frame))
+            elif frame.header["kind"] == "bye":
+                self.leaving = True
             return
         inbox = self._inboxes.get(request_id) if self._inboxes else None
         if inbox is not None:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from agent.backoff import Backoff
+from agent.client.lanes import WAIT_MARGIN_S, Lanes
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
@@ -26,6 +27,8 @@ from agent.client.messages import (
     detach_frame,
     error_of,
     infer_frame,
+    lane_frame,
+    lend_frame,
     part_of,
     predict_frame,
     result_of,
@@ -34,9 +37,9 @@ from agent.client.messages import (
     value_of,
 )
 from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory
-from agent.errors import AgentError, DeadlineError, UnavailableError
+from agent.errors import AgentError, DeadlineError, FrameError, UnavailableError
 from agent.tensors import Array
-from agent.wire import Buffer, Decoder, Frame
+from agent.wire import FIRST_ID, Buffer, Decoder, Frame
 
 _TIMEVAL: Final = struct.Struct("ll")
 _READ_BYTES: Final = 64 * 1024
@@ -58,11 +61,15 @@ class Client:
 
     Large arrays go through shared memory by themselves, copied once; arrays over a ``region`` are not copied at all.
 
+    With ``lanes`` the client asks the daemon for a socket straight to each model's worker. Requests go through the
+    daemon wherever it gives none (it says why in its log), and whenever a lane ends.
+
     Args:
         socket_path: The daemon's frame socket.
         connect_timeout_s: How long to wait for a daemon that is not there (restarting).
         timeout_s: How long to wait for an answer when the request has no deadline of its own.
         retries: Bound of repeated requests, see above.
+        lanes: Whether to use direct lanes, see above.
     """
 
     def __init__(
@@ -72,13 +79,15 @@ class Client:
         connect_timeout_s: float = 5.0,
         timeout_s: float = 60.0,
         retries: int = 2,
+        lanes: bool = False,
     ) -> None:
         self._path = str(socket_path)
         self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
         self._retries = retries
         self._lock = threading.Lock()
-        self._ids = count(1)
+        self._ids = count(FIRST_ID)
+        self._lanes: Lanes[_Lane] = Lanes(enabled=lanes)
         self._sock: socket.socket | None = None
         self._decoder = Decoder(ANSWER_LIMITS)
         self._wait_s = 0.0  # the socket's present timeout
@@ -132,7 +141,7 @@ class Client:
             )
 
         try:
-            frame = self._ask(build, deadline_ms, self._retries, plan)
+            frame = self._ask(build, deadline_ms, self._retries, plan, None if version else model)
             if plan is None and len(frame.body) <= STAGED_BYTES_MIN:
                 return result_of(frame)
             return tensors_of(frame, model, plan, self._memory)
@@ -194,7 +203,7 @@ class Client:
                 params=params,
             )
 
-        return result_of(self._ask(build, deadline_ms, self._retries))
+        return result_of(self._ask(build, deadline_ms, self._retries, None, None if version else model))
 
     def stream(
         self,
@@ -273,12 +282,28 @@ class Client:
     # Inside
 
     def _ask(
-        self, build: Callable[[int], list[Buffer]], deadline_ms: float | None, retries: int, plan: Plan | None = None
+        self,
+        build: Callable[[int], list[Buffer]],
+        deadline_ms: float | None,
+        retries: int,
+        plan: Plan | None = None,
+        model: str | None = None,
     ) -> Frame:
+        """Return the answer to the frame that ``build`` makes; ``model`` may be asked on its direct lane."""
         wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
         request_id = next(self._ids)
         frame = build(request_id)
         with self._lock:
+            lane = self._lane(model) if model is not None else None
+            if lane is not None:
+                lane_wait_s = wait_s if deadline_ms is None else deadline_ms / 1000 + WAIT_MARGIN_S
+                answer = self._ask_on_lane(lane, frame, request_id, lane_wait_s, plan)
+                if answer is not None:
+                    return answer
+                if not lane.unsent:
+                    if not retries:
+                        raise UnavailableError(f"the direct lane to {model} broke")
+                    retries -= 1
             while True:
                 reused = self._sock is not None
                 sock = self._connected(wait_s)
@@ -327,11 +352,92 @@ class Client:
         with suppress(ConnectionError):  # the daemon closed on us: it may have said why
             _send_all(sock, request)
         while True:
-            for frame in self._read(sock):
-                if frame.header.get("id") == request_id:
+            for frame in _read(sock, self._decoder):
+                if frame.id == request_id:
                     yield frame
-                elif frame.header["kind"] == "error" and "id" not in frame.header:
+                elif frame.header["kind"] == "error" and frame.id is None:
                     raise error_of(frame)
+
+    def _lane(self, model: str) -> _Lane | None:
+        """Return the model's lane, asking for one if it is time to."""
+        lane = self._lanes.get(model)
+        if lane is not None or not self._lanes.wanted(model, time.monotonic()):
+            return lane
+        request_id = next(self._ids)
+        try:
+            sock = self._connected(self._timeout_s)
+            _send_all(sock, lane_frame(request_id, model))
+            value, passed = self._receive_with_socket(sock, request_id)
+        except AgentError:  # refused; or no daemon, which the request itself will find out
+            self._lanes.refused(model, time.monotonic())
+            return None
+        except OSError:
+            self._disconnect()
+            return None
+        except BaseException:
+            self._disconnect()
+            raise
+        lane = _Lane(passed, model, int(value["lane"]))
+        self._lanes.add(model, lane)
+        return lane
+
+    def _receive_with_socket(self, sock: socket.socket, request_id: int) -> tuple[Any, socket.socket]:
+        """Return the value of a reply and the socket that came with it."""
+        passed: list[int] = []
+        while True:
+            data, descriptors, _, _ = socket.recv_fds(sock, _READ_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            passed += descriptors
+            if not data:
+                raise ConnectionResetError("closed by the daemon")
+            for frame in self._decoder.feed(data):
+                if frame.id != request_id:
+                    continue
+                value = value_of(frame)
+                if len(passed) != 1:
+                    raise FrameError("a lane came without its socket")
+                return value, socket.socket(fileno=passed[0])
+
+    def _ask_on_lane(
+        self, lane: _Lane, frame: list[Buffer], request_id: int, wait_s: float, plan: Plan | None
+    ) -> Frame | None:
+        """Return the answer of a model's worker; ``None`` if the lane has ended, ``lane.unsent`` says how."""
+        try:
+            if plan is not None:
+                self._lend_all(lane, plan)
+            return lane.ask(frame, request_id, wait_s)
+        except BlockingIOError as error:  # the socket's timeout
+            self._drop_lane(lane)
+            raise DeadlineError(f"no answer within {wait_s} s") from error
+        except OSError:
+            self._drop_lane(lane)
+            return None
+        except BaseException:
+            self._drop_lane(lane)
+            raise
+
+    def _drop_lane(self, lane: _Lane) -> None:
+        lane.close()
+        self._lanes.drop(lane.model, lane, time.monotonic(), farewell=lane.farewell or lane.unsent)
+
+    def _lend_all(self, lane: _Lane, plan: Plan) -> None:
+        """Let the lane's worker know the regions of a request."""
+        unknown = [region for number, region in plan.regions.items() if number not in lane.known]
+        if not unknown:
+            return
+        lane.unsent = True
+        try:
+            sock = self._connected(self._timeout_s)
+            self._attach_all(sock, plan)
+            for region in unknown:
+                request_id = next(self._ids)
+                value_of(self._exchange(sock, lend_frame(request_id, lane.number, region), request_id))
+                lane.known.add(region.number)
+        except AgentError as error:  # this worker cannot have them: no lane to it for a while
+            self._lanes.refused(lane.model, time.monotonic())
+            raise _UnsentError(str(error)) from error
+        except OSError:
+            self._disconnect()
+            raise
 
     def _attach_all(self, sock: socket.socket, plan: Plan) -> None:
         """Let this connection know the regions of a request."""
@@ -398,25 +504,12 @@ class Client:
     def _receive(self, sock: socket.socket, request_id: int) -> Frame:
         """Return the answer to ``request_id``; ``OSError`` if the connection ends before it is complete."""
         while True:
-            for frame in self._read(sock):
+            for frame in _read(sock, self._decoder):
                 if frame.header.get("id") == request_id:
                     return frame
                 if frame.header["kind"] == "error" and "id" not in frame.header:
                     self._disconnect()
                     raise error_of(frame)
-
-    def _read(self, sock: socket.socket) -> Sequence[Frame]:
-        body = self._decoder.body_buffer()
-        if body is not None:
-            received = sock.recv_into(body)
-            if not received:
-                raise ConnectionResetError("closed by the daemon")
-            frame = self._decoder.body_filled(received)
-            return () if frame is None else (frame,)
-        data = sock.recv(_READ_BYTES)
-        if not data:
-            raise ConnectionResetError("closed by the daemon")
-        return self._decoder.feed(data)
 
     def _connected(self, wait_s: float) -> socket.socket:
         if self._sock is None:
@@ -429,9 +522,52 @@ class Client:
         return self._sock
 
     def _disconnect(self) -> None:
+        for lane in self._lanes:
+            lane.close()
+        self._lanes.clear()
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+
+
+class _Lane:
+    """A socket straight to a model's worker."""
+
+    def __init__(self, sock: socket.socket, model: str, number: int) -> None:
+        self.model = model
+        self.number = number
+        self.known: set[int] = set()  # regions the worker knows
+        self.farewell = False  # the worker takes nothing more
+        self.unsent = False  # the last request certainly did not arrive
+        self._sock = sock
+        self._decoder = Decoder(ANSWER_LIMITS)
+        self._wait_s = 0.0
+
+    def ask(self, frame: list[Buffer], request_id: int, wait_s: float) -> Frame:
+        """Return the answer; ``OSError`` if the lane has ended, and ``unsent`` is set if nobody took the request."""
+        if wait_s != self._wait_s:
+            _set_timeout(self._sock, wait_s)
+            self._wait_s = wait_s
+        self.unsent = True
+        try:
+            _send_all(self._sock, frame)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # a worker that takes nothing more makes the send fail: no part of it will be run
+            raise _UnsentError(*error.args) from error
+        self.unsent = False
+        while True:
+            for answer in _read(self._sock, self._decoder):
+                if answer.id == request_id:
+                    return answer
+                if answer.header["kind"] == "bye":
+                    self.farewell = True
+                elif answer.header["kind"] == "error" and answer.id is None:
+                    raise error_of(answer)
+
+    def close(self) -> None:
+        """Close the socket; the worker forgets what was asked."""
+        self._sock.close()
 
 
 class _StagingRefusedError(Exception):
@@ -440,6 +576,21 @@ class _StagingRefusedError(Exception):
 
 class _UnsentError(OSError):
     """The connection ended before the whole request had left: the daemon never saw it."""
+
+
+def _read(sock: socket.socket, decoder: Decoder) -> Sequence[Frame]:
+    """Return the frames that one read completed; ``OSError`` if the other side has closed."""
+    body = decoder.body_buffer()
+    if body is not None:
+        received = sock.recv_into(body)
+        if not received:
+            raise ConnectionResetError("closed by the daemon")
+        frame = decoder.body_filled(received)
+        return () if frame is None else (frame,)
+    data = sock.recv(_READ_BYTES)
+    if not data:
+        raise ConnectionResetError("closed by the daemon")
+    return decoder.feed(data)
 
 
 def _connect(path: str, timeout_s: float) -> socket.socket:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from agent.client.regions import Plan, Region, SharedMemory
 from agent.errors import AgentError, FrameError, by_code
 from agent.tensors import Array, as_array, pack, unpack
-from agent.wire import Buffer, Frame, Limits, encode, parse_tensors
+from agent.wire import Buffer, Frame, Header, Limits, encode, parse_tensors
 
 DEFAULT_SOCKET: Final = "/run/inferd/inferd.sock"
 
@@ -149,6 +149,16 @@ def detach_frame(request_id: int, region: Region) -> list[Buffer]:
     return encode({"kind": "detach", "id": request_id, "region": region.number})
 
 
+def lane_frame(request_id: int, model: str) -> list[Buffer]:
+    """Return the wish for a direct lane to a model's worker; its socket comes with the reply."""
+    return encode({"kind": "lane", "id": request_id, "model": model})
+
+
+def lend_frame(request_id: int, lane: int, region: Region) -> list[Buffer]:
+    """Return the frame that lets a lane's worker know an attached region."""
+    return encode({"kind": "lend", "id": request_id, "lane": lane, "region": region.number})
+
+
 def cancel_frame(request_id: int) -> list[Buffer]:
     """Return the withdrawal of a request; it is answered with ``canceled`` unless its answer is on its way."""
     return encode({"kind": "cancel", "id": request_id})
@@ -211,7 +221,7 @@ def part_of(frame: Frame, before: Part | None) -> Part | None:
         return None
     if header["kind"] != "part":
         raise error_of(frame)
-    result = result_of(Frame({**header, "kind": "result"}, frame.body))
+    result = result_of(Frame(Header({**header, "kind": "result"}), frame.body))
     return Part(
         seq=0 if before is None else before.seq + 1,
         model=result.model if before is None else before.model,

@@ -16,6 +16,7 @@ from typing import Any, Final
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
+from agent.deploy import trial
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
 from agent.deploy.pointer import Pointer, Pointers, Target
@@ -56,6 +57,7 @@ class Performer:
         self.pointer: Pointer | None = None
         self.active: Loaded | None = None
         self.busy = False  # a deployment is under way
+        self.held_until: float | None = None  # monotonic; on trial, not loaded, and nothing else could be
         self._config = config
         self._store = store
         self._host = host
@@ -91,21 +93,55 @@ class Performer:
         self.pointer = pointer
         try:
             if pointer.trial:
-                pointer = self._count_start(pointer)
-            if pointer.trial and pointer.starts_in_trial > self._config.starts_in_trial_max:
-                raise StateError(f"{pointer.starts_in_trial - 1} starts on trial without being confirmed")
-            self.active = await self._bring_up(pointer.active)
+                pointer = self._begin_start(pointer)
+            if self.held_until is None:
+                self.active = await self._bring_up(pointer.active)
         except (AgentError, OSError) as error:
             await self._boot_previous(pointer, error)
 
-    def _count_start(self, pointer: Pointer) -> Pointer:
-        """Record one more start on trial. One that cannot be recorded is not made if there is a confirmed version."""
+    def _begin_start(self, pointer: Pointer) -> Pointer:
+        """Decide on a start on trial and record it.
+
+        Raises:
+            StateError: the confirmed version is to be loaded instead.
+        """
+        pointer = trial.counted(pointer)
+        start = trial.decide(pointer, self._config)
+        pointer = self._record_start(pointer, running=start is trial.Start.NOW)
+        if start is trial.Start.NEVER:
+            raise StateError(f"{pointer.starts_in_trial} crashes on trial without being confirmed")
+        if start is trial.Start.LATER:
+            self._hold(pointer)
+        return pointer
+
+    def _record_start(self, pointer: Pointer, *, running: bool) -> Pointer:
+        """Write before the effect. A start that cannot be recorded is not made if there is a confirmed version."""
         try:
-            return self._point(pointer.tried_again())
+            return self._point(replace(pointer, running=running))
         except (AgentError, OSError):
             if pointer.previous is not None:
                 raise
             return pointer
+
+    def _hold(self, pointer: Pointer) -> None:
+        wait_s = trial.wait_s(pointer, self._config)
+        self.held_until = self._clock.monotonic() + wait_s
+        data: dict[str, Any] = {
+            "slot": self.slot,
+            "version": pointer.active.version,
+            "crashes": pointer.starts_in_trial,
+            "retry_s": wait_s,
+        }
+        _log.error("version on trial is held back", **data)
+        self._events.emit(Stream.HEALTH, "boot.trial_held", Severity.ERROR, **data)
+        reason = f"{pointer.starts_in_trial} crashes on trial and no earlier version; tried again in {wait_s:g} s"
+        self._host.expect(self.slot, f"version {pointer.active.version}: {reason}")
+
+    def stopped(self) -> None:
+        """Record that what was on trial ended in order. Its worker has left."""
+        pointer = self.pointer
+        if pointer is not None and pointer.trial and pointer.running:
+            self._point(replace(pointer, running=False))
 
     async def _boot_previous(self, pointer: Pointer, error: Exception) -> None:
         data = {"slot": self.slot, "version": pointer.active.version, "reason": str(error)}
@@ -128,13 +164,17 @@ class Performer:
         self._host.expect(self.slot, f"version {pointer.active.version} does not load: {error}")
 
     async def revive(self) -> None:
-        """Try again to load what the pointer names, after ``boot`` could not.
+        """Try again to load what the pointer names, after ``boot`` could or would not.
 
         Raises:
             AgentError: it still does not load.
         """
-        if self.pointer is not None and self.active is None:
-            self.active = await self._bring_up(self.pointer.active)
+        pointer = self.pointer
+        if pointer is not None and self.active is None:
+            self.held_until = None
+            if pointer.trial:
+                pointer = self._record_start(pointer, running=True)
+            self.active = await self._bring_up(pointer.active)
 
     async def _bring_up(self, target: Target) -> Loaded:
         bundle = await self._store.check(self._state_dir / target.path)
@@ -169,6 +209,9 @@ class Performer:
     async def resume(self, record: Record) -> None:
         """Go on with a deployment that a restart interrupted."""
         ours = self.pointer is not None and self.pointer.active.digest == record.digest
+        if record.state is State.CUTOVER and ours and self.held_until is not None:
+            await self._step(record, Event.DONE)  # its probation begins once it is started again
+            return
         if record.state in (State.PROBATION, State.CUTOVER) and ours and self.active is not None:
             pass  # boot() loaded it
         elif record.state is State.PROBATION or (record.state is State.CUTOVER and ours):
@@ -201,6 +244,9 @@ class Performer:
         """End an interrupted deployment because another wish won."""
         if (record.state, Event.SUPERSEDE) in _SUPERSEDABLE:
             await self._give_up(record)
+        elif self.held_until is not None and record.state is State.PROBATION:
+            message = "another version was asked for while it was held back"
+            await self.perform(await self._step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=message))
         else:
             await self.resume(record)
 
@@ -346,11 +392,14 @@ class Performer:
             if record.local and self.pointer is not None:
                 confirmed = None if self.pointer.trial else self.pointer.active
             try:
-                self._point(Pointer(slot=self.slot, active=active, previous=confirmed, trial=not record.local))
+                on_trial = not record.local
+                self._point(
+                    Pointer(slot=self.slot, active=active, previous=confirmed, trial=on_trial, running=on_trial)
+                )
             except (AgentError, OSError) as error:
                 return await self._step(record, Event.FAIL, code="pointer_failed", message=str(error))
             replaced = self._host.activate(self.slot, self._candidate)
-            self.active, self._candidate = self._candidate, None
+            self.active, self._candidate, self.held_until = self._candidate, None, None
             if self._before is None:
                 self._before = replaced
             elif replaced is not None:
@@ -388,7 +437,7 @@ class Performer:
 
     async def _confirm(self, record: Record, reason: str) -> Record:
         if self.pointer is not None and self.pointer.trial:
-            self._point(replace(self.pointer, trial=False, starts_in_trial=0))
+            self._point(replace(self.pointer, trial=False, starts_in_trial=0, running=False))
         await self._journal.forgive(self.slot, record.digest)
         record = await self._step(record, Event.DONE, message=reason)
         before, self._before = self._before, None
@@ -407,7 +456,7 @@ class Performer:
                 return await self._step(record, Event.DONE)  # done before a restart
             if previous is None:
                 self._pointers.remove(self.slot)
-                self.pointer, self.active = None, None
+                self.pointer, self.active, self.held_until = None, None, None
             else:
                 self._point(Pointer(slot=self.slot, active=previous))
                 if self._before is not None:

@@ -7,7 +7,7 @@ without it a box could load nothing of what it has on disk until it reaches its 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,16 +39,13 @@ class Pointer:
     active: Target
     previous: Target | None = None
     trial: bool = False
-    starts_in_trial: int = 0
+    starts_in_trial: int = 0  # that followed an end nobody ordered
+    running: bool = False  # on trial and loaded, by a process whose orderly end is not recorded
 
     @property
     def confirmed(self) -> Target | None:
         """The last version that earned trust."""
         return self.previous if self.trial else self.active
-
-    def tried_again(self) -> Pointer:
-        """One more start with the active version on trial."""
-        return replace(self, starts_in_trial=self.starts_in_trial + 1)
 
 
 class Pointers:

@@ -31,6 +31,9 @@ _log = get_logger("deploy")
 _REVIVE_S: Final = 30.0
 _FIRST_POLL_S: Final = 60.0  # for a model that has nothing to serve yet, or whose trouble may have passed
 
+_HELD: Final = frozenset({Action.RESUME, Action.NOTHING, Action.POLL})  # none ends a hold
+_RESTING: Final = FINAL | {State.PROBATION}
+
 
 class Reconciler:
     """All slots of this box. Call ``open`` once, then keep ``run`` supervised."""
@@ -105,6 +108,14 @@ class Reconciler:
                         running.add(slot)
                         group.create_task(self._keep(slot), name=f"slot {slot}")
                 await self._new_slot.wait()
+
+    def stopped(self) -> None:
+        """Record an orderly end, once no worker is left. What is not recorded counts against a version on trial."""
+        for performer in self._performers.values():
+            try:
+                performer.stopped()
+            except (AgentError, OSError) as error:
+                _log.error("orderly end not recorded", slot=performer.slot, reason=str(error))
 
     # Wishes
 
@@ -247,17 +258,21 @@ class Reconciler:
             self._new_slot.set()
         wish, latest = self._wishes.get(slot), await self._journal.latest(slot)
         action = decide(wish, performer.pointer, latest)
-        if action is Action.RESUME and latest is not None:
+        if performer.held_until is not None and action in _HELD and (latest is None or latest.state in _RESTING):
+            await self._hold(performer, hint, wish, latest, performer.held_until - self._clock.monotonic())
+        elif action is Action.RESUME and latest is not None:
             await performer.resume(latest)
         elif action is Action.SUPERSEDE and latest is not None:
             await performer.give_up(latest)
         elif action is Action.BEGIN and wish is not None:
             await performer.begin(wish, deployment_id=wish.id)
             await self._collect()
-        elif action is Action.POLL and wish is not None and latest is not None:
-            await self._poll(performer, hint, wish, latest)
         elif performer.pointer is not None and performer.active is None:
             await self._revive(performer, hint)
+            if action is Action.POLL and performer.active is None and wish is not None and latest is not None:
+                await self._look_for_newer(performer, wish, latest)
+        elif action is Action.POLL and wish is not None and latest is not None:
+            await self._poll(performer, hint, wish, latest)
         else:
             await hint.wait()
 
@@ -270,6 +285,28 @@ class Reconciler:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(hint.wait(), _REVIVE_S)
 
+    async def _hold(
+        self, performer: Performer, hint: asyncio.Event, wish: Desired | None, latest: Record | None, left_s: float
+    ) -> None:
+        """Wait before a version on trial is started again; another one that is offered meanwhile takes its place."""
+        if left_s <= 0:
+            try:
+                await performer.revive()
+            except AgentError as error:
+                _log.error("does not load", slot=performer.slot, reason=str(error))
+            return
+        async with asyncio.TaskGroup() as group:
+            waits = [group.create_task(hint.wait()), group.create_task(self._clock.sleep(min(left_s, _FIRST_POLL_S)))]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        if hint.is_set() or wish is None or latest is None or latest.state in FINAL:
+            return
+        offered = await self._offered(wish)
+        if offered is not None and offered[1] != latest.digest:
+            await performer.give_up(latest)
+            await self._begin_offered(performer, wish, *offered)
+
     async def _poll(self, performer: Performer, hint: asyncio.Event, wish: Desired, latest: Record) -> None:
         """Wait for a hint or the poll interval; begin when the channel offers something else."""
         interval_s = self._poll_interval_s or None
@@ -281,19 +318,29 @@ class Reconciler:
             pass
         else:
             return
-        try:
-            version, digest = await self._store.resolve(
-                team=wish.team, name=wish.slot, version=wish.version, channel=wish.channel
-            )
-        except AgentError as error:
-            _log.info("poll failed", slot=wish.slot, code=error.code, reason=str(error))
+        await self._look_for_newer(performer, wish, latest)
+
+    async def _look_for_newer(self, performer: Performer, wish: Desired, latest: Record) -> None:
+        offered = await self._offered(wish)
+        if offered is None:
             return
+        version, digest = offered
         failed = latest.state is not State.CONFIRMED
         retry = failed and (performer.pointer is None or latest.code in TRANSIENT)
         if digest != latest.digest or retry:
-            exact = replace(wish, version=version)
-            await performer.begin(exact, deployment_id=f"{wish.id}@{digest[:12]}")
-            await self._collect()
+            await self._begin_offered(performer, wish, version, digest)
+
+    async def _begin_offered(self, performer: Performer, wish: Desired, version: str, digest: str) -> None:
+        await performer.begin(replace(wish, version=version), deployment_id=f"{wish.id}@{digest[:12]}")
+        await self._collect()
+
+    async def _offered(self, wish: Desired) -> tuple[str, str] | None:
+        """Return version and digest the store offers for the wish now, ``None`` if it cannot tell."""
+        try:
+            return await self._store.resolve(team=wish.team, name=wish.slot, version=wish.version, channel=wish.channel)
+        except AgentError as error:
+            _log.info("poll failed", slot=wish.slot, code=error.code, reason=str(error))
+            return None
 
     async def _collect(self) -> None:
         """Let the store remove versions no pointer names; never while something is unfinished elsewhere."""

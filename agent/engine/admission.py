@@ -1,11 +1,8 @@
-"""Who may ask how much: rate, quota and outstanding requests per client, and a fair share of a crowded queue.
+"""Who may ask how much: rate, quota and outstanding requests per client.
 
 A client is a uid on the unix sockets, a token or an address on TCP. Everything here is integer and float work on two
 small records, because it lies on the path of every request. A request that is refused costs nothing else.
-
-Fairness is a bound, not a schedule: below half of a model's queue anybody may take what is free, above it nobody may
-hold more than an equal part, so one client's flood cannot keep another's single request out. Source of the idea: the
-dynamic threshold of shared-memory switches (Choudhury and Hahne, 1998), with the threshold at an equal part.
+Leaves out: a fair part of a crowded queue (``shares.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from agent.config import ClientLimitConfig
-from agent.errors import OverloadedError, RateLimitedError
+from agent.errors import RateLimitedError
 
 _ANYBODY: Final = "*"
 _IDLE_CLIENTS_MAX: Final = 4096  # remembered beyond those with requests under way
@@ -98,44 +95,3 @@ class Admission:
             renewed = not limit.quota_requests or now - client.window_start >= limit.quota_window_s
             if not client.outstanding and refilled and renewed:
                 del self._clients[name]
-
-
-class Shares:
-    """How many of a queue's requests each client holds."""
-
-    __slots__ = ("_held",)
-
-    def __init__(self) -> None:
-        self._held: dict[str, int] = {}
-
-    def check(self, client: str, *, outstanding: int, bound: int) -> None:
-        """Let one more request of ``client`` in, or not.
-
-        Args:
-            client: Who asks.
-            outstanding: Requests in the queue.
-            bound: The most the queue takes.
-
-        Raises:
-            OverloadedError: the queue is full, or crowded and this client holds its equal part already.
-        """
-        if outstanding >= bound:
-            raise OverloadedError(f"{bound} requests are waiting; try again later")
-        if outstanding * 2 < bound:
-            return
-        held = self._held.get(client, 0)
-        others = len(self._held) + (held == 0)
-        if others > 1 and held >= max(1, bound // others):
-            raise OverloadedError(f"the queue is crowded and this client holds {held} of its places; try again later")
-
-    def add(self, client: str) -> None:
-        """Count one request."""
-        self._held[client] = self._held.get(client, 0) + 1
-
-    def remove(self, client: str) -> None:
-        """Uncount one request."""
-        left = self._held[client] - 1
-        if left:
-            self._held[client] = left
-        else:
-            del self._held[client]

@@ -56,6 +56,7 @@ class _Hello(msgspec.Struct, frozen=True, kw_only=True):
     max_batch: int
     idempotent: bool
     streams: bool = False
+    cores: list[int]
 
 
 def hello_of(header: Mapping[str, Any]) -> dict[str, Any]:

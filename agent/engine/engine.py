@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import itertools
 import shutil
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,17 +22,21 @@ import psutil
 from agent.arena import Arena
 from agent.config import ClientLimitConfig, EngineConfig
 from agent.engine.admission import Admission
+from agent.engine.cores import Cores
+from agent.engine.growth import room_for
 from agent.engine.job import Job, error_of
+from agent.engine.lanes import Lane, Terms
+from agent.engine.orphans import kill_left
 from agent.engine.pool import Pool, PoolOwner
 from agent.engine.streams import StreamCounts
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
 from agent.engine.version import Version
 from agent.engine.zygote import Zygote
-from agent.errors import AgentError, LoadError, UnavailableError, UnknownModelError
+from agent.errors import AgentError, LaneRefusedError, LoadError, UnavailableError, UnknownModelError
 from agent.events import EventBus
 from agent.log import get_logger
-from agent.metrics import Metrics
-from agent.wire import Limits
+from agent.metrics import LATENCY_BUCKETS_S, Metrics
+from agent.wire import FIRST_ID, Header, Limits
 
 _SWEEP_S: Final = 0.05
 _log = get_logger("engine")
@@ -62,10 +67,15 @@ class Engine:
         metrics: Metrics,
         arena: Arena | None = None,
         limits: Iterable[ClientLimitConfig] = (),
+        cores: Iterable[int] = (),
+        memory_bytes_max: int = 0,
     ) -> None:
+        """Workers are bound to ``cores``, if any; no pool grows above ``memory_bytes_max`` of all workers (0: none)."""
         self._admission = Admission(limits)
         self._config = config
         self._scratch = scratch
+        self._cores = Cores(cores)
+        self._memory_bytes_max = memory_bytes_max
         self._wire = wire
         self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
         self._events = events
@@ -74,7 +84,7 @@ class Engine:
         self._active: dict[str, Version] = {}
         self._loaded: set[Version] = set()
         self._expected: dict[str, str] = {}  # slots that are known and have nothing to serve yet: why
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(FIRST_ID)
         self._work = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -83,15 +93,20 @@ class Engine:
         )
         self._answers = metrics.counter("inferd_requests", "Answers by code", ("model", "version", "code"))
         metrics.gauge("inferd_queue_requests", "Requests admitted and not answered", ("model",), self._outstanding)
+        metrics.gauge("inferd_lanes", "Direct lanes that are open", ("model",), self._lanes)
         metrics.gauge("inferd_model_ready", "1 while the model serves", ("model", "version"), self._readiness)
+        metrics.gauge("inferd_workers", "Workers of the active version that serve", ("model",), self._workers)
         metrics.gauge("inferd_worker_deaths", "Deaths of the active version's workers", ("model",), self._deaths)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The engine lives as long as the body; afterwards no worker and no zygote is left."""
         self._scratch.mkdir(parents=True, exist_ok=True)
-        for left in self._scratch.iterdir():  # of a daemon that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        left = list(self._scratch.iterdir())  # of a daemon that was killed
+        if left and (killed := kill_left(self._scratch.resolve())):
+            _log.warning("workers of a killed daemon were left; killed them", pids=killed)
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
@@ -111,14 +126,17 @@ class Engine:
         while True:
             await self._work.wait()
             now = loop.time()
-            busy = False
+            busy = watched = False
             for version in self._loaded:
                 pool = version.pool
-                if pool is not None and pool.busy:
-                    busy = True
+                if pool is not None and (pool.busy or pool.lanes):
+                    busy = busy or pool.busy
+                    watched = watched or pool.lanes > 0
                     pool.sweep(now)
             if not busy:
                 self._work.clear()
+                if watched:
+                    loop.call_later(self._config.hang_timeout_s / 4, self._work.set)
                 continue
             await asyncio.sleep(_SWEEP_S)
 
@@ -137,7 +155,7 @@ class Engine:
         except AgentError as error:
             self._answers.add((request.model if request.model in self._active else "", "", error.code))
             job.settle()
-            request.answer(error_of(error, request.header.get("id")), ())
+            request.answer(Header(error_of(error, None)), ())
             return
         if not self._work.is_set():
             self._work.set()
@@ -156,12 +174,49 @@ class Engine:
         if job is not None and job.version is not None and job.version.pool is not None:
             job.version.pool.pace(job, paused=paused)
 
-    def _route(self, request: InferRequest) -> Version:
-        version = self._active.get(request.model)
+    def open_lane(self, model: str, *, client: str, deadline_ms: int) -> Lane:
+        """Open a direct lane to the worker of ``model`` for ``client``.
+
+        Args:
+            model: Its name on this box.
+            client: Whom fairness goes by.
+            deadline_ms: Of requests that bring none.
+
+        Raises:
+            UnknownModelError, UnavailableError: as for a request.
+            LaneRefusedError: lanes are off, the client is limited, or this model gives none.
+        """
+        config = self._config
+        if not config.lanes_max:
+            raise LaneRefusedError("direct lanes are switched off here")
+        version = self._route_to(model)
+        if self._admission.limited(client):
+            raise LaneRefusedError("this client's requests are limited, so the daemon counts them")
+        if version.pool is None:
+            raise LaneRefusedError("no worker is ready")
+        if sum(one.pool.lanes for one in self._loaded if one.pool is not None) >= config.lanes_max:
+            raise LaneRefusedError(f"{config.lanes_max} lanes are open")
+        terms = Terms(
+            client=client,
+            deadline_ms=deadline_ms,
+            queue_requests_max=config.queue_requests_max,
+            queue_bytes_max=config.queue_bytes_max,
+            bounds_s=LATENCY_BUCKETS_S,
+        )
+        lane = version.pool.open_lane(next(self._numbers), terms)
+        self._work.set()  # it is watched from now on
+        return lane
+
+    def _route_to(self, model: str) -> Version:
+        version = self._active.get(model)
         if version is None:
-            if request.model in self._expected:
-                raise UnavailableError(f"model {request.model!r}: {self._expected[request.model]}")
-            raise UnknownModelError(f"Request for unknown model: {request.model!r} is not found")
+            if model in self._expected:
+                raise UnavailableError(f"model {model!r}: {self._expected[model]}")
+            raise UnknownModelError(f"Request for unknown model: {model!r} is not found")
+        return version
+
+    def _route(self, request: InferRequest) -> Version:
+        version = self._route_to(request.model)
         if request.version and request.version != version.spec.version:
             raise UnknownModelError(
                 f"Request for unknown model: {request.model!r} version {request.version!r} is not found; "
@@ -179,7 +234,7 @@ class Engine:
         """
         version = Version(
             spec,
-            make_pool=self._make_pool,
+            make_pool=partial(self._make_pool, size_before=self._size_of(spec.model)),
             spawn=self._spawn,
             events=self._events,
             latency=self._latency.series((spec.model, spec.version)),
@@ -209,7 +264,11 @@ class Engine:
         previous = self._active.get(version.spec.model)
         self._active[version.spec.model] = version
         self._expected.pop(version.spec.model, None)
-        return previous if previous is not version else None
+        if previous is version or previous is None:
+            return None
+        if previous.pool is not None:
+            previous.pool.revoke_lanes()
+        return previous
 
     async def retire(self, version: Version, *, timeout_s: float = 30.0) -> None:
         """Answer what the version still holds, then unload it; an active version leaves its slot."""
@@ -278,7 +337,11 @@ class Engine:
 
     # Inside
 
-    def _make_pool(self, variant: VariantSpec, owner: PoolOwner) -> Pool:
+    def _size_of(self, model: str) -> int:
+        active = self._active.get(model)
+        return active.pool.size if active is not None and active.pool is not None else 0
+
+    def _make_pool(self, variant: VariantSpec, owner: PoolOwner, *, size_before: int) -> Pool:
         return Pool(
             variant,
             self._zygote(variant.runtime),
@@ -289,6 +352,25 @@ class Engine:
             wire=self._wire,
             arena=self._arena,
             numbers=self._numbers,
+            version=owner.version,
+            cores=self._cores,
+            room=self._room,
+            size_before=size_before,
+        )
+
+    async def _room(self, own: Sequence[int]) -> str:
+        """Return why memory does not allow a pool with these workers another one; empty if it does."""
+        pools = [version.pool for version in self._loaded if version.pool is not None]
+        others = [link.process.pid for pool in pools for link in pool.links if link.process.pid not in own]
+        return await asyncio.to_thread(self._measured_room, own, others)
+
+    def _measured_room(self, own: Sequence[int], others: Sequence[int]) -> str:
+        held = [pss_bytes(pid) for pid in own]
+        return room_for(
+            max(held, default=0),
+            [*held, *(pss_bytes(pid) for pid in others)],
+            budget_bytes=self._memory_bytes_max,
+            available_bytes=psutil.virtual_memory().available,
         )
 
     def _zygote(self, runtime: str) -> Zygote:
@@ -308,8 +390,14 @@ class Engine:
     def _outstanding(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), version.pool.outstanding if version.pool else 0) for name, version in self._active.items()]
 
+    def _lanes(self) -> list[tuple[tuple[str, ...], float]]:
+        return [((name,), version.pool.lanes if version.pool else 0) for name, version in self._active.items()]
+
     def _readiness(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name, version.spec.version), float(version.ready)) for name, version in self._active.items()]
+
+    def _workers(self) -> list[tuple[tuple[str, ...], float]]:
+        return [((name,), len(version.pool.links) if version.pool else 0) for name, version in self._active.items()]
 
     def _deaths(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), version.deaths) for name, version in self._active.items()]

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agent.engine.admission import Client, Shares
+from agent.engine.admission import Client
 from agent.engine.types import InferRequest
 from agent.errors import AgentError
-from agent.wire import Buffer, error_header
+from agent.shares import Shares
+from agent.wire import Buffer, Header, error_header
 
 
 class Job:
     """One admitted request. ``number`` is its id towards workers, unique in the engine."""
 
     __slots__ = (
-        "arrived", "attempts", "body_bytes", "client", "dispatched", "link", "number", "parts", "regions", "request",
-        "settled", "shares", "version",
+        "arrived", "attempts", "begun", "body_bytes", "client", "dispatched", "link", "number", "parts", "regions",
+        "request", "settled", "shares", "version",
     )  # fmt: skip
 
     def __init__(self, request: InferRequest, number: int, arrived: float) -> None:
@@ -26,6 +27,7 @@ class Job:
         self.arrived = arrived  # loop seconds
         self.dispatched = 0.0  # loop seconds of the last hand-over to a worker
         self.attempts = 0
+        self.begun = False  # its worker has said that it works on a stream for it
         self.parts = 0  # of the answer, delivered so far
         self.link: Any = None  # the WorkerLink that holds it
         self.version: Any = None  # the Version it was routed to
@@ -36,24 +38,15 @@ class Job:
         for _, region in self.regions:
             region.hold()
 
-    def answer(self, header: dict[str, Any], body: Sequence[Buffer] = ()) -> None:
-        """Give the one answer, under the client's own id."""
-        self._name(header)
+    def answer(self, header: Header, body: Sequence[Buffer] = ()) -> None:
+        """Give the one answer."""
         self.settle()
         self.request.answer(header, body)
 
     def part(self, header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """Pass on one part of the answer."""
-        self._name(header)
         if self.request.part is not None:
             self.request.part(header, body)
-
-    def _name(self, header: dict[str, Any]) -> None:
-        request_id = self.request.header.get("id")
-        if request_id is None:
-            header.pop("id", None)
-        else:
-            header["id"] = request_id
 
     def settle(self) -> None:
         """Nothing more is to be done for this job: let go of its place and shared memory. Repeating it does nothing."""
@@ -63,7 +56,8 @@ class Job:
                 self.client.outstanding -= 1
             if self.shares is not None:
                 self.shares.remove(self.request.client)
-            self.request.body = b""  # request and job know each other: the body must not wait for the collector
+            self.request.body = b""
+            self.request.handle = None  # they know each other: neither, nor its client, may wait for the collector
         regions, self.regions = self.regions, ()
         for _, region in regions:
             region.release()

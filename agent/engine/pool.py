@@ -1,9 +1,9 @@
-"""The workers of one variant: admission, dispatch, restart, retry.
+"""The workers of one variant: admission, dispatch, restart, retry, growth.
 
-A pool keeps ``size`` workers of one variant alive. A job waits here only while no worker has room. When a worker dies
-its unanswered jobs are tried once more elsewhere, before everything that waits; exceptions are a handler that declares
-itself not idempotent, and an answer of which parts are delivered. Deaths beyond the bound end the pool: ``on_lost``
-lets the version take its next variant.
+A pool keeps ``size`` workers of one variant alive, more of them while requests queue (``growth.py``). A job waits here
+only while no worker has room. When a worker dies its unanswered jobs are tried once more elsewhere, before everything
+that waits; exceptions are a handler that declares itself not idempotent, and an answer of which parts are delivered.
+Deaths beyond the bound end the pool: ``on_lost`` lets the version take its next variant.
 """
 
 from __future__ import annotations
@@ -13,29 +13,42 @@ import itertools
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from agent.arena import Arena
 from agent.backoff import Backoff
 from agent.config import EngineConfig
-from agent.engine.claims import answer_of, hello_of, part_of
-from agent.engine.job import Job
+from agent.engine.claims import hello_of, part_of
+from agent.engine.cores import Cores
+from agent.engine.growth import Move, Seen, Trend, step
+from agent.engine.job import Job, error_of
+from agent.engine.lanes import Lane, LaneCounts, Terms, counts_of
 from agent.engine.link import WorkerLink
 from agent.engine.streams import check_room
 from agent.engine.types import VariantSpec
 from agent.engine.zygote import Exit, WorkerProcess
-from agent.errors import AgentError, DeadlineError, LoadError, OverloadedError, WorkerDiedError, WorkerError, by_code
+from agent.errors import (
+    AgentError,
+    DeadlineError,
+    LaneRefusedError,
+    LoadError,
+    OutOfMemoryError,
+    OverloadedError,
+    WorkerDiedError,
+    WorkerError,
+    by_code,
+)
 from agent.log import get_logger
-from agent.wire import Buffer, Limits
+from agent.wire import DEADLINE_MS_MAX, Buffer, Frame, Header, Limits
 
 _log = get_logger("pool")
 _HELD_BYTES_MAX: Final = 64 * 1024 * 1024  # bodies a worker may hold before others wait in the daemon
-_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply", "stream")
 _ATTEMPTS_MAX: Final = 2
 _LEAVE_TIMEOUT_S: Final = 5.0
 _MEMORY_FOLDER: Final = Path("/dev/shm")
+_GROW_AGAIN_S: Final = (2.0, 300.0)  # after a growth that failed: the first pause, and the longest
 
 
 class Forker(Protocol):
@@ -49,15 +62,25 @@ class Forker(Protocol):
 class PoolOwner(Protocol):
     """Who is told what happens in a pool."""
 
-    def answered(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    @property
+    def version(self) -> str:
+        """The version its workers serve."""
+
+    def answered(self, job: Job, header: Header, body: Sequence[Buffer]) -> None:
         """A job has its answer; pass it on and count it."""
 
     def part(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """A job has one more part of its answer; pass it on and count it."""
 
+    def lanes_counted(self, counts: LaneCounts) -> None:
+        """A worker has told what it answered on its lanes."""
+
     def worker_died(self, pid: int, cause: str, retried: int) -> None: ...
 
     def worker_ready(self, pid: int) -> None: ...
+
+    def pool_resized(self, change: str, workers: int, reason: str) -> None:
+        """The pool has ``grown`` or ``shrunk`` to so many workers, or was ``held`` where it is; the reason says why."""
 
     def pool_lost(self, error: WorkerError) -> None:
         """The variant cannot be kept alive; its waiting jobs are in ``Pool.waiting``."""
@@ -78,8 +101,16 @@ class Pool:
         wire: Limits,
         arena: Arena,
         numbers: itertools.count[int],
+        version: str,
+        cores: Cores,
+        room: Callable[[Sequence[int]], Awaitable[str]],
+        size_before: int = 0,
     ) -> None:
+        """``size_before`` is how many workers the version had that this one is to replace: it will need as many."""
         self.spec = spec
+        self.version = version
+        self.size = spec.bounds.least  # workers there should be
+        self.held = ""  # why it could not grow when it last should have
         self.links: list[WorkerLink] = []
         self.waiting: deque[Job] = deque()
         self.hello: dict[str, Any] = {}
@@ -102,6 +133,13 @@ class Pool:
         self._closed = asyncio.Event()
         self._idempotent = True
         self._drained = asyncio.Event()
+        self._cores = cores
+        self._room = room
+        self._size_before = size_before
+        self._trend = Trend()
+        self._grown_at = 0.0  # loop seconds
+        self._grow_from = 0.0  # loop seconds
+        self._grow_backoff = Backoff(first_s=_GROW_AGAIN_S[0], cap_s=_GROW_AGAIN_S[1])
 
     # Life
 
@@ -112,12 +150,15 @@ class Pool:
             WorkerError: it did not load, failed its self-test, or died; the class says which.
         """
         await self._start_worker()
-        for _ in range(1, self._config.workers):
-            self._spawn(self._restart(0.0), f"start {self.spec.id}")
+        for _ in range(1, self.size):
+            self._spawn(self._restart(0.0, replaces=False), f"start {self.spec.id}")
+        if min(self._size_before, self.spec.bounds.most) > self.size:
+            self._spawn(self._catch_up(), f"grow {self.spec.id}")
 
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then let the workers go; jobs over the time are failed."""
         self._closed.set()
+        self.revoke_lanes()
         if self.outstanding:
             self._drained.clear()
             try:
@@ -125,14 +166,14 @@ class Pool:
             except TimeoutError:
                 _log.warning("drain timed out", variant=self.spec.id, outstanding=self.outstanding)
         self.abandon(WorkerDiedError("the model was unloaded before it answered"))
-        leaving, self.links = self.links, []
+        self._leaving.update(self.links)  # beside those that a smaller pool has let go and that are not gone yet
+        self.links = []
         for link, started in self._starting.items():
             link.kill()
             if not started.done():
                 started.set_exception(LoadError("the model was unloaded while it started"))
         async with asyncio.TaskGroup() as group:
-            for link in leaving:
-                self._leaving.add(link)
+            for link in self._leaving:
                 group.create_task(self._see_off(link))
 
     def abandon(self, error: AgentError) -> None:
@@ -154,12 +195,44 @@ class Pool:
         self._waiting_bytes = 0
         return jobs
 
+    # Lanes
+
+    def open_lane(self, number: int, terms: Terms) -> Lane:
+        """Open a lane to the worker that has the fewest.
+
+        Raises:
+            LaneRefusedError: no worker is ready, or its bundle's own code runs there.
+        """
+        if not self.spec.lanes:
+            raise LaneRefusedError("the bundle's own code runs in its worker")
+        if not self.links or self._closed.is_set():
+            raise LaneRefusedError("no worker is ready")
+        link = min(self.links, key=lambda link: len(link.lanes))
+        try:
+            return Lane(number, link, terms, model=str(self.spec.worker["model"]), version=self.version)
+        except OSError as error:
+            raise LaneRefusedError(f"no socket: {error.strerror}") from error
+
+    def revoke_lanes(self) -> None:
+        """End all lanes: what has arrived on them is answered, nothing more is taken."""
+        for link in self.links:
+            for lane in link.lanes.values():
+                lane.revoke()
+
+    @property
+    def lanes(self) -> int:
+        """How many are open."""
+        return sum(len(link.lanes) for link in self.links)
+
     # Work
 
     @property
     def outstanding(self) -> int:
         """Jobs admitted and not answered."""
-        return len(self.waiting) + sum(len(link.jobs) for link in self.links)
+        count = len(self.waiting)
+        for link in self.links:  # a loop: a generator costs more than the sum, once a request
+            count += len(link.jobs)
+        return count
 
     @property
     def queue_requests_max(self) -> int:
@@ -168,27 +241,30 @@ class Pool:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to sweep: a job, or a worker that owes an answer nobody waits for any more."""
-        return bool(self.waiting) or any(link.owed for link in self.links)
+        """Whether there is anything to sweep: a job, an answer that nobody waits for any more, or a worker to spare."""
+        return bool(self.waiting) or len(self.links) > self.spec.bounds.least or any(link.owed for link in self.links)
 
     @property
     def held_bytes(self) -> int:
         """Body bytes of all outstanding jobs."""
-        return self._waiting_bytes + sum(link.held_bytes for link in self.links)
+        held = self._waiting_bytes
+        for link in self.links:
+            held += link.held_bytes
+        return held
 
     def submit(self, job: Job) -> None:
         """Take one job: to a worker at once if one has room, else into the queue.
 
+        Its bound in requests is the caller's to check, together with the client's part of it.
+
         Raises:
-            OverloadedError: the queue's bound in requests or bytes is reached.
+            OverloadedError: the queue's bound in bytes is reached.
         """
         config = self._config
-        if self.outstanding >= config.queue_requests_max:
-            raise OverloadedError(f"{config.queue_requests_max} requests are waiting; try again later")
         if self.held_bytes + job.body_bytes > config.queue_bytes_max:
             raise OverloadedError(f"waiting requests hold {config.queue_bytes_max} bytes; try again later")
-        if job.request.part is not None:
-            check_room(self._held(), hello=self.hello, window=self.spec.window * max(1, len(self.links)))
+        if job.request.part is not None and self.hello.get("streams"):
+            check_room(self._held(), window=self.spec.window * max(1, len(self.links)))
         self.adopt(job)
 
     def adopt(self, job: Job, *, first: bool = False) -> None:
@@ -228,7 +304,7 @@ class Pool:
             link.pace(job, paused=paused)
 
     def sweep(self, now: float) -> None:
-        """Answer jobs past their deadline; kill a worker that has held one job too long."""
+        """Answer jobs past their deadline; kill a worker that has held one job too long; adapt the pool's size."""
         for job in [job for job in self.waiting if job.request.deadline <= now]:
             self.cancel(job)
             self._finish_failed(job, DeadlineError("the deadline passed while the request waited"))
@@ -236,9 +312,13 @@ class Pool:
             for job in [job for job in link.jobs.values() if job.request.deadline <= now]:
                 self.cancel(job)
                 self._finish_failed(job, DeadlineError("the deadline passed before the model answered"))
-            if link.silent_s(now) > self._config.hang_timeout_s:
+            if link.lanes:
+                link.ping(next(self._numbers), every_s=self._config.hang_timeout_s / 4)
+            if max(link.silent_s(now), link.running_s) > self._config.hang_timeout_s:
                 _log.error("worker hangs; killing it", variant=self.spec.id, pid=link.process.pid)
                 link.kill()
+        if self.spec.bounds.most > self.spec.bounds.least and not self._closed.is_set():
+            self._resize(now)
 
     async def call(self, method: str, *, timeout_s: float) -> Any:
         """Call ``selftest`` or ``ping`` on a worker and return its value.
@@ -279,16 +359,10 @@ class Pool:
     def _dispatch(self, link: WorkerLink, job: Job) -> None:
         request = job.request
         now = self._loop.time()
-        header = {"kind": "infer", "id": job.number, "deadline_ms": max(1, int((request.deadline - now) * 1000))}
-        source = request.header
-        for name in _FORWARDED:
-            value = source.get(name)
-            if value is not None:
-                header[name] = value
         job.link = link
         job.dispatched = now
         job.attempts += 1
-        link.send(job, header)
+        link.send(job, min(DEADLINE_MS_MAX, max(1, int((request.deadline - now) * 1000))))
 
     def _refill(self) -> None:
         while self.waiting:
@@ -299,21 +373,20 @@ class Pool:
             self._waiting_bytes -= job.body_bytes
             self._dispatch(link, job)
 
-    def _on_answer(self, job: Job | None, header: dict[str, Any], body: Buffer) -> None:
+    def _on_answer(self, job: Job | None, header: Header, body: Buffer) -> None:
         """Pass on the answer of ``job``, or of one nobody waits for; either way there is room for another."""
         if job is not None:
-            self._owner.answered(job, answer_of(header), (body,) if len(body) else ())
+            self._owner.answered(job, header, (body,) if len(body) else ())
         if self.waiting:
             self._refill()
         elif self._closed.is_set():
             self._check_drained()
 
-    def _on_part(self, job: Job, header: dict[str, Any], body: Buffer) -> None:
+    def _on_part(self, job: Job, header: Header, body: Buffer) -> None:
         self._owner.part(job, part_of(header), (body,) if len(body) else ())
 
     def _finish_failed(self, job: Job, error: AgentError) -> None:
-        header = {"kind": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
-        self._owner.answered(job, header, ())
+        self._owner.answered(job, Header(error_of(error, None)), ())
 
     def _check_drained(self) -> None:
         if self._closed.is_set() and not self.outstanding:
@@ -326,8 +399,10 @@ class Pool:
             WorkerError: it is not; the worker is killed and its scratch folder removed.
         """
         scratch = self._make_scratch()
+        cores = self._cores.take(self.spec.threads)
         try:
-            process = await self._forker.fork({**self.spec.worker, "scratch_dir": str(scratch)})
+            order = {**self.spec.worker, "scratch_dir": str(scratch), "cores": list(cores)}
+            process = await self._forker.fork(order)
             link = WorkerLink(
                 process,
                 limits=self._wire,
@@ -353,8 +428,9 @@ class Pool:
                 self._starting.pop(link, None)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
+            self._cores.give_back(cores)
             raise
-        link.scratch = scratch
+        link.scratch, link.cores = scratch, cores
         if self._closed.is_set():
             self._leaving.add(link)
             await self._see_off(link)
@@ -376,11 +452,11 @@ class Pool:
                 reason = reason or error.strerror
         raise LoadError(f"no scratch folder: {reason}")
 
-    def _on_frame(self, link: WorkerLink, header: dict[str, Any]) -> None:
-        kind = header["kind"]
+    def _on_frame(self, link: WorkerLink, frame: Frame) -> None:
+        header, kind = frame.header, frame.header["kind"]
         started = self._starting.get(link)
         if kind == "reply":
-            _, future = self._calls.get(header.get("id", -1), (link, None))
+            _, future = self._calls.get(-1 if frame.id is None else frame.id, (link, None))
             if future is not None and not future.done():
                 future.set_result(header.get("value"))
         elif started is not None and not started.done():
@@ -394,6 +470,11 @@ class Pool:
             elif kind == "error":
                 error = by_code(str(header.get("code")), str(header.get("message")))
                 started.set_exception(error if isinstance(error, WorkerError) else LoadError(f"{error.code}: {error}"))
+        elif kind == "lanes":
+            counts = counts_of(header)
+            if counts is not None:
+                link.lanes_told_at = self._loop.time()
+                self._owner.lanes_counted(counts)
         elif kind == "error":
             _log.warning("worker reports an error", pid=link.process.pid, error=header.get("message"))
 
@@ -441,10 +522,12 @@ class Pool:
             link.kill()
             await link.gone.wait()
         await self._forker.exit_of(link.process)
-        self._discard(link)
+        if link in self._leaving:  # else the end of the pool has seen it off as well
+            self._discard(link)
 
     def _discard(self, link: WorkerLink) -> None:
         self._leaving.discard(link)
+        self._cores.give_back(link.cores)
         link.process.close()
         if link.scratch is not None:
             shutil.rmtree(link.scratch, ignore_errors=True)
@@ -460,7 +543,7 @@ class Pool:
         self._discard(link)
         self._owner.worker_died(link.process.pid, str(ended), retried)
 
-    async def _restart(self, delay_s: float) -> None:
+    async def _restart(self, delay_s: float, *, replaces: bool = True) -> None:
         while not self._closed.is_set():
             await asyncio.sleep(delay_s)
             if self._closed.is_set():
@@ -474,10 +557,87 @@ class Pool:
                 if self._count_death(self._loop.time()) and not self.links:
                     self._lose(error)
                     return
+                if self.links and self.size > self.spec.bounds.least:
+                    self._hold(error)
+                    return
                 delay_s = self._backoff.next()
             else:
-                self.restarts += 1
+                self.restarts += replaces
                 return
+
+    # Size
+
+    def _resize(self, now: float) -> None:
+        seen = Seen(
+            now=now,
+            ready=len(self.links),
+            wanted=self.size,
+            busy=sum(1 for link in self.links if link.owed or link.lanes_in_use(now)),
+            delay_s=self._queued_s(now),
+            held=now < self._grow_from,
+        )
+        self._trend, move = step(self._trend, seen, self.spec.bounds)
+        if move is Move.GROW:
+            self.size += 1
+            reason = f"requests queued for {seen.delay_s * 1000:.0f} ms"
+            self._spawn(self._grow(reason), f"grow {self.spec.id}")
+        elif move is Move.SHRINK:
+            self._shrink()
+
+    def _queued_s(self, now: float) -> float:
+        """Return how long the oldest request that the last growth could have helped has queued (seconds)."""
+        if not all(link.owed for link in self.links):
+            return 0.0  # the next request finds an idle worker
+        delay = max((link.queued_s(self._grown_at) for link in self.links), default=0.0)
+        if self.waiting:
+            delay = max(delay, now - max(self.waiting[0].arrived, self._grown_at))
+        return delay
+
+    async def _catch_up(self) -> None:
+        """Grow to the size of the version before, one worker at a time."""
+        while self.size < min(self._size_before, self.spec.bounds.most) and not self.held and not self._closed.is_set():
+            self.size += 1
+            await self._grow(f"the version before had {self._size_before} workers")
+
+    async def _grow(self, why: str) -> None:
+        """Start the worker that ``size`` already counts, if memory allows it."""
+        try:
+            reason = await self._room([link.process.pid for link in self.links])
+            if reason:
+                raise OutOfMemoryError(reason)
+            await self._start_worker()
+        except (WorkerError, OSError) as error:
+            if not self._closed.is_set():
+                self._hold(error)
+            return
+        if self._closed.is_set():
+            return
+        self.held = ""
+        self._grown_at = self._loop.time()
+        self._grow_backoff.reset()
+        self._owner.pool_resized("grown", self.size, why)
+
+    def _hold(self, error: Exception) -> None:
+        """Do with one worker fewer, for a while."""
+        self.size -= 1
+        self._grow_from = self._loop.time() + _GROW_AGAIN_S[0] + self._grow_backoff.next()
+        first, self.held = not self.held, str(error)
+        if first:  # later ones, until a worker has started, show in the status only
+            self._owner.pool_resized("held", self.size, self.held)
+
+    def _shrink(self) -> None:
+        """Let one worker go that owes nothing; so nothing can be lost. It revokes its idle lanes as it leaves."""
+        called = {link for link, _ in self._calls.values()}
+        now = self._loop.time()
+        idle = [link for link in self.links if not link.owed and link not in called and not link.lanes_in_use(now)]
+        if not idle:
+            return
+        link = idle[-1]
+        self.size -= 1
+        self.links.remove(link)
+        self._leaving.add(link)
+        self._spawn(self._see_off(link), f"see off {link.process.pid}")
+        self._owner.pool_resized("shrunk", self.size, f"not needed for {self.spec.bounds.shrink_idle_s:g} s")
 
     def _count_death(self, now: float) -> bool:
         """Note one death; return whether there were too many within the window."""

@@ -7,7 +7,7 @@ or ``error``; each part is a sign of life of its worker. Pure but for the number
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 from agent.engine.job import Job
 from agent.errors import FrameError, OverloadedError
@@ -64,14 +64,12 @@ class Paused(dict[int, int]):
                 raise FrameError("a stream goes on though it was asked to pause")
 
 
-def check_room(held: Iterable[Job], *, hello: dict[str, Any], window: int) -> None:
-    """Let one more stream to a worker's pool, or not: half of what it may hold stays free for whole answers.
+def check_room(held: Iterable[Job], *, window: int) -> None:
+    """Let one more stream to a pool whose handler streams, or not: half of its room stays free for whole answers.
 
     Raises:
         OverloadedError: too many jobs that asked for parts are there.
     """
-    if not hello.get("streams"):
-        return
     bound = max(1, window // 2)
     if sum(1 for job in held if job.request.part is not None) >= bound:
         raise OverloadedError(f"{bound} streams are under way; try again later")

@@ -6,11 +6,12 @@ Values and protocols only. The composition root translates bundles into ``Versio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from agent.engine.growth import Bounds
 from agent.regions import Region
-from agent.wire import Buffer
+from agent.wire import Buffer, Header
 
 # What a forwarded header may grow by: the daemon adds a deadline and its own number.
 FORWARDED_BYTES: Final = 256
@@ -37,16 +38,17 @@ OIP_DATATYPES: Final[Mapping[str, str]] = {
 class InferRequest(Protocol):
     """One request as an edge hands it over.
 
-    ``answer`` is called exactly once, on the loop's thread, with a ``result`` or ``error`` header and the body's
-    buffers; ``part``, which is there if the answer may come in parts, before it with each ``part`` header and body.
-    ``header`` is the ``infer`` header as received; ``deadline`` is absolute in the loop's time (seconds); ``regions``
-    is the shared memory the header names, by the client's numbers; the engine holds it as long as it needs it.
-    ``handle`` belongs to the engine and starts as ``None``.
+    ``answer`` is called exactly once, on the loop's thread, with a ``result`` or ``error`` header, which has no id, and
+    the body's buffers; ``part``, which is there if the answer may come in parts, before it with each ``part`` header,
+    which is its own, and body. ``header`` is the ``infer`` header as received, maybe one for many requests;
+    ``deadline`` is absolute in the loop's time (seconds); ``regions`` is the shared memory the header names, by the
+    client's numbers; the engine holds it as long as it needs it. ``handle`` belongs to the engine and starts as
+    ``None``.
     """
 
     model: str
     version: str | None
-    header: dict[str, Any]
+    header: Header
     body: Buffer
     deadline: float
     client: str
@@ -54,7 +56,7 @@ class InferRequest(Protocol):
     handle: Any
     part: Callable[[dict[str, Any], Sequence[Buffer]], None] | None
 
-    def answer(self, header: dict[str, Any], body: Sequence[Buffer], /) -> None: ...
+    def answer(self, header: Header, body: Sequence[Buffer], /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,10 @@ class VariantSpec:
     precision: str
     device: str  # "cpu", "cuda:0"
     worker: Mapping[str, Any]
+    lanes: bool = True  # whether its worker is trusted to count what it answers on direct lanes
     window: int = 64  # requests a worker may hold at once; at least twice its batch
+    bounds: Bounds = field(default_factory=Bounds)  # of the number of its workers
+    threads: int = 1  # a worker's, for one operation: so many cores it is bound to, where workers are bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

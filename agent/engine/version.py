@@ -10,16 +10,18 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from agent.engine.admission import Shares
-from agent.engine.job import Job
+from agent.engine.claims import answer_of
+from agent.engine.job import Job, error_of
+from agent.engine.lanes import LaneCounts
 from agent.engine.pool import Pool, PoolOwner
 from agent.engine.streams import StreamCounts
 from agent.engine.types import OIP_DATATYPES, VariantSpec, VersionSpec
-from agent.errors import AgentError, LoadError, UnavailableError, WorkerError
+from agent.errors import AgentError, LoadError, UnavailableError, WorkerError, by_code
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 from agent.metrics import Counter, HistogramSeries
-from agent.wire import Buffer
+from agent.shares import Shares
+from agent.wire import Buffer, Header
 
 _log = get_logger("version")
 # Faults of the model, not of the caller: what probation counts.
@@ -62,9 +64,15 @@ class Version:
         self._now = now
         self._revive_s = revive_s
         self._shares = Shares()
+        self._ok = (spec.model, spec.version, "ok")
         self._rung = 0  # the variant in use or tried next
         for name, reason in spec.dropped:
             self._skip(name, "no_variant", reason)
+
+    @property
+    def version(self) -> str:
+        """The version it is."""
+        return self.spec.version
 
     @property
     def ready(self) -> bool:
@@ -182,7 +190,9 @@ class Version:
             "memory": hello.get("memory"),
             "fallbacks": self.skipped,
             "workers": [link.process.pid for link in pool.links] if pool is not None else [],
+            "scaling": _scaling(pool) if pool is not None else None,
             "outstanding": pool.outstanding if pool is not None else 0,
+            "lanes": pool.lanes if pool is not None else 0,
             "restarts": pool.restarts if pool is not None else 0,
             "deaths": self.deaths,
             "answers": {"good": self.good, "faults": self.faults},
@@ -191,21 +201,33 @@ class Version:
 
     # PoolOwner
 
-    def answered(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    def answered(self, job: Job, header: Header, body: Sequence[Buffer]) -> None:
         """Count the answer, name who gave it, pass it on."""
-        spec = self.spec
-        if header["kind"] == "error":
-            code = str(header.get("code"))
+        answer = header.digest
+        if answer is None:
+            answer = header.digest = self._named(header)
+        if answer["kind"] == "error":
+            code = answer["code"]
             if code in _FAULTS:
                 self.faults += 1
+            self._answers.add((self.spec.model, self.spec.version, code))
         else:
-            code = "ok"
             self.good += 1
             if not job.parts:  # a stream's duration says nothing about how fast the model answers
                 self._latency.observe(self._now() - job.arrived)
-            self._sign(header)
-        self._answers.add((spec.model, spec.version, code))
-        job.answer(header, body)
+            self._answers.add(self._ok)
+        job.answer(answer, body)
+
+    def lanes_counted(self, counts: LaneCounts) -> None:
+        """Count what was answered without us."""
+        for code, amount in counts.codes.items():
+            known = "ok" if code == "ok" else by_code(code, "").code
+            self._answers.add((self.spec.model, self.spec.version, known), amount)
+            if known == "ok":
+                self.good += amount
+            elif known in _FAULTS:
+                self.faults += amount
+        self._latency.merge(counts.buckets, counts.sum_s)
 
     def part(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """Count a part of an answer, number it, pass it on; the first names who gives it."""
@@ -234,6 +256,18 @@ class Version:
         data: dict[str, Any] = {"model": self.spec.model, "version": self.spec.version, "pid": pid}
         _log.info("worker ready", **data)
         self._events.emit(Stream.HEALTH, "worker.ready", **data)
+
+    def pool_resized(self, change: str, workers: int, reason: str) -> None:
+        """Report another number of workers, or why there is none."""
+        data: dict[str, Any] = {
+            "model": self.spec.model,
+            "version": self.spec.version,
+            "workers": workers,
+            "reason": reason,
+        }
+        severity = Severity.WARNING if change == "held" else Severity.INFO
+        (_log.warning if change == "held" else _log.info)(f"pool {change}", **data)
+        self._events.emit(Stream.HEALTH, f"pool.{change}", severity, **data)
 
     def pool_lost(self, error: WorkerError) -> None:
         """Leave a variant that cannot be kept alive."""
@@ -278,14 +312,19 @@ class Version:
             else:
                 return
 
+    def _named(self, header: Header) -> Header:
+        """Return what a worker may say in its answer, and whose it is."""
+        answer = answer_of(header)
+        if answer["kind"] == "result":
+            self._sign(answer)
+        return Header(answer)
+
     def _sign(self, header: dict[str, Any]) -> None:
-        header["model"] = self.spec.model
-        header["version"] = self.spec.version
+        header["model"], header["version"] = self.spec.model, self.spec.version
         header["variant"] = self.pool.spec.id if self.pool is not None else ""
 
     def _fail(self, job: Job, error: AgentError) -> None:
-        header = {"kind": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
-        self.answered(job, header, ())
+        self.answered(job, Header(error_of(error, None)), ())
 
     def _skip(self, variant: str, code: str, reason: str) -> None:
         skip = {"variant": variant, "code": code, "reason": reason}
@@ -293,6 +332,16 @@ class Version:
         data: dict[str, Any] = {"model": self.spec.model, "version": self.spec.version, **skip}
         _log.warning("variant skipped", **data)
         self._events.emit(Stream.HEALTH, "variant.skipped", Severity.WARNING, **data)
+
+
+def _scaling(pool: Pool) -> dict[str, Any]:
+    return {
+        "wanted": pool.size,
+        "min": pool.spec.bounds.least,
+        "max": pool.spec.bounds.most,
+        "held": pool.held,
+        "cores": [link.hello.get("cores", []) for link in pool.links],
+    }
 
 
 def _oip_tensor(tensor: dict[str, Any]) -> dict[str, Any]:

@@ -100,6 +100,18 @@ class Attachments:
         region.release()
         return number
 
+    def find(self, header: dict[str, Any]) -> NamedRegion:
+        """Return the region that a header names.
+
+        Raises:
+            InvalidInputError: no such region.
+        """
+        number = parse_region(header.get("region"))
+        region = self._regions.get(number)
+        if region is None:
+            raise InvalidInputError(f"region {number} is not attached")
+        return number, region
+
     def named_in(self, header: dict[str, Any]) -> tuple[NamedRegion, ...]:
         """Return the regions an ``infer`` header names, those that are not attached left out: the worker says so."""
         if not self._regions:

@@ -24,6 +24,7 @@ from agent.errors import (
     DeadlineError,
     FrameError,
     InvalidInputError,
+    LaneRefusedError,
     OverloadedError,
     TooLargeError,
 )
@@ -34,14 +35,28 @@ from agent.serving.budget import ReceiveBudget
 from agent.serving.identity import Caller, require
 from agent.serving.outbound import Outbound
 from agent.serving.pacing import Pacing
-from agent.serving.ports import DEADLINE_MS_MAX, Control, Engine, InferRequest
-from agent.wire import PROTOCOL, Buffer, Decoder, Frame, Limits, encode, error_header
+from agent.serving.ports import DEADLINE_MS_MAX, Control, Engine, InferRequest, Lane
+from agent.wire import (
+    INFER_LEAD,
+    PROTOCOL,
+    RESULT_LEAD,
+    Buffer,
+    Decoder,
+    Frame,
+    Header,
+    Limits,
+    encode,
+    error_header,
+    lead_frame,
+    packed_pairs,
+)
 
 _log = get_logger("serving.frames")
 
 _READ_BYTES: Final = 64 * 1024  # per turn; the rest of a large body goes straight to its own buffer
 _PAUSE_BYTES: Final = 1024 * 1024  # answers not taken yet; above it no new requests are read
 _CALLS_MAX: Final = 16  # at once per connection
+_LANES_MAX: Final = 16  # per connection: one for each model it asks
 _NAME_CHARS_MAX: Final = 128
 _CLOSE_ON_EXEC: Final = socket.MSG_CMSG_CLOEXEC
 
@@ -69,24 +84,26 @@ class FrameConnection:
     """State of one connection. Open it once; it tells its server when it is closed."""
 
     __slots__ = (
-        "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_loop",
-        "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_server", "_shared", "_sock", "_streams",
-        "caller",
+        "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_lanes", "_loop",
+        "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_serial", "_server", "_shared", "_sock",
+        "_streams", "caller",
     )  # fmt: skip
 
     def __init__(self, server: Owner, sock: socket.socket, caller: Caller) -> None:
         self._server = server
         self._sock = sock
         self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder(server.limits, place=self._place)
+        self._decoder = Decoder(server.limits, place=self._place, repeats=INFER_LEAD)
         self._out = Outbound()
         self._outstanding: dict[int, InferRequest] = {}  # by the client's id
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._mid_since = 0.0  # when the frame under way began (loop seconds); 0: none is
         self._blocked_since = 0.0  # since when the peer has taken nothing (loop seconds); 0: it is not behind
         self._reserved = 0  # bytes of the receive budget
+        self._lanes: dict[int, Lane] = {}
         self._shared: Attachments | None = None  # made for the first descriptor: most clients pass none
         self._streams: Pacing | None = None  # made for the first request that takes its answer in parts
+        self._serial = 0  # of the last request
         self._flush_due = False
         self._paused = False
         self._finishing = False  # no more is read; closes when everything is answered
@@ -134,9 +151,12 @@ class FrameConnection:
         self._sock.close()
         self._release_budget()
         self._withdraw()
+        for lane in tuple(self._lanes.values()):
+            lane.revoke()
         if self._shared is not None:
             self._shared.close()
         self._decoder.drop()
+        self._out.drop()
         self._server.closed(self, reason)
 
     def enforce_deadlines(self, now: float) -> None:
@@ -210,15 +230,14 @@ class FrameConnection:
         return body
 
     def _handle(self, frame: Frame) -> None:
-        header = frame.header
+        header, body, request_id, deadline_ms = frame
         kind = header["kind"]
-        request_id = header.get("id")
         if kind == "hello":
-            self._hello(header)
+            self._hello(header, request_id)
         elif request_id is None:
             raise FrameError(f"{kind!r} needs an 'id'")
         elif kind == "infer":
-            self._infer(request_id, header, frame.body)
+            self._infer(request_id, header, body, deadline_ms)
         elif kind == "cancel":
             self._cancel(request_id)
         elif kind in ("pause", "resume"):
@@ -228,22 +247,28 @@ class FrameConnection:
             self._call(request_id, header)
         elif kind in ("attach", "detach"):
             self._attach_or_detach(request_id, header)
+        elif kind == "lane":
+            self._open_lane(request_id, header)
+        elif kind == "lend":
+            self._lend(request_id, header)
         else:
             raise FrameError(f"kind {kind[:32]!r} is not for a server")
 
-    def _infer(self, request_id: int, header: dict[str, Any], body: Buffer) -> None:
+    def _infer(self, request_id: int, header: Header, body: Buffer, deadline_ms: Any) -> None:
         self._check_unused(request_id)
+        serial = self._serial = self._serial + 1
         try:
-            require(self.caller, "infer")
+            model, version = header.digest or self._target(header)
             request = InferRequest(
-                model=_text(header, "model"),
-                version=_text(header, "version", optional=True) or None,
-                header=header,
-                body=body,
-                deadline=self._loop.time() + self._deadline_s(header, self._server.config.deadline_ms_default),
-                client=self.caller.key,
-                answer=partial(self._answer, header),
-                regions=self._shared.named_in(header) if self._shared is not None else (),
+                model,
+                version,
+                header,
+                body,
+                self._loop.time() + _deadline_s(deadline_ms, self._server.config.deadline_ms_default),
+                self.caller.key,
+                partial(self._answer, request_id, serial),
+                self._shared.named_in(header) if self._shared is not None else (),
+                serial,
             )
         except AgentError as error:
             self._send_error(request_id, error)
@@ -258,13 +283,12 @@ class FrameConnection:
         if self._streams is None:
             self._streams = Pacing(self._server.engine)
         self._streams.add(request_id, request)
-        request.part = partial(self._part, request.header)
+        request.part = partial(self._part, request_id, request.serial)
 
-    def _part(self, asked: dict[str, Any], header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    def _part(self, request_id: int, serial: int, header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """Pass a part of an answer on; as ``_answer``, but the request stays outstanding."""
-        request_id = asked["id"]
         request = self._outstanding.get(request_id)
-        if request is None or request.header is not asked or self._streams is None:
+        if request is None or request.serial != serial or self._streams is None:
             return
         header["id"] = request_id
         self._send(encode(header, body))
@@ -274,17 +298,30 @@ class FrameConnection:
             self._streams.set_behind(self._out.size > _PAUSE_BYTES)
         self._streams.part_queued(request_id)
 
-    def _answer(self, asked: dict[str, Any], header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    def _target(self, header: Header) -> tuple[str, str | None]:
+        """Return whom a header asks for, kept with it; this caller may."""
+        require(self.caller, "infer")
+        target = _text(header, "model"), _text(header, "version", optional=True) or None
+        header.digest = target
+        return target
+
+    def _answer(self, request_id: int, serial: int, header: Header, body: Sequence[Buffer]) -> None:
         """Pass the engine's answer on, unless nobody waits for it: withdrawn, or its id used anew since."""
-        request_id = asked["id"]
         request = self._outstanding.get(request_id)
-        if request is None or request.header is not asked:
+        if request is None or request.serial != serial:
             return
         del self._outstanding[request_id]
         if self._streams is not None:
             self._streams.remove(request_id)
-        header["id"] = request_id
-        self._send(encode(header, body))
+        if header["kind"] != "result":
+            self._send(encode({**header, "id": request_id}, body))
+            return
+        if header.pairs is None:
+            header.pairs = packed_pairs(header)
+        if len(body) == 1 and isinstance(body[0], bytes):  # as small ones are
+            self._send((lead_frame(RESULT_LEAD, request_id, header.pairs, len(body[0])) + body[0],))
+        else:
+            self._send((lead_frame(RESULT_LEAD, request_id, header.pairs, sum(map(len, body))), *body))
 
     def _cancel(self, request_id: int) -> None:
         """Withdraw a request or call; an id that is already answered is no fault, the frames crossed."""
@@ -305,13 +342,15 @@ class FrameConnection:
             self._shared = Attachments(self._server.regions, self._server.shared_memory)
         return self._shared
 
-    def _attach_or_detach(self, request_id: int, header: dict[str, Any]) -> None:
+    def _attach_or_detach(self, request_id: int, header: Header) -> None:
         self._check_unused(request_id)
         try:
             if header["kind"] == "attach":
                 number = self._attachments().attach(header, self.caller)
             else:
                 number = self._attachments().detach(header)
+                for lane in self._lanes.values():
+                    lane.unlend(number)
         except FrameError:
             raise
         except AgentError as error:
@@ -319,7 +358,44 @@ class FrameConnection:
             return
         self._send(encode({"kind": "reply", "id": request_id, "value": {"region": number}}))
 
-    def _call(self, request_id: int, header: dict[str, Any]) -> None:
+    def _open_lane(self, request_id: int, header: Header) -> None:
+        """Give this client a socket to the model's worker, if it may have one."""
+        self._check_unused(request_id)
+        try:
+            require(self.caller, "infer")
+            if len(self._lanes) >= _LANES_MAX:
+                raise LaneRefusedError(f"{_LANES_MAX} lanes are open on this connection")
+            deadline_ms = self._server.config.deadline_ms_default
+            lane = self._server.engine.open_lane(
+                _text(header, "model"), client=self.caller.key, deadline_ms=deadline_ms
+            )
+        except AgentError as error:
+            self._send_error(request_id, error)
+            return
+        lane.on_end = self._lane_ended
+        self._lanes[lane.number] = lane
+        value = {"lane": lane.number, "model": lane.model, "version": lane.version}
+        frame = b"".join(encode({"kind": "reply", "id": request_id, "value": value}))
+        self._out.add_with(frame, lane.socket)
+        self._schedule_flush()
+
+    def _lend(self, request_id: int, header: Header) -> None:
+        """Let a lane's worker know a region that is attached here."""
+        self._check_unused(request_id)
+        try:
+            lane = self._lanes.get(header.get("lane", -1))
+            if lane is None:
+                raise InvalidInputError("no such lane")
+            number, region = self._attachments().find(header)
+            frame = encode({"kind": "reply", "id": request_id, "value": {"region": number, "lane": lane.number}})
+            lane.lend(number, region, partial(self._send, frame))
+        except AgentError as error:
+            self._send_error(request_id, error)
+
+    def _lane_ended(self, lane: Lane) -> None:
+        self._lanes.pop(lane.number, None)
+
+    def _call(self, request_id: int, header: Header) -> None:
         self._check_unused(request_id)
         try:
             method = _text(header, "method")
@@ -328,7 +404,7 @@ class FrameConnection:
                 raise InvalidInputError("'args' must be a map with text keys")
             if len(self._calls) >= _CALLS_MAX:
                 raise OverloadedError(f"{_CALLS_MAX} calls are running on this connection")
-            timeout_s = self._deadline_s(header, DEADLINE_MS_MAX)
+            timeout_s = _deadline_s(header.deadline_ms, DEADLINE_MS_MAX)
         except AgentError as error:
             self._send_error(request_id, error)
             return
@@ -353,7 +429,7 @@ class FrameConnection:
             self._send(reply)
             self._close_if_done()
 
-    def _hello(self, header: dict[str, Any]) -> None:
+    def _hello(self, header: Header, request_id: int | None) -> None:
         if header.get("protocol", PROTOCOL) != PROTOCOL:
             raise FrameError(f"this server speaks protocol {PROTOCOL}")
         limits = self._server.limits
@@ -368,22 +444,13 @@ class FrameConnection:
                 "tensors_max": limits.tensors_max,
             },
         }
-        if "id" in header:
-            answer["id"] = header["id"]
+        if request_id is not None:
+            answer["id"] = request_id
         self._send(encode(answer))
 
     def _check_unused(self, request_id: int) -> None:
         if request_id in self._outstanding or request_id in self._calls:
             raise FrameError(f"id {request_id} is still outstanding")
-
-    @staticmethod
-    def _deadline_s(header: dict[str, Any], default_ms: int) -> float:
-        value = header.get("deadline_ms")
-        if value is None:
-            return default_ms / 1000
-        if type(value) not in (int, float) or not 0 < value <= DEADLINE_MS_MAX:
-            raise InvalidInputError(f"'deadline_ms' must be a number above 0, at most {DEADLINE_MS_MAX}")
-        return float(value) / 1000
 
     # Out
 
@@ -397,6 +464,9 @@ class FrameConnection:
             self.close("slow_reader")
             return
         self._out.add(frame)
+        self._schedule_flush()
+
+    def _schedule_flush(self) -> None:
         if not self._flush_due and not self._blocked_since:
             self._flush_due = True  # once per turn of the loop, so that answers of one turn leave together
             self._loop.call_soon(self._flush)
@@ -470,6 +540,14 @@ class FrameConnection:
 
 def _error(request_id: int | None, error: AgentError) -> list[Buffer]:
     return encode(error_header(request_id, error.code, str(error), retryable=error.retryable))
+
+
+def _deadline_s(value: Any, default_ms: int) -> float:
+    if value is None:
+        return default_ms / 1000
+    if type(value) not in (int, float) or not 0 < value <= DEADLINE_MS_MAX:
+        raise InvalidInputError(f"'deadline_ms' must be a number above 0, at most {DEADLINE_MS_MAX}")
+    return float(value) / 1000
 
 
 def _text(header: dict[str, Any], name: str, *, optional: bool = False) -> str:

@@ -27,7 +27,7 @@ from agent.serving.http_stream import PartsReply, Style, accepts_events
 from agent.serving.identity import Caller, require
 from agent.serving.ports import DEADLINE_MS_MAX, Engine, InferRequest
 from agent.serving.replies import Dialect, Reply, engine_reply, error_reply, response_bytes
-from agent.wire import Buffer
+from agent.wire import Buffer, Header
 
 OIP_CONTENT_TYPE: Final = "application/vnd.oip+json"
 GENERATE_CONTENT_TYPE: Final = "application/vnd.triton.generate+json"
@@ -216,8 +216,8 @@ class InferenceExchange:
         line, target, asked = self._line, self._target, self._asked
         try:
             deadline_ms = _integer(asked, b"x-deadline-ms", 1, DEADLINE_MS_MAX) or line.deadline_ms_default
-            header = _engine_header(target, asked, self._request_id, len(body))
             self._style = _style(target, asked)
+            header = _engine_header(target, asked, len(body), self._style)
         except AgentError as error:
             self._fail(error)
             return
@@ -231,11 +231,10 @@ class InferenceExchange:
             answer=self._answer,
         )
         if self._style is not None:
-            header["stream"] = "auto" if self._style is Style.PLAIN else True
             request.part = self._part
         line.engine.submit(request)
 
-    def _answer(self, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    def _answer(self, header: Header, body: Sequence[Buffer]) -> None:
         if self._request is None:  # abandoned
             return
         self._request = None
@@ -368,23 +367,30 @@ def _target(url: bytes) -> Target | None:
 _cached_target = lru_cache(maxsize=256)(_target)  # a box serves few models, and asks for them do not vary
 
 
-def _engine_header(target: Target, asked: Mapping[bytes, bytes], request_id: bytes, body_bytes: int) -> dict[str, Any]:
-    header: dict[str, Any] = {"kind": "infer", "model": target.model, "trace": request_id.decode("ascii")}
+def _engine_header(target: Target, asked: Mapping[bytes, bytes], body_bytes: int, style: Style | None = None) -> Header:
+    accept = _text(asked, b"accept")
+    if target.generate:
+        return _known_header(target, GENERATE_CONTENT_TYPE, accept, None, style)
+    if target.dialect is Dialect.INFERENCE:
+        json_bytes = _integer(asked, b"inference-header-content-length", 0, body_bytes)
+        return _known_header(target, OIP_CONTENT_TYPE, accept, json_bytes, style)
+    return _known_header(target, _text(asked, b"content-type") or "application/octet-stream", accept, None, style)
+
+
+@lru_cache(maxsize=256)
+def _known_header(
+    target: Target, content_type: str, accept: str | None, json_bytes: int | None, style: Style | None
+) -> Header:
+    header: dict[str, Any] = {"kind": "infer", "model": target.model, "content_type": content_type}
     if target.version is not None:
         header["version"] = target.version
-    if target.generate:
-        header["content_type"] = GENERATE_CONTENT_TYPE
-    elif target.dialect is Dialect.INFERENCE:
-        header["content_type"] = OIP_CONTENT_TYPE
-        json_bytes = _integer(asked, b"inference-header-content-length", 0, body_bytes)
-        if json_bytes is not None:
-            header["params"] = {"oip_header_bytes": json_bytes}
-    else:
-        header["content_type"] = _text(asked, b"content-type") or "application/octet-stream"
-    accept = _text(asked, b"accept")
+    if style is not None:
+        header["stream"] = "auto" if style is Style.PLAIN else True
+    if json_bytes is not None:
+        header["params"] = {"oip_header_bytes": json_bytes}
     if accept is not None:
         header["accept"] = accept
-    return header
+    return Header(header)
 
 
 def _style(target: Target, asked: Mapping[bytes, bytes]) -> Style | None:

@@ -5,37 +5,41 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from agent.regions import Region
-from agent.wire import Buffer
+from agent.wire import Buffer, Header
 
 DEADLINE_MS_MAX: Final = 3_600_000  # what a client may ask for
 
-Answer = Callable[[dict[str, Any], Sequence[Buffer]], None]
+Answer = Callable[[Header, Sequence[Buffer]], None]
+PartAnswer = Callable[[dict[str, Any], Sequence[Buffer]], None]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False)
 class InferRequest:
     """One request on its way into the engine.
 
-    ``answer`` takes a ``result`` or ``error`` header, with the id of ``header`` if that had one, and the body's
-    buffers. It is called at most once, on the loop's thread; after ``Engine.cancel`` a call changes nothing. ``part``
-    is there if the answer may come in parts: it takes each ``part`` header and body, in order, before ``answer``.
+    ``answer`` takes a ``result`` or ``error`` header, which is without an id and maybe one for many answers, and the
+    body's buffers. It is called at most once, on the loop's thread; after ``Engine.cancel`` a call changes nothing.
+    ``part`` is there if the answer may come in parts: it takes each ``part`` header, which is its own, and body, in
+    order, before ``answer``.
     """
 
     model: str
     version: str | None
-    header: dict[str, Any]  # the ``infer`` header as received; never changed by the engine
+    header: Header  # the ``infer`` header as received, maybe one for many requests
     body: Buffer
     deadline: float  # absolute, in the loop's time (seconds)
     client: str  # whom quotas and fairness go by
     answer: Answer
     regions: Sequence[tuple[int, Region]] = ()  # shared memory the header names, by the client's numbers
+    serial: int = 0  # the edge's own, to tell requests with the same id apart
     handle: Any = None  # the engine's own
-    part: Answer | None = None
+    part: PartAnswer | None = None
 
 
 class ModelState(Protocol):
@@ -49,8 +53,35 @@ class ModelState(Protocol):
         """Why not; empty when ready."""
 
 
+class Lane(Protocol):
+    """A direct line from this client to a model's worker. ``on_end`` is called once, on the loop's thread."""
+
+    number: int
+    model: str
+    version: str
+    socket: socket.socket  # the client's end: close it when it is passed on
+    on_end: Callable[[Any], None]
+
+    def lend(self, number: int, region: Region, done: Callable[[], None]) -> None:
+        """Let the worker know a region as the client calls it, then call ``done``; raises ``AgentError``."""
+
+    def unlend(self, number: int) -> None:
+        """Take a region back."""
+
+    def revoke(self) -> None:
+        """End the lane: what has arrived there is answered, nothing more is taken."""
+
+
 class Engine(Protocol):
     """Where a request meets a model."""
+
+    def open_lane(self, model: str, *, client: str, deadline_ms: int) -> Lane:
+        """Return a direct lane to the worker of ``model``.
+
+        Raises:
+            UnknownModelError, UnavailableError: as for a request.
+            LaneRefusedError: this client or model gets none.
+        """
 
     def submit(self, request: InferRequest) -> None:
         """Answer ``request`` once, sooner or later; never blocks, never raises for expected failures."""

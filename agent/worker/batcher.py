@@ -9,7 +9,7 @@ The rules:
 - Deadlines are looked at when a batch is made: a request whose time has passed is handed back, not run.
 - Requests are decoded when a batch needs them (``prepare``), so what expires or is withdrawn costs nothing.
 
-Promises: a request added is handed out exactly once: in a batch, as expired, by ``cancel``, or dropped because
+Promises: a request added is handed out exactly once: in a batch, as expired, by ``withdraw``, or dropped because
 ``prepare`` refused it (and answered it). No batch exceeds ``rows_max`` rows.
 Leaves out: running and answering (``main.py``).
 """
@@ -28,7 +28,6 @@ LEVEL_LAST: Final = 15
 class Waiting(Protocol):
     """What the batcher reads of a request. ``rows`` is 0 until ``prepare`` has set it together with ``key``."""
 
-    id: int
     level: int
     arrived: float  # seconds of the caller's monotonic clock
     deadline: float  # same clock; infinity for none
@@ -67,12 +66,12 @@ class Batcher(Generic[W]):
         else:
             insort(waiting, request, key=_level)
 
-    def cancel(self, request_id: int) -> W | None:
-        """Withdraw and return a request that has not been handed out."""
-        for index, request in enumerate(self._waiting):
-            if request.id == request_id:
-                return self._waiting.pop(index)
-        return None
+    def withdraw(self, unwanted: Callable[[W], bool]) -> list[W]:
+        """Take out and return the requests that are not handed out yet and that ``unwanted`` picks."""
+        withdrawn = [request for request in self._waiting if unwanted(request)]
+        if withdrawn:
+            self._waiting = [request for request in self._waiting if not unwanted(request)]
+        return withdrawn
 
     def take(self, now: float, prepare: Callable[[W], bool], *, closing: bool = False) -> Turn[W]:
         """Decide the next batch.

@@ -1,92 +1,88 @@
-"""The worker's end of its channel: frames in, frames out, nothing unbounded.
+"""The worker's end of one channel, to the daemon or to an application: frames in, frames out, nothing unbounded.
 
 Promises: a lone frame costs one ``recvmsg``; descriptors are kept in the order of the frames they came with; all
-answers of a turn leave in one ``sendmsg``; what the daemon does not take stays here, and ``congested`` says when no
-more work should be started until it does.
-Leaves out: what frames mean.
+answers of a turn leave in one ``send``; nothing blocks; what the peer does not take stays here, and ``congested`` says
+when no more work should be started for it until it does.
+Leaves out: what frames mean, and waiting (``main.py``).
 """
 
 from __future__ import annotations
 
 import array
-import select
+import contextlib
+import os
 import socket
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
 from agent.errors import FrameError, TooLargeError
-from agent.wire import PREFIX, Buffer, Decoder, Frame, Limits, encode_head
+from agent.wire import INFER_LEAD, PREFIX, Buffer, Decoder, Frame, Limits, encode_head
 
 _RECEIVE_BYTES: Final = 1 << 16
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _BUFFERS_MAX: Final = 512  # below IOV_MAX
+_JOIN_BYTES_MAX: Final = 1 << 16  # below it one copy is cheaper than many buffers
 _OUTGOING_BYTES_MAX: Final = 32 * 1024 * 1024
+_REPEATS_MAX: Final = 256  # kinds of headers the daemon forwards again and again
+# As plain integers: the enum's own arithmetic costs more than the system call.
+_RECEIVE_FLAGS: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_CMSG_CLOEXEC)
+_SEND_FLAGS: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_NOSIGNAL)
 
 
 class Channel:
     """A connected stream socket that carries frames."""
 
     def __init__(self, sock: socket.socket, limits: Limits) -> None:
-        sock.setblocking(True)
+        sock.setblocking(False)
+        self.descriptor_number = sock.fileno()
+        self.closed = False  # the peer will send nothing more
         self._socket = sock
         self._limits = limits
-        self._decoder = Decoder(limits)
+        self._decoder = Decoder(limits, repeats=INFER_LEAD, repeats_max=_REPEATS_MAX)
         self._outgoing: list[Buffer] = []
         self._outgoing_bytes = 0
         self._descriptors: deque[int] = deque()  # received, their frames not handled yet
-        self.closed = False  # the daemon will send nothing more
 
     @property
     def congested(self) -> bool:
-        """Whether too much waits to be taken by the daemon."""
+        """Whether too much waits to be taken by the peer."""
         return self._outgoing_bytes > _OUTGOING_BYTES_MAX
 
     @property
     def pending(self) -> bool:
-        """Whether anything waits to be taken by the daemon."""
+        """Whether anything waits to be taken by the peer."""
         return bool(self._outgoing)
 
     @property
     def filling(self) -> bool:
-        """Whether a large body is half here; what the daemon said after it is not known yet."""
-        return self._decoder.body_buffer() is not None
+        """Whether a frame is half here; what the peer said after it is not known yet."""
+        return self._decoder.mid_frame
 
-    def receive(self, *, wait: bool, frames_max: int) -> list[Frame]:
-        """Return the frames that have arrived, about ``frames_max`` at most; with ``wait`` block for the first bytes.
+    def receive(self) -> list[Frame]:
+        """Return the frames that have arrived with one read.
 
         Raises:
-            FrameError, TooLargeError: the daemon broke the protocol; leave.
+            FrameError, TooLargeError: the peer broke the protocol; leave.
         """
-        frames: list[Frame] = []
-        flags = 0 if wait else socket.MSG_DONTWAIT
-        while len(frames) < frames_max:
-            place = self._decoder.body_buffer()
-            try:
-                if place is None:
-                    data, ancillary, _, _ = self._socket.recvmsg(
-                        _RECEIVE_BYTES, _ANCILLARY_BYTES, flags | socket.MSG_CMSG_CLOEXEC
-                    )
-                    if ancillary:
-                        self._keep(ancillary)
-                    count, full = len(data), len(data) == _RECEIVE_BYTES or bool(ancillary)
-                    frames += self._decoder.feed(data)
-                else:
-                    count = self._socket.recv_into(place, 0, flags | (socket.MSG_WAITALL if wait else 0))
-                    full = count == len(place)
-                    frame = self._decoder.body_filled(count)
-                    if frame is not None:
-                        frames.append(frame)
-            except BlockingIOError:
-                break
-            except ConnectionError:
-                count, full = 0, False
-            if count == 0:
-                self.closed = True
-            if not full:  # nothing more is there for now
-                break
-            flags = socket.MSG_DONTWAIT
-            wait = False
+        place = self._decoder.body_buffer()
+        try:
+            if place is not None:
+                count = self._socket.recv_into(place, 0, _RECEIVE_FLAGS)
+                frame = self._decoder.body_filled(count) if count else None
+                frames = [frame] if frame is not None else []
+            else:
+                data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES, _RECEIVE_FLAGS)
+                if ancillary:
+                    self._keep(ancillary)
+                count = len(data)
+                frames = self._decoder.feed(data) if count else []
+        except BlockingIOError:
+            return []
+        except ConnectionError:
+            count, frames = 0, []
+        if not count:
+            self.closed = True
         return frames
 
     def descriptor(self) -> int:
@@ -114,12 +110,21 @@ class Channel:
         self._outgoing += body
         self._outgoing_bytes += len(head) + size
 
+    def post_whole(self, frame: bytes) -> None:
+        """Queue one small frame that is encoded already."""
+        self._outgoing.append(frame)
+        self._outgoing_bytes += len(frame)
+
     def flush(self) -> None:
         """Send what the socket takes now."""
         outgoing = self._outgoing
         while outgoing:
             try:
-                sent = self._socket.sendmsg(outgoing[:_BUFFERS_MAX], (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                if self._outgoing_bytes <= _JOIN_BYTES_MAX:
+                    outgoing[:] = (b"".join(outgoing),)
+                    sent = self._socket.send(outgoing[0], _SEND_FLAGS)
+                else:
+                    sent = self._socket.sendmsg(outgoing[:_BUFFERS_MAX], (), _SEND_FLAGS)
             except BlockingIOError:
                 return
             except OSError:  # nobody is there to read it
@@ -128,14 +133,21 @@ class Channel:
                 self._outgoing_bytes = 0
                 return
             self._outgoing_bytes -= sent
+            if not self._outgoing_bytes:
+                outgoing.clear()
+                return
             _drop(outgoing, sent)
 
-    def wait(self, timeout_s: float | None = None, *, to_receive: bool) -> None:
-        """Sleep until something pending can be sent, or anything received if so wished, or the time is up."""
-        poller = select.poll()
-        readable = select.POLLIN if to_receive and not self.closed else 0
-        poller.register(self._socket, readable | (select.POLLOUT if self._outgoing else 0))
-        poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000 + 0.999)))
+    def refuse_more(self) -> None:
+        """Let nothing more arrive: the peer's next ``send`` fails, what it has sent can still be received."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        """Close the socket and every descriptor that nobody took."""
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+        self._socket.close()
 
     def _keep(self, ancillary: Sequence[tuple[int, int, bytes]]) -> None:
         for _, _, data in ancillary:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from agent.errors import AgentError, LoadError, OutOfMemoryError
+from agent.log import get_logger
 from agent.tensors import Array
 from agent.worker import golden, sandbox, signature
 from agent.worker.golden import Golden
@@ -30,6 +31,8 @@ from agent.worker.signature import Signature
 from agent.worker.spec import Spec, inside
 from handlers import registry
 from handlers.base import Context, Handler, StreamingHandler
+
+_log = get_logger("worker")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,7 @@ def load(spec: Spec) -> Loaded:
         SelfTestError: a golden test failed.
     """
     began = time.perf_counter()
+    _bind(spec.cores)
     _settle(spec)
     confined = sandbox.enter(
         bundle_dir=spec.bundle_dir,
@@ -90,11 +94,21 @@ def load(spec: Spec) -> Loaded:
         "max_batch": declared.rows_max,
         "idempotent": handler.idempotent if handler is not None else True,
         "streams": isinstance(handler, StreamingHandler),
+        "cores": sorted(os.sched_getaffinity(0)) if spec.cores else [],
     }
     forms = Forms(declared, handler, model=spec.model, version=spec.version)
     return Loaded(
         spec=spec, signature=declared, runtime=runtime, forms=forms, handler=handler, goldens=goldens, hello=hello
     )
+
+
+def _bind(cores: Sequence[int]) -> None:
+    """Run on ``cores`` only, as will the runtime's threads. A core that has gone is no reason not to serve."""
+    if cores:
+        try:
+            os.sched_setaffinity(0, cores)
+        except OSError as error:
+            _log.warning("the worker is not bound to its cores", cores=list(cores), reason=error.strerror)
 
 
 def _settle(spec: Spec) -> None:

@@ -74,7 +74,7 @@ class Regions:
 
     def part(self, number: int, offset: int, nbytes: int) -> memoryview:
         """Return some bytes of a region of the daemon's own; raises as ``named``."""
-        return self._find(number).part(offset, nbytes)
+        return self.find(number).part(offset, nbytes)
 
     def named(self, pairs: Any) -> Named:
         """Return the regions of one request.
@@ -86,9 +86,10 @@ class Regions:
             FrameError: the daemon names what it did not attach.
             AgentError: one of them could not be mapped.
         """
-        return {client_number: self._find(number) for client_number, number in pairs}
+        return {client_number: self.find(number) for client_number, number in pairs}
 
-    def _find(self, number: int) -> Region:
+    def find(self, number: int) -> Region:
+        """Return a region by the daemon's number; raises as ``named``."""
         region = self._regions.get(number)
         if region is None:
             raise FrameError(f"region {number} was not attached")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from agent.errors import LoadError, TensorError
-from agent.tensors import Array
 from agent.wire import DTYPES
 
 Dimension = int | str | None  # fixed, named, or free
@@ -97,13 +96,14 @@ class Signature:
                 raise TensorError(f"dimension {name} is {size}, allowed are {low} to {high}")
         return sizes[self.batch_axis] if self.batch_axis is not None else 1
 
-    def key(self, inputs: Mapping[str, Array], request: Hashable) -> Hashable:
-        """Return what two requests must have equal to be stacked; ``request`` itself if nothing stacks."""
-        if self._closed:
+    def key(self, shapes: Mapping[str, tuple[int, ...]]) -> Hashable:
+        """Return what two requests must have equal to be stacked, by the shapes of their inputs.
+
+        If nothing stacks, it is equal for all: a batch then has one row (``rows_max``), so one request.
+        """
+        if self._closed or self.batch_axis is None:
             return None
-        if self.batch_axis is None:
-            return (request,)
-        return tuple(inputs[spec.name].shape[1:] for spec in self.inputs)
+        return tuple(shapes[spec.name][1:] for spec in self.inputs)
 
     def takes(self) -> str:
         """Return the inputs as a phrase for messages."""

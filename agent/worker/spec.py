@@ -47,6 +47,8 @@ class Spec:
     memory_bytes: int  # limit of the address space, 0 = none
     open_files: int
     sandbox: str  # enforce | best_effort
+    cores: tuple[int, ...]  # bound to these; empty: to none
+    share_weights: bool  # keep weights as they lie in external data files, so that workers share their pages
     wire: Limits
 
     @property
@@ -103,6 +105,8 @@ def parse(packed: bytes) -> Spec:
         memory_bytes=int(limits.number("memory_bytes", 0, 1 << 50, 0)),
         open_files=int(limits.number("open_files", 16, 1 << 20, 256)),
         sandbox=top.choice("sandbox", ("enforce", "best_effort"), "enforce"),
+        cores=top.numbers("cores", 0, 65_535),
+        share_weights=top.take("share_weights", bool, False),
         wire=Limits(
             header_bytes_max=int(wire.number("header_bytes_max", 1024, 1 << 30, bounds.header_bytes_max)),
             body_bytes_max=int(wire.number("body_bytes_max", 1024, 1 << 40, bounds.body_bytes_max)),
@@ -155,6 +159,12 @@ class _Fields:
         if not values or not all(isinstance(value, str) for value in values):
             raise LoadError(f"{self._where}.{name} must be a list of texts and not empty")
         return list(values)
+
+    def numbers(self, name: str, low: int, high: int) -> tuple[int, ...]:
+        values = self.take(name, list, [])
+        if not all(type(value) is int and low <= value <= high for value in values):
+            raise LoadError(f"{self._where}.{name} must be a list of integers from {low} to {high}")
+        return tuple(values)
 
     def choice(self, name: str, choices: tuple[str, ...], default: str) -> str:
         value = str(self.take(name, str, default))

@@ -6,8 +6,8 @@ that a daemon which is behind, or asked for a pause, holds the generator and no 
 Promises: a stream ends in exactly one ``result`` or ``error``, and nothing follows it; its generator is closed then, so
 its ``finally`` has run; a deadline is looked at before each step; at most ``streams_max`` generators are at work, the
 others wait by priority. A request that did not ask for parts gets them joined; the daemon hears meanwhile that the
-worker is alive.
-Leaves out: when steps are taken (``main.py``).
+worker is alive. Streams of direct lanes come whole: they are joined too.
+Leaves out: which requests are streams (``requests.py``), and when steps are taken (``main.py``).
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from agent.errors import (
     CanceledError,
     DeadlineError,
     HandlerError,
-    InvalidInputError,
     OverloadedError,
-    StreamUnsupportedError,
     TooLargeError,
 )
 from agent.tensors import Array
-from agent.wire import PART_BYTES_MAX, error_header
-from agent.worker.channel import Channel
+from agent.wire import PART_BYTES_MAX
+from agent.worker.lines import Line
 from agent.worker.requests import RawForm, Request, blamed, checked, into_window
 from agent.worker.signature import Signature
 from handlers.base import Handler, Prepared, StreamingHandler
@@ -48,11 +46,11 @@ _END: Final = object()
 class Stream:
     """One request on its way through a handler's ``stream``."""
 
-    __slots__ = ("channel", "items", "kept", "kept_bytes", "number", "paused", "request", "told_at")
+    __slots__ = ("items", "kept", "kept_bytes", "line", "number", "paused", "request", "told_at")
 
-    def __init__(self, request: Request, channel: Channel) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.channel = channel
+        self.line: Line = request.line
         self.items: Iterator[Any] | None = None  # the open generator
         self.number = 0  # of the next part
         self.paused = False  # by the daemon
@@ -64,9 +62,10 @@ class Stream:
     def ready(self) -> bool:
         """Whether a step may be taken: the last one's part has left, and the daemon has not asked for a pause.
 
-        While a large body is half here such a wish may lie behind it.
+        While a frame is half here such a wish may lie behind it.
         """
-        return not self.paused and not self.channel.pending and not self.channel.filling
+        channel = self.line.channel
+        return not self.paused and not channel.pending and not (self.kept is None and channel.filling)
 
 
 class Streams:
@@ -88,50 +87,33 @@ class Streams:
         """Whether ``step`` would do anything."""
         return any(stream.ready for stream in self._open) or self._may_open()
 
-    def takes(self, request: Request) -> bool:
-        """Return whether the request is to be answered here.
+    def add(self, request: Request) -> None:
+        """Queue a request whose answer a handler's stream gives.
 
         Raises:
-            StreamUnsupportedError: it demands parts and the handler does not stream.
-            InvalidInputError: what it asks for makes no sense.
             OverloadedError: too many are here.
         """
-        asked = request.header.get("stream")
-        if not (asked is None or isinstance(asked, bool) or asked == "auto"):
-            raise InvalidInputError("'stream' must be true, false or 'auto'")
-        if self._handler is None:
-            if asked is True:
-                raise StreamUnsupportedError("this model's handler does not stream; ask without 'stream'")
-            return False
-        if asked and "reply" in request.header:
-            raise InvalidInputError("an answer in parts takes no 'reply' window")
-        if not asked and not isinstance(request.form, RawForm):
-            return False
         if self.count >= _STREAMS_MAX or self._held_bytes > _HELD_BYTES_MAX:
             raise OverloadedError("too many streams are under way; try again later")
-        return True
-
-    def add(self, request: Request, channel: Channel) -> None:
-        """Queue a request that ``takes`` accepted; ``channel`` gets its answer."""
         self.count += 1
         self._held_bytes += len(request.body)
-        insort(self._waiting, Stream(request, channel), key=lambda stream: stream.request.level)
+        insort(self._waiting, Stream(request), key=lambda stream: stream.request.level)
 
-    def cancel(self, request_id: int, channel: Channel) -> bool:
+    def cancel(self, request_id: int, line: Line) -> bool:
         """End a stream whose answer nobody waits for; ``False`` if it is not here."""
-        stream = self._find(request_id, channel)
+        stream = self._find(request_id, line)
         if stream is not None:
             self._fail(stream, CanceledError("withdrawn while it was answered"))
         return stream is not None
 
-    def pace(self, request_id: int, channel: Channel, *, paused: bool) -> None:
+    def pace(self, request_id: int, line: Line, *, paused: bool) -> None:
         """Hold a stream, or let it go on; one that has ended is no fault, the frames crossed."""
-        stream = self._find(request_id, channel)
+        stream = self._find(request_id, line)
         if stream is not None:
             stream.paused = paused
 
-    def step(self) -> None:
-        """Take one item of the stream whose turn it is."""
+    def step(self) -> Line | None:
+        """Take one item of the stream whose turn it is; return the line that has something to send now."""
         while self._may_open():
             self._open.append(self._waiting.pop(0))
         for _ in range(len(self._open)):
@@ -139,12 +121,14 @@ class Streams:
             self._open.rotate(-1)
             if stream.ready:
                 self._step(stream)
-                return
+                return stream.line
+        return None
 
-    def end(self, error: AgentError) -> None:
-        """End all streams with ``error``."""
+    def end(self, line: Line, error: AgentError) -> None:
+        """End all streams of ``line`` with ``error``."""
         for stream in (*self._open, *self._waiting):
-            self._fail(stream, error)
+            if stream.line is line:
+                self._fail(stream, error)
 
     def _may_open(self) -> bool:
         """Whether another generator may begin; a paused one leaves its place, or slow callers would keep others out."""
@@ -152,9 +136,9 @@ class Streams:
             return False
         return sum(not stream.paused for stream in self._open) < self._handler.streams_max
 
-    def _find(self, request_id: int, channel: Channel) -> Stream | None:
+    def _find(self, request_id: int, line: Line) -> Stream | None:
         for stream in (*self._open, *self._waiting):
-            if stream.request.id == request_id and stream.channel is channel:
+            if stream.request.id == request_id and stream.line is line:
                 return stream
         return None
 
@@ -185,7 +169,7 @@ class Streams:
         request.prepare(self._signature)
         state = request.state.state if isinstance(request.state, Prepared) else None
         try:
-            return iter(handler.stream(request.inputs, request.rows, self._model, state))
+            return iter(handler.stream(request.arrays(), request.rows, self._model, state))
         except BaseException as error:  # as above
             raise blamed(handler, "stream", error) from error
 
@@ -200,7 +184,7 @@ class Streams:
         size = sum(map(len, body))
         if size > PART_BYTES_MAX:
             raise HandlerError(f"a part of {size} bytes; the limit is {PART_BYTES_MAX}: yield smaller ones")
-        stream.channel.post({"kind": "part", "id": request.id, "seq": stream.number, **fields}, body)
+        stream.line.channel.post({"kind": "part", "id": request.id, "seq": stream.number, **fields}, body)
         stream.number += 1
 
     def _keep(self, stream: Stream, kept: list[Any], item: Any) -> None:
@@ -215,7 +199,7 @@ class Streams:
         now = time.monotonic()
         if now - stream.told_at > _ALIVE_S:
             stream.told_at = now
-            stream.channel.post({"kind": "alive", "id": request.id})
+            stream.line.post_alive(request.id)
 
     def _finish(self, stream: Stream) -> None:
         request = stream.request
@@ -227,18 +211,20 @@ class Streams:
             if request.window is not None:
                 body = into_window(request.window, fields, body)
         self._close(stream)
-        stream.channel.post({"kind": "result", "id": request.id, **fields}, body)
-        self._drop(stream)
+        stream.line.post_result(request.id, fields, body)
+        self._drop(stream, "ok")
 
     def _fail(self, stream: Stream, error: AgentError) -> None:
         self._close(stream)
-        stream.channel.post(error_header(stream.request.id, error.code, str(error), retryable=error.retryable))
-        self._drop(stream)
+        if not stream.line.gone:
+            stream.line.post_error(stream.request.id, error)
+        self._drop(stream, error.code)
 
-    def _drop(self, stream: Stream) -> None:
+    def _drop(self, stream: Stream, code: str) -> None:
         (self._open if stream in self._open else self._waiting).remove(stream)
         self.count -= 1
         self._held_bytes -= len(stream.request.body)
+        stream.line.settled(stream.request, code, time.monotonic())
 
     def _close(self, stream: Stream) -> None:
         """Close the generator where it stands; what its ``finally`` raises concerns nobody else."""

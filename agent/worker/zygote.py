@@ -5,9 +5,10 @@ SOCK_SEQPACKET socket N. Up: ``ready``, ``forked`` (with the child's pidfd), ``f
 instead of ``ready``. Down: ``fork`` with two descriptors, the worker's channel and a memfd that holds its spec.
 
 It imports and nothing else: no session, no operator, no thread, so that every fork is clean. Promises: it leaves when
-its control closes, and its workers live on (hence no PR_SET_PDEATHSIG); each child holds its channel, its standard
-error and nothing more of ours; SIGINT and SIGTERM, which a terminal or systemd send to a whole group, are the
-daemon's to act on and ignored here and in the children.
+its control closes; its workers live on with the daemon (hence no PR_SET_PDEATHSIG), but where the daemon has died it
+stays for a moment and kills those that hang; each child holds its channel, its standard error and nothing more of ours;
+SIGINT and SIGTERM, which a terminal or systemd send to a whole group, are the daemon's to act on and ignored here and
+in the children.
 Leaves out: why a worker is wanted, and for how long.
 """
 
@@ -22,6 +23,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
@@ -34,6 +36,8 @@ _PACKET_BYTES_MAX: Final = 64 * 1024
 _SPEC_BYTES_MAX: Final = 4 * 1024 * 1024
 _CHANNEL_FD: Final = 3
 _PR_SET_NAME: Final = 15
+_NOTICE_S: Final = 1.0  # a dying daemon's descriptors close before its death is told
+_LEAVE_S: Final = 2.0  # for workers of a dead daemon: what they still answer, nobody takes
 _ENVIRONMENT_KEPT: Final = frozenset(
     (
         *("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "CUDA_VISIBLE_DEVICES"),
@@ -53,8 +57,9 @@ _LIBRARIES: Final = {
 class Zygote:
     """The loop: orders in, children out, deaths reported."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, daemon: int) -> None:
         self._control = control
+        self._daemon = daemon  # pidfd
         self._children: dict[int, int] = {}  # pidfd: pid
         self._poll = select.epoll()
         self._poll.register(control, select.EPOLLIN)
@@ -72,6 +77,18 @@ class Zygote:
                     self._bury(descriptor)
                 elif not self._obey():
                     return
+
+    def outlast(self) -> None:
+        """After ``serve``: see the workers of a dead daemon out; a living one does that itself."""
+        self._poll.unregister(self._control)
+        if not self._children or not _has_ended(self._daemon, _NOTICE_S):
+            return
+        deadline = time.monotonic() + _LEAVE_S
+        while self._children and (left_s := deadline - time.monotonic()) > 0:
+            for pidfd, _ in self._poll.poll(left_s):
+                self._bury(pidfd)
+        for pidfd in self._children:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     def _obey(self) -> bool:
         try:
@@ -151,7 +168,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(options.control_fd, False)
-    zygote = Zygote(socket.socket(fileno=options.control_fd))
+    zygote = Zygote(socket.socket(fileno=options.control_fd), os.pidfd_open(os.getppid()))
     try:
         version = _preload(options.runtime)
     except LoadError as error:
@@ -160,6 +177,7 @@ def main() -> int:
     _set_name("inferd-zygote")
     zygote.send({"op": "ready", "runtime": options.runtime, "pid": os.getpid(), "version": version})
     zygote.serve()
+    zygote.outlast()
     return 0
 
 
@@ -198,6 +216,11 @@ def _keep_only(channel: int) -> None:
     os.dup2(null, 0)
     os.close(null)
     os.dup2(2, 1)
+
+
+def _has_ended(pidfd: int, wait_s: float) -> bool:
+    """Whether the process ends within ``wait_s``."""
+    return bool(select.select([pidfd], [], [], wait_s)[0])
 
 
 def _set_name(name: str) -> None:

@@ -8,13 +8,15 @@ second one fails the test that caused it.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agent.errors import AgentError, ForbiddenError, UnavailableError, UnknownModelError
+from agent.errors import AgentError, ForbiddenError, LaneRefusedError, UnavailableError, UnknownModelError
+from agent.regions import Region
 from agent.serving.ports import InferRequest
-from agent.wire import Buffer, error_header
+from agent.wire import Buffer, Header, error_header
 
 METADATA: Mapping[str, Any] = {
     "name": "echo",
@@ -35,6 +37,40 @@ class FakeState:
     reason: str = ""
 
 
+class FakeLane:
+    """A lane whose worker is the test: ``worker`` is that end of its socket."""
+
+    def __init__(self, number: int, model: str, client: str) -> None:
+        self.number = number
+        self.model = model
+        self.version = "1.0.0"
+        self.client = client
+        self.worker, self.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.on_end: Callable[[Any], None] = lambda lane: None
+        self.regions: dict[int, Region] = {}
+        self.revoked = False
+
+    def lend(self, number: int, region: Region, done: Callable[[], None]) -> None:
+        if self.revoked:
+            raise LaneRefusedError("the lane has ended")
+        region.hold()
+        self.regions[number] = region
+        done()
+
+    def unlend(self, number: int) -> None:
+        region = self.regions.pop(number, None)
+        if region is not None:
+            region.release()
+
+    def revoke(self) -> None:
+        if not self.revoked:
+            self.revoked = True
+            for number in list(self.regions):
+                self.unlend(number)
+            self.worker.close()
+            self.on_end(self)
+
+
 class FakeEngine:
     """Models by name; each echoes its request: the same body, under the same tensors or content type.
 
@@ -49,7 +85,17 @@ class FakeEngine:
         self.canceled: list[InferRequest] = []
         self.paced: list[tuple[InferRequest, bool]] = []
         self.answers = 0
+        self.gives_lanes = True
+        self.lanes: list[FakeLane] = []
         self.reply: Callable[[InferRequest], tuple[dict[str, Any], Sequence[Buffer]]] = echo
+
+    def open_lane(self, model: str, *, client: str, deadline_ms: int) -> FakeLane:
+        if model not in self.states:
+            raise UnknownModelError(f"Request for unknown model: {model!r} is not found")
+        if not self.gives_lanes:
+            raise LaneRefusedError("this engine gives none")
+        self.lanes.append(FakeLane(len(self.lanes), model, client))
+        return self.lanes[-1]
 
     def submit(self, request: InferRequest) -> None:
         assert request.handle is None, "submitted twice"
@@ -102,9 +148,7 @@ class FakeEngine:
             header, body = self.reply(request)
         except AgentError as error:
             header = error_header(None, error.code, str(error), retryable=error.retryable)
-        if "id" in request.header:
-            header["id"] = request.header["id"]
-        request.answer(header, body)
+        request.answer(Header(header), body)
 
 
 def echo(request: InferRequest) -> tuple[dict[str, Any], Sequence[Buffer]]:

@@ -22,6 +22,7 @@ import pytest
 
 from agent.client import Client
 from agent.errors import AgentError, RateLimitedError, TensorError, TooLargeError, UnavailableError, UnknownModelError
+from agent.wire import encode
 from tests.box import MODEL, Box, copy_box
 from tests.models import FEATURES
 from tools.demo import magika
@@ -67,6 +68,24 @@ def test_an_empty_box_pulls_serves_and_starts_again_without_its_store(box: Box) 
     shutil.rmtree(box.store)
     box.start()
     box.until(lambda: box.ask(1.5) == (3.0, "1.0.0"), what="an answer without the store")
+
+
+def test_memory_of_large_bodies_is_given_back_once_nobody_uses_it(box: Box) -> None:
+    box.configure(more="[shared_memory]\narena_idle_s = 0.5\n")
+    box.start()
+    box.until_serving()
+
+    def kept() -> bool:
+        assert box.daemon is not None
+        return "inferd-arena" in Path(f"/proc/{box.daemon.pid}/maps").read_text(errors="replace")
+
+    with socket.socket(socket.AF_UNIX) as client:  # a body that is received half, so that the daemon holds its memory
+        client.connect(str(box.socket))
+        entry = {"name": "x", "dtype": "float32", "shape": [1 << 18, FEATURES], "nbytes": FEATURES << 20}
+        head, *_ = encode({"kind": "infer", "id": 1, "model": MODEL, "tensors": [entry]}, (bytes(FEATURES << 20),))
+        client.sendall(bytes(head) + bytes(1 << 16))
+        box.until(kept, what="the body has its memory")
+    box.until(lambda: not kept(), what="the memory is given back", timeout_s=90)
 
 
 def test_bad_configuration_is_refused_with_its_key(box: Box) -> None:
@@ -393,6 +412,19 @@ def test_a_signed_fleet_command_deploys_and_rolls_back_and_is_reported(box: Box)
         with pytest.raises(StepFailedError, match="command_refused"):
             box.hub("deploy", f"{MODEL}@2.0.0", "--team", magika.TEAM, *common[:-1], box.key("team"), "--wait", 20)
         assert box.ask() == (2.0, "1.0.0")
+
+
+def test_a_model_has_the_workers_that_its_configuration_says(box: Box) -> None:
+    more = '[engine]\nworkers = {max = 3}\npin_cores = "always"\n[[engine.models]]\nname = "scale"\nworkers = 2\n'
+    box.configure(more=more)
+    box.start()
+    box.until_serving()
+    box.until(lambda: [len(row.get("workers", [])) for row in box.status()["models"]] == [2], what="two workers serve")
+    (row,) = box.status()["models"]
+    assert (row["scaling"]["min"], row["scaling"]["max"], row["restarts"]) == (2, 2, 0)
+    assert row["scaling"]["cores"] == [sorted(os.sched_getaffinity(pid)) for pid in row["workers"]]
+    assert "\n  workers: 2, on cores " in box.control("status").stdout
+    assert box.ask(3.0)[0] == 6.0
 
 
 def test_a_client_over_its_rate_is_told_and_others_are_not_touched(box: Box) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from agent.events import EventBus
 from agent.metrics import Metrics
 from agent.serving.ports import InferRequest
 from agent.tensors import pack, unpack
-from agent.wire import Limits
+from agent.wire import Header, Limits
 from tests.models import FEATURES, scale_version
 
 pytestmark = pytest.mark.integration
@@ -49,12 +49,12 @@ class Bench:
 
         def take(head: dict[str, Any], buffers: Any) -> None:
             assert not answer.done(), "answered twice"
-            answer.set_result((head, b"".join(bytes(buffer) for buffer in buffers)))
+            answer.set_result((dict(head), b"".join(bytes(buffer) for buffer in buffers)))
 
         request = InferRequest(
             model="scale",
             version=version,
-            header={"kind": "infer", **header},
+            header=Header({"kind": "infer", **header}),
             body=body,
             deadline=loop.time() + deadline_s,
             client="test",
@@ -66,16 +66,14 @@ class Bench:
     async def ask(self, value: float = 1.0, *, version: str | None = None, deadline_s: float = 30.0) -> dict[str, Any]:
         entries, buffers = pack({"x": np.full((1, FEATURES), value, dtype=np.float32)})
         body = b"".join(bytes(buffer) for buffer in buffers)
-        _, answer = self.request(body, {"id": 1, "tensors": entries}, deadline_s=deadline_s, version=version)
+        _, answer = self.request(body, {"tensors": entries}, deadline_s=deadline_s, version=version)
         header, raw = await answer
         if header["kind"] == "result":
             header["y"] = float(unpack(header["tensors"], raw)["y"][0, 0])
         return header
 
     async def say(self, text: str, *, deadline_s: float = 30.0) -> dict[str, Any]:
-        _, answer = self.request(
-            text.encode(), {"id": 2, "content_type": "text/plain"}, deadline_s=deadline_s, version=None
-        )
+        _, answer = self.request(text.encode(), {"content_type": "text/plain"}, deadline_s=deadline_s, version=None)
         header, raw = await answer
         if header["kind"] == "result":
             header["value"] = json.loads(raw)
@@ -83,13 +81,21 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(folder: Path, **options: Any) -> AsyncIterator[Bench]:
+async def bench(
+    folder: Path, *, cores: Iterable[int] = (), memory_bytes_max: int = 0, **options: Any
+) -> AsyncIterator[Bench]:
     become_subreaper()
     events = EventBus(SystemClock())
     config = EngineConfig(**{"restart_first_s": 0.001, "start_timeout_s": 60.0, **options})
     metrics = Metrics()
     engine = Engine(
-        config, scratch=folder / "scratch", wire=Limits(body_bytes_max=1 << 22), events=events, metrics=metrics
+        config,
+        scratch=folder / "scratch",
+        wire=Limits(body_bytes_max=1 << 22),
+        events=events,
+        metrics=metrics,
+        cores=cores,
+        memory_bytes_max=memory_bytes_max,
     )
     async with engine.running():
         sweeper = asyncio.ensure_future(engine.run())
@@ -116,12 +122,12 @@ async def until(condition: Callable[[], bool], *, turns: int = 3000) -> None:
     raise AssertionError("it never happened")
 
 
-def test_a_loaded_version_answers_under_the_callers_id(tmp_path: Path) -> None:
+def test_a_loaded_version_answers_and_says_who_it_is(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path) as box:
             box.engine.activate(await box.engine.load(scale_version(tmp_path / "b")))
             answer = await box.ask(3.0)
-            assert (answer["id"], answer["y"], answer["version"], answer["variant"]) == (1, 6.0, "1.0.0", "v0")
+            assert (answer["y"], answer["version"], answer["variant"]) == (6.0, "1.0.0", "v0")
             status = box.engine.status()[0]
             assert status["sandbox"]["level"] == "full"
             assert box.engine.describe("scale")["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]

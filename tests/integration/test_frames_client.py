@@ -24,7 +24,7 @@ from agent.errors import (
 )
 from agent.serving.listeners import bind_unix
 from agent.serving.ports import InferRequest
-from agent.wire import Decoder, encode
+from agent.wire import FIRST_ID, Decoder, encode
 from tests.fakes.edges import edges, run, until
 from tests.fakes.engine import FakeEngine
 
@@ -284,7 +284,7 @@ def test_an_unanswered_request_is_repeated_so_often_and_no_more(
                         with pytest.raises(UnavailableError, match="broke"):
                             await ask()
                     client.close()
-                assert seen == [1] * tries
+                assert seen == [FIRST_ID] * tries
 
     run(test)
 
@@ -301,7 +301,7 @@ def test_management_calls_are_not_repeated(tmp_path: Path) -> None:
             async with AsyncClient(tmp_path / "s") as client:
                 with pytest.raises(UnavailableError):
                     await client.call("deploy", {})
-            assert seen == [1, 1]
+            assert seen == [FIRST_ID, FIRST_ID]
 
     run(test)
 

@@ -130,10 +130,10 @@ def test_an_invented_answer_is_reduced_to_what_an_answer_may_say(tmp_path: Path)
         async with bench(tmp_path) as box:
             box.engine.activate(await box.engine.load(scale_version(tmp_path / "bundle", handler="liar")))
             lie = {"kind": "result", "content_type": ["x"], "params": 5, "tensors": "no", "version": 9, "more": {}}
-            asked = {"id": 2, "content_type": "text/plain"}
+            asked = {"content_type": "text/plain"}
             _, answer = box.request(json.dumps(lie).encode(), asked, deadline_s=30.0, version=None)
             header, _ = await answer
-            assert header == {"kind": "result", "id": 2, "model": "scale", "version": "1.0.0", "variant": "v0"}
+            assert header == {"kind": "result", "model": "scale", "version": "1.0.0", "variant": "v0"}
 
     run(story)
 

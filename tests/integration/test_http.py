@@ -44,8 +44,6 @@ def test_raw_bodies_are_predicted(tmp_path: Path, loop: str) -> None:
                 assert answer.headers["x-model-version"] == "1.0.0"
                 assert answer.headers["x-model-variant"] == "fp32"
             header = served.engine.seen[0].header
-            trace = header.pop("trace")
-            assert trace
             assert header == {
                 "kind": "infer",
                 "model": "echo",
@@ -211,7 +209,6 @@ def test_request_ids_are_echoed_or_made(tmp_path: Path) -> None:
             for path in ("/predictions/echo", INFER, "/v1/echo", "/nowhere", "/predictions/nobody"):
                 answer = await ask(served.port, "POST", path, X_Request_Id="abc-1")
                 assert answer.headers["x-request-id"] == "abc-1"
-            assert served.engine.seen[0].header["trace"] == "abc-1"
             made = {(await ask(served.port, "POST", INFER)).headers["x-request-id"] for _ in range(3)}
             assert len(made) == 3
             odd = await ask(served.port, "POST", INFER, X_Request_Id="x" * 200)

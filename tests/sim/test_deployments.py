@@ -113,6 +113,23 @@ class Box:
         running.cancel()
         await asyncio.wait({running})
 
+    async def stop(self) -> None:
+        """End in order after ``boot`` and start over."""
+        self.reconciler.stopped()
+        await self.restart()
+
+    async def run_until_probation(self, wish: Desired) -> None:
+        """Ask, and end the process while the version is on trial, for ``stop`` or ``restart`` to say how."""
+        await self.reconciler.open()
+        running = asyncio.ensure_future(self.reconciler.run())
+        await self.reconciler.want(wish)
+        record = await self.reconciler.beyond(wish.id, (-1, -1))
+        while record.state is not State.PROBATION:
+            assert record.state not in FINAL, record
+            record = await self.reconciler.beyond(wish.id, (record.step, record.bytes_done))
+        running.cancel()
+        await asyncio.wait({running})
+
     async def run_until_final(self, wish: Desired | None, deployment_id: str) -> Record:
         """Boot, ask, and follow to the end; a power cut passes through."""
         await self.reconciler.open()
@@ -404,6 +421,187 @@ def test_a_first_version_on_trial_that_does_not_load_again_ends_its_deployment(t
         box.behaviour["1.0.0"] = "unloadable"
         record = await box.run_until_final(None, "a")
         assert record.state in FINAL
+        await box.journal.close()
+
+    run(story())
+
+
+async def on_trial(folder: Path, *, confirmed: bool) -> Box:
+    """Return a box that ended without warning while 2.0.0 was on trial, after a confirmed 1.0.0 or as its first."""
+    box = Box(folder, ["1.0.0", "2.0.0", "3.0.0"])
+    if confirmed:
+        await deploy(box, "1.0.0", "first")
+    box.config = DeployConfig(probation_s=0, probation_calls_min=10**6, probation_limit_s=10**7)  # never ends by itself
+    await box.restart()
+    await box.run_until_probation(wish("2.0.0", "trial"))
+    return box
+
+
+async def boot_after(box: Box, ends: str) -> None:
+    """Start after each end: ``s`` for one that was ordered, ``c`` for a crash."""
+    for end in ends:
+        await (box.stop() if end == "s" else box.restart())
+        await box.boot()
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+@pytest.mark.parametrize("ends", ["ssssssss", "cccsssss", "scscscss"])
+def test_ends_that_were_ordered_do_not_count_against_a_trial(tmp_path: Path, ends: str, confirmed: bool) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=confirmed)
+        await boot_after(box, ends)
+        assert box.active() == "2.0.0"
+        assert box.pointer().starts_in_trial == ends.count("c")
+        await box.stop()
+        box.config = CONFIG
+        await box.restart()
+        assert (await box.run_until_final(None, "trial")).state is State.CONFIRMED
+        pointer = box.pointer()
+        assert (pointer.trial, pointer.running, pointer.starts_in_trial) == (False, False, 0)
+        await box.journal.close()
+
+    run(story())
+
+
+def test_crashes_on_trial_yield_to_the_confirmed_version(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=True)
+        await boot_after(box, "cscscs")
+        assert box.active() == "2.0.0"
+        await boot_after(box, "c")
+        assert box.active() == "1.0.0"
+        record = await box.run_until_final(None, "trial")
+        assert record.state is State.ROLLED_BACK
+        again = await deploy(box, "2.0.0", "again")
+        assert again.code == "refused_before"
+
+    run(story())
+
+
+def test_an_orderly_end_that_is_not_recorded_counts_like_a_crash(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=True)
+        denied = tmp_path / f"active/.magika.json.{os.getpid()}.tmp"  # where the new file would be written
+        denied.mkdir()
+        box.reconciler.stopped()
+        denied.rmdir()
+        await boot_after(box, "c")
+        assert (box.active(), box.pointer().starts_in_trial) == ("2.0.0", 1)
+        await box.journal.close()
+
+    run(story())
+
+
+def test_the_only_version_is_held_back_after_crashes_and_started_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=False)
+        await boot_after(box, "cccc")
+        assert box.active() is None
+        assert "4 crashes on trial" in box.host.expected["magika"]
+        (held,) = [event["data"] for event in box.events if event["type"] == "boot.trial_held"]
+        assert (held["version"], held["retry_s"]) == ("2.0.0", 60.0)
+        await boot_after(box, "c")  # it was not running: nothing to hold against it
+        assert box.pointer().starts_in_trial == 4
+        box.config = CONFIG
+        await box.restart()
+        before_s = box.clock.monotonic()
+        assert (await box.run_until_final(None, "trial")).state is State.CONFIRMED
+        assert box.clock.monotonic() - before_s >= 60
+        assert box.active() == "2.0.0"
+        await box.journal.close()
+
+    run(story())
+
+
+def test_each_further_crash_of_the_only_version_doubles_the_wait(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=False)
+        await boot_after(box, "cccc")
+        waits = []
+        for _ in range(8):
+            running = asyncio.ensure_future(box.reconciler.run())
+            while box.active() is None:
+                await asyncio.sleep(0)
+            assert box.pointer().running
+            running.cancel()
+            await asyncio.wait({running})
+            await boot_after(box, "c")
+            waits.append([event["data"]["retry_s"] for event in box.events if event["type"] == "boot.trial_held"][-1])
+        assert waits == [120, 240, 480, 960, 1920, 3600, 3600, 3600]
+        await box.journal.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize("cut_in", [None, 0, 1, 2])
+def test_a_newer_wish_takes_the_place_of_a_version_that_is_held_back(tmp_path: Path, cut_in: int | None) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=False)
+        await boot_after(box, "cccc")
+        box.config = CONFIG
+        await box.restart()
+        await box.journal.open()
+        await box.journal.want(wish("3.0.0", "newer"))
+        await box.restart()
+        if cut_in is not None:
+            box.journal.cut_in = cut_in
+            with pytest.raises((PowerCutError, BaseExceptionGroup)):
+                await box.run_until_final(None, "newer")
+            await box.restart()
+        assert (await box.run_until_final(None, "newer")).state is State.CONFIRMED
+        assert box.active() == "3.0.0"
+        record = await box.reconciler.find("trial")
+        assert (record.state, record.code) == (State.ROLLED_BACK, "superseded")
+        assert not await box.journal.refused("magika", record.digest)
+        await box.journal.close()
+
+    run(story())
+
+
+def test_a_newer_version_of_the_channel_takes_the_place_of_one_that_is_held_back(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0"])
+        box.configured = (Desired(id="file", slot="magika", team="files"),)
+        box.config = DeployConfig(probation_s=0, probation_calls_min=10**6, probation_limit_s=10**7)
+        await box.restart()
+        await box.run_until_probation(box.configured[0])
+        await boot_after(box, "cccc")
+        assert box.active() is None
+        box.config = CONFIG
+        box.store.offered["magika"].append("1.0.1")
+        await box.restart()
+        await box.reconciler.open()
+        running = asyncio.ensure_future(box.reconciler.run())
+        offered = f"file@{digest_of('magika', '1.0.1')[:12]}"
+        async with asyncio.timeout(20):
+            while (record := await box.reconciler.find(offered)) is None or record.state is not State.CONFIRMED:
+                await asyncio.sleep(0)
+        assert box.active() == "1.0.1"
+        running.cancel()
+        await asyncio.wait({running})
+        await box.journal.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize("version", ["", "1.0.0"])
+def test_a_confirmed_version_that_boot_could_not_load_is_loaded_later(tmp_path: Path, version: str) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0"])
+        box.configured = (Desired(id="file", slot="magika", team="files", version=version),)
+        await box.restart()
+        await box.run_until_final(None, "file")
+        box.behaviour["1.0.0"] = "unloadable"  # as when memory is short
+        await box.restart()
+        await box.boot()
+        assert box.active() is None
+        box.behaviour.clear()
+        running = asyncio.ensure_future(box.reconciler.run())
+        async with asyncio.timeout(20):
+            while box.active() is None:
+                await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.wait({running})
         await box.journal.close()
 
     run(story())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.arena import Arena, slot_of
+from agent.arena import Arena, ArenaKeeper, slot_of
 from agent.errors import OverloadedError
 from agent.regions import Region, RegionTable
+from tests.fakes.clock import FakeClock
 
 pytestmark = pytest.mark.unit
 
@@ -88,6 +90,42 @@ def test_no_more_is_kept_than_allowed(arena: Arena) -> None:
     assert arena.idle_bytes == 512 * KIB
     del slot, slots
     assert len(os.listdir("/proc/self/fd")) == before + 4  # a slot has two
+
+
+def test_a_sweep_gives_back_what_was_not_used_since_the_last_one(arena: Arena) -> None:
+    slots = [arena.take("a", 256 * KIB) for _ in range(2)]
+    user = User()
+    for slot in slots:
+        assert slot is not None
+        slot.users.add(user)
+        slot.release()
+    arena.sweep()
+    assert arena.idle_bytes == 512 * KIB
+    used = arena.take("a", 256 * KIB)
+    assert used is slots[1]
+    arena.sweep()  # one is in use, the other one goes
+    assert slots[0] is not None
+    assert (user.gone, arena.held_bytes, arena.idle_bytes) == ([slots[0].number], 256 * KIB, 0)
+    used.release()
+    arena.sweep()
+    assert arena.idle_bytes == 256 * KIB
+    arena.sweep()
+    assert arena.held_bytes == 0
+
+
+def test_the_keeper_sweeps_in_its_rhythm(arena: Arena) -> None:
+    async def story() -> None:
+        clock = FakeClock()
+        slot = arena.take("a", 1)
+        assert slot is not None
+        slot.release()
+        running = asyncio.ensure_future(ArenaKeeper(arena, clock=clock, idle_s=10.0).run())
+        while arena.held_bytes:
+            await asyncio.sleep(0)
+        running.cancel()
+        assert clock.monotonic() == 20.0
+
+    asyncio.run(story())
 
 
 def test_no_arena_has_no_slots() -> None:

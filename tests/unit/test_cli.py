@@ -53,7 +53,8 @@ def status(text: str) -> dict[str, Any]:
     serving = {
         "model": text, "version": text, "ready": False, "reason": text, "variant": text, "device": text,
         "sandbox": {"level": text}, "answers": {"good": 1, "faults": 0}, "latency_s": {"p50": 0.001, "p99": 0.002},
-        "fallbacks": [{"variant": text, "reason": text}],
+        "fallbacks": [{"variant": text, "reason": text}], "workers": [7, 8],
+        "scaling": {"min": 1, "max": 4, "held": text, "cores": [[0, 1], [2, 3]]},
     }  # fmt: skip
     return {
         "agent": {"version": text, "uptime_s": 61, "pid": 7},
@@ -119,6 +120,11 @@ def test_a_model_that_is_not_ready_says_how_its_last_deployment_ended() -> None:
     text = cli_text.status_text(value, {"m": "2.0.0: failed: x"}).plain
     assert "last deployment: 2.0.0: failed: x (see inferctl deployments)" in text
     assert "m3: not ready: mx is wanted (m), nothing serves yet\n  see inferctl deployments" in text
+
+
+def test_status_says_how_many_workers_there_are_and_may_be() -> None:
+    text = cli_text.status_text(status("m"), {}).plain
+    assert "\n  workers: 2 (1 to 4), on cores 0,1 | 2,3\n  no further worker: m\n" in text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """ONNX Runtime behind the worker's protocol.
 
 Promises: only the providers the spec names are used, and the first of them really is, or the load fails; threads
-are as many as the spec says; weights in external data files are mapped by the runtime, not copied.
+are as many as the spec says; weights in external data files are mapped by the runtime, not copied, and stay mapped if
+the spec says so: otherwise the runtime makes its own copy of many in an order that its kernels read faster.
 Leaves out: bfloat16 and sub-byte types, which NumPy cannot feed, sequences and maps: a model that takes or gives
 them is refused at load.
 """
@@ -33,6 +34,7 @@ _LEVELS: Final = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _LOG_ERRORS_ONLY: Final = 3
+_CPU: Final = "CPUExecutionProvider"
 # A spinning thread pool answers a little sooner and burns a core after every request: wrong on a shared small box.
 _CONFIG: Final = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
 # The binding's exceptions have no root of their own.
@@ -98,9 +100,12 @@ def _options(spec: Spec) -> onnxruntime.SessionOptions:
     level = spec.session.get("graph_opt", "all")
     if level not in _LEVELS:
         raise LoadError(f"session.graph_opt must be one of {', '.join(_LEVELS)}, got {level!r}")
+    config = {**_CONFIG, **spec.session.get("config", {})}
+    if spec.share_weights and spec.providers[0] == _CPU:
+        config["session.disable_prepacking"] = "1"
+        level = "extended" if level == "all" else level  # "all" reorders the weights of convolutions
     options.graph_optimization_level = _LEVELS[level]
-    config = spec.session.get("config", {})
-    for key, value in {**_CONFIG, **config}.items():
+    for key, value in config.items():
         if not key.startswith("session.") or not isinstance(value, str):
             raise LoadError(f"session.config: {key!r} must begin with 'session.' and map to a text")
         options.add_session_config_entry(key, value)
@@ -108,7 +113,7 @@ def _options(spec: Spec) -> onnxruntime.SessionOptions:
 
 
 def _provider(name: str, spec: Spec) -> str | tuple[str, dict[str, Any]]:
-    if name == "CPUExecutionProvider":
+    if name == _CPU:
         return name
     return name, {"device_id": int(spec.device.get("index", 0))}
 

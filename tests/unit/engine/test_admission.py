@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import ClientLimitConfig, parse
-from agent.engine.admission import Admission, Shares
+from agent.engine.admission import Admission
 from agent.errors import ConfigError, OverloadedError, RateLimitedError
+from agent.shares import Shares
 
 pytestmark = pytest.mark.unit
 

@@ -53,14 +53,12 @@ def test_a_part_above_its_bound_breaks_the_protocol() -> None:
 
 
 def test_streams_may_fill_half_of_the_window() -> None:
-    hello = {"streams": True}
-    check_room([job(parts=True)] * 3 + [job(parts=False)] * 9, hello=hello, window=8)
+    check_room([job(parts=True)] * 3 + [job(parts=False)] * 9, window=8)
     with pytest.raises(OverloadedError):
-        check_room([job(parts=True)] * 4, hello=hello, window=8)
-    check_room([job(parts=True)] * 4, hello={"streams": False}, window=8)
-    check_room([], hello=hello, window=1)
+        check_room([job(parts=True)] * 4, window=8)
+    check_room([], window=1)
     with pytest.raises(OverloadedError):
-        check_room([job(parts=True)], hello=hello, window=1)
+        check_room([job(parts=True)], window=1)
 
 
 def test_the_first_part_is_timed_and_all_are_counted() -> None:

@@ -111,10 +111,10 @@ def test_priority_goes_before_arrival() -> None:
 
 def test_cancel_withdraws_only_what_waits() -> None:
     queue = batcher(Ask(1), Ask(2), rows_max=1)
-    assert queue.cancel(2) is not None
-    assert queue.cancel(2) is None
+    assert ids(queue.withdraw(lambda ask: ask.id == 2)) == [2]
+    assert queue.withdraw(lambda ask: ask.id == 2) == []
     assert ids(queue.take(0.0, prepare).batch) == [1]
-    assert queue.cancel(1) is None
+    assert queue.withdraw(lambda ask: ask.id == 1) == []
     assert len(queue) == 0
 
 
@@ -167,9 +167,7 @@ def test_each_request_ends_exactly_once_and_no_batch_is_too_large(
         if step == "turn":
             turn()
         elif isinstance(step, int):
-            withdrawn = queue.cancel(step)
-            if withdrawn is not None:
-                ended.append(withdrawn.id)
+            ended += ids(queue.withdraw(lambda ask, number=step: ask.id == number))  # type: ignore[misc]
         else:
             for ask in step:
                 ask.id, ask.arrived = len(added), now

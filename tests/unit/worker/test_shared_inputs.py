@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from agent.errors import FrameError, InferenceError, TensorError
+from agent.wire import Header
 from agent.worker import signature
 from agent.worker.regions import Region, Regions
 from agent.worker.requests import Forms, Request, into_window, stacked
@@ -31,9 +32,10 @@ def region() -> Region:
 def request(region: Region, offset: int, rows: int, columns: int, dtype: str = "uint8", **more: Any) -> Request:
     nbytes = rows * columns * np.dtype(dtype).itemsize
     entry = {"name": "x", "dtype": dtype, "shape": [rows, columns], "nbytes": nbytes, "region": 3, "offset": offset}
-    header = {"kind": "infer", "id": 1, "tensors": [entry], **more}
+    header = Header({"kind": "infer", "tensors": [entry], **more})
     declared = signed(dtype)
-    made = Request(header, b"", Forms(declared, None, model="m", version="1").of(header), 0.0)
+    asked = Forms(declared, None, model="m", version="1").asked(header)
+    made = Request(header, b"", 1, 10.0, 0.0, asked=asked, line=None)
     made.regions = {3: region}
     made.prepare(declared)
     return made
@@ -45,35 +47,35 @@ def memory(region: Region) -> Any:
 
 def test_an_input_is_used_where_it_lies(region: Region) -> None:
     made = request(region, 128, 2, 10)
-    assert np.shares_memory(made.inputs["x"], memory(region))
-    assert made.inputs["x"][0, 0] == 128
+    assert np.shares_memory(made.arrays()["x"], memory(region))
+    assert made.arrays()["x"][0, 0] == 128
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "uint64", "bool"])
 def test_positions_are_copied(region: Region, dtype: str) -> None:
     made = request(region, 64, 2, 10, dtype)
-    assert not np.shares_memory(made.inputs["x"], memory(region))
+    assert not np.shares_memory(made.arrays()["x"], memory(region))
     assert not made.places
 
 
 def test_rows_back_to_back_form_a_batch_without_a_copy(region: Region) -> None:
     parts = [request(region, 100 + 30 * number, 3, 10) for number in range(4)]
-    batch = stacked(parts, "x", 12)
+    batch = stacked(parts, 12)["x"]
     assert np.shares_memory(batch, memory(region))
-    np.testing.assert_array_equal(batch, np.concatenate([part.inputs["x"] for part in parts]))
+    np.testing.assert_array_equal(batch, np.concatenate([part.arrays()["x"] for part in parts]))
 
 
 @pytest.mark.parametrize("offsets", [(0, 30, 61), (30, 0, 60), (0, 0, 0), (0, 30, 29)])
 def test_other_rows_are_copied_together(region: Region, offsets: tuple[int, ...]) -> None:
     parts = [request(region, offset, 3, 10) for offset in offsets]
-    batch = stacked(parts, "x", 9)
+    batch = stacked(parts, 9)["x"]
     assert not np.shares_memory(batch, memory(region))
-    np.testing.assert_array_equal(batch, np.concatenate([part.inputs["x"] for part in parts]))
+    np.testing.assert_array_equal(batch, np.concatenate([part.arrays()["x"] for part in parts]))
 
 
 def test_rows_of_two_regions_are_copied_together(region: Region) -> None:
     parts = [request(region, 0, 1, 10), request(Region(region.view, writable=True), 10, 1, 10)]
-    assert not np.shares_memory(stacked(parts, "x", 2), memory(region))
+    assert not np.shares_memory(stacked(parts, 2)["x"], memory(region))
 
 
 def test_outputs_lie_in_the_window_at_multiples_of_64(region: Region) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import numpy as np
 import pytest
 
 from agent.errors import AgentError, LoadError, TensorError, UnsafeBundleError
@@ -60,7 +59,7 @@ def test_requests_stack_only_if_their_other_dimensions_agree() -> None:
     made = parse()
 
     def key(width: int) -> Any:
-        return made.key({"ids": np.zeros((1, width)), "mask": np.zeros((1, width))}, 1)
+        return made.key({"ids": (1, width), "mask": (1, width)})
 
     assert key(3) == key(3) != key(4)
 
@@ -70,9 +69,8 @@ def test_with_fixed_shapes_everything_stacks_and_without_an_axis_nothing() -> No
         "inputs": [{"name": "x", "dtype": "float32", "shape": ["N", 4]}],
         "outputs": [{"name": "y", "dtype": "float32", "shape": ["N"]}],
     }
-    assert parse(fixed).key({}, 1) is None
+    assert parse(fixed).key({"x": (1, 4)}) == parse(fixed).key({"x": (3, 4)})
     alone = parse(fixed, axis=None)
-    assert alone.key({}, 1) != alone.key({}, 2)
     assert alone.rows_max == 1
 
 
@@ -173,6 +171,10 @@ def test_a_cuda_device_is_named_with_its_index() -> None:
         ({"limits": {"open_files": 1}}, "limits.open_files"),
         ({"golden": [1]}, "golden must be a map"),
         ({"warmup": {"runs": 1e9}}, "warmup.runs"),
+        ({"cores": [0, -1]}, "spec.cores must be a list of integers from 0"),
+        ({"cores": [True]}, "spec.cores must be a list of integers from 0"),
+        ({"cores": "0"}, "spec.cores must be list"),
+        ({"share_weights": 1}, "spec.share_weights must be bool"),
     ],
 )
 def test_bad_fields_are_named(change: dict[str, Any], words: str) -> None:

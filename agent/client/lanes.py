@@ -1,0 +1,63 @@
+"""Which models have a direct lane, and when to ask for one: the decisions both clients share. No I/O.
+
+A lane is a socket of its own to one model's worker. It may end at any time: its model changed, its worker died, the
+daemon restarts. Requests then go through the daemon, and after a while, or at once if the lane said farewell, a new
+one is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, Generic, TypeVar
+
+REFUSED_PAUSE_S: Final = 5.0  # after the daemon gave no lane, and after one broke without a farewell
+WAIT_MARGIN_S: Final = 0.05  # beyond a request's deadline: the daemon too is about so late
+_REFUSED_MAX: Final = 256  # models remembered
+
+L = TypeVar("L")
+
+
+class Lanes(Generic[L]):
+    """The lanes of one client, by model.
+
+    Args:
+        enabled: Whether any are wanted.
+    """
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._lanes: dict[str, L] = {}
+        self._not_before: dict[str, float] = {}  # when a model may be asked again (seconds)
+
+    def __iter__(self) -> Iterator[L]:
+        return iter(tuple(self._lanes.values()))
+
+    def get(self, model: str) -> L | None:
+        """Return the model's lane, if it has one."""
+        return self._lanes.get(model)
+
+    def wanted(self, model: str, now: float) -> bool:
+        """Whether to ask the daemon for one now."""
+        return self._enabled and model not in self._lanes and now >= self._not_before.get(model, 0.0)
+
+    def add(self, model: str, lane: L) -> None:
+        """Use ``lane`` for the model."""
+        self._lanes[model] = lane
+        self._not_before.pop(model, None)
+
+    def drop(self, model: str, lane: L, now: float, *, farewell: bool) -> None:
+        """Stop using a lane that ended; without a farewell no new one is wanted for a while."""
+        if self._lanes.get(model) is lane:
+            del self._lanes[model]
+        if not farewell:
+            self.refused(model, now)
+
+    def refused(self, model: str, now: float) -> None:
+        """Note that the daemon gave none."""
+        if len(self._not_before) >= _REFUSED_MAX:
+            self._not_before.clear()
+        self._not_before[model] = now + REFUSED_PAUSE_S
+
+    def clear(self) -> None:
+        """Forget all lanes: the connection that they hang on is gone."""
+        self._lanes.clear()
