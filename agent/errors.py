@@ -60,6 +60,7 @@ class AgentError(Exception):
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
+    retry_after_s: float = 0.0  # after which the same request may succeed, where that is known; 0: it is not
 
 
 class InvalidInputError(AgentError):
@@ -335,9 +336,12 @@ class IllegalTransitionError(AgentError):
     code = "illegal_transition"
 
 
-def by_code(code: str, message: str) -> AgentError:
+def by_code(code: str, message: str, retry_after_s: object = None) -> AgentError:
     """Return the exception for a wire ``code``; an unknown code becomes a plain ``AgentError``."""
-    return _BY_CODE.get(code, AgentError)(message)
+    error = _BY_CODE.get(code, AgentError)(message)
+    if isinstance(retry_after_s, int | float) and retry_after_s > 0:
+        error.retry_after_s = float(retry_after_s)
+    return error
 
 
 def _walk(cls: type[AgentError]) -> dict[str, type[AgentError]]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,22 @@ def pick_version(folder: Path) -> VersionSpec:
     )  # fmt: skip
 
 
+def slow_version(folder: Path) -> VersionSpec:
+    """``slow``: ``y[N, 1024] = x[N, 1024]``, by way of hundreds of multiplications; one row a batch."""
+    steps = ["x", *(f"h{number}" for number in range(399)), "y"]
+    nodes = [helper.make_node("MatMul", [given, "w"], [made]) for given, made in pairwise(steps)]
+    return _version(
+        folder, "slow", nodes, ("x", "float32", ["N", 1024]), ("y", "float32", ["N", 1024]),
+        {"w": np.eye(1024, dtype=np.float32)}, rows_max=1,
+    )  # fmt: skip
+
+
 def _version(
     folder: Path,
     name: str,
     nodes: Any,
-    taken: tuple[str, str, list[str]],
-    given: tuple[str, str, list[str]],
+    taken: tuple[str, str, list[Any]],
+    given: tuple[str, str, list[Any]],
     constants: dict[str, Any],
     *,
     handler: str | None = None,

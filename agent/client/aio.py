@@ -20,6 +20,7 @@ from agent.client.lanes import WAIT_MARGIN_S, Lanes
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
+    InferFrames,
     Part,
     Result,
     attach_frame,
@@ -27,7 +28,6 @@ from agent.client.messages import (
     cancel_frame,
     detach_frame,
     error_of,
-    infer_frame,
     lane_frame,
     lend_frame,
     part_of,
@@ -40,7 +40,7 @@ from agent.client.messages import (
 from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory
 from agent.errors import AgentError, DeadlineError, FrameError, TooLargeError, UnavailableError
 from agent.tensors import Array
-from agent.wire import FIRST_ID, Buffer, Decoder, Frame
+from agent.wire import FIRST_ID, RESULT_LEAD, Buffer, Decoder, Frame
 
 _READ_BYTES: Final = 64 * 1024
 _GRACE_S: Final = 5.0  # beyond a request's deadline: the daemon answers late requests too
@@ -86,6 +86,7 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._retries = retries
         self._ids = count(FIRST_ID)
+        self._frames = InferFrames()
         self._lanes: Lanes[_Lane] = Lanes(enabled=lanes)
         self._opening = asyncio.Lock()
         self._line: _Line | None = None
@@ -109,7 +110,7 @@ class AsyncClient:
         plan = self._memory.plan(model, inputs, reply)
 
         def build(request_id: int) -> list[Buffer]:
-            return infer_frame(
+            return self._frames.frame(
                 request_id,
                 model,
                 inputs,
@@ -429,7 +430,7 @@ class _Line:
         self._sock = sock
         self._is_lane = is_lane
         self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder(ANSWER_LIMITS)
+        self._decoder = Decoder(ANSWER_LIMITS, repeats=RESULT_LEAD)
         self._waiting: dict[int, asyncio.Future[Frame]] = {}
         self._inboxes: dict[int, Inbox] = {}  # of answers that come in parts
         self._ends: dict[int, int] = {}  # of those who wait: at which byte of all that was written their frame ends
@@ -639,7 +640,7 @@ class _Line:
         return True
 
     def _deliver(self, frame: Frame) -> None:
-        request_id = frame.header.get("id")
+        request_id = frame.id
         if request_id is None:
             if frame.header["kind"] == "error":
                 self.end(error_of(frame))

@@ -20,13 +20,13 @@ from agent.client.lanes import WAIT_MARGIN_S, Lanes
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
+    InferFrames,
     Part,
     Result,
     attach_frame,
     call_frame,
     detach_frame,
     error_of,
-    infer_frame,
     lane_frame,
     lend_frame,
     part_of,
@@ -39,7 +39,7 @@ from agent.client.messages import (
 from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory
 from agent.errors import AgentError, DeadlineError, FrameError, UnavailableError
 from agent.tensors import Array
-from agent.wire import FIRST_ID, Buffer, Decoder, Frame
+from agent.wire import FIRST_ID, RESULT_LEAD, Buffer, Decoder, Frame
 
 _TIMEVAL: Final = struct.Struct("ll")
 _READ_BYTES: Final = 64 * 1024
@@ -87,9 +87,10 @@ class Client:
         self._retries = retries
         self._lock = threading.Lock()
         self._ids = count(FIRST_ID)
+        self._frames = InferFrames()
         self._lanes: Lanes[_Lane] = Lanes(enabled=lanes)
         self._sock: socket.socket | None = None
-        self._decoder = Decoder(ANSWER_LIMITS)
+        self._decoder = Decoder(ANSWER_LIMITS, repeats=RESULT_LEAD)
         self._wait_s = 0.0  # the socket's present timeout
         self._memory = SharedMemory(self._detach)
 
@@ -128,7 +129,7 @@ class Client:
         plan = self._memory.plan(model, inputs, reply)
 
         def build(request_id: int) -> list[Buffer]:
-            return infer_frame(
+            return self._frames.frame(
                 request_id,
                 model,
                 inputs,
@@ -332,7 +333,7 @@ class Client:
         try:
             while True:
                 try:
-                    for frame in self._frames(self._connected(wait_s), request, request_id):
+                    for frame in self._answers(self._connected(wait_s), request, request_id):
                         part = part_of(frame, part)
                         if part is None:
                             return
@@ -347,7 +348,7 @@ class Client:
         finally:
             self._disconnect()
 
-    def _frames(self, sock: socket.socket, request: list[Buffer], request_id: int) -> Iterator[Frame]:
+    def _answers(self, sock: socket.socket, request: list[Buffer], request_id: int) -> Iterator[Frame]:
         """Send a request and yield what answers it."""
         with suppress(ConnectionError):  # the daemon closed on us: it may have said why
             _send_all(sock, request)
@@ -505,16 +506,16 @@ class Client:
         """Return the answer to ``request_id``; ``OSError`` if the connection ends before it is complete."""
         while True:
             for frame in _read(sock, self._decoder):
-                if frame.header.get("id") == request_id:
+                if frame.id == request_id:
                     return frame
-                if frame.header["kind"] == "error" and "id" not in frame.header:
+                if frame.header["kind"] == "error" and frame.id is None:
                     self._disconnect()
                     raise error_of(frame)
 
     def _connected(self, wait_s: float) -> socket.socket:
         if self._sock is None:
             self._sock = _connect(self._path, self._connect_timeout_s)
-            self._decoder = Decoder(ANSWER_LIMITS)
+            self._decoder = Decoder(ANSWER_LIMITS, repeats=RESULT_LEAD)
             self._wait_s = 0.0
         if wait_s != self._wait_s:
             _set_timeout(self._sock, wait_s)
@@ -540,7 +541,7 @@ class _Lane:
         self.farewell = False  # the worker takes nothing more
         self.unsent = False  # the last request certainly did not arrive
         self._sock = sock
-        self._decoder = Decoder(ANSWER_LIMITS)
+        self._decoder = Decoder(ANSWER_LIMITS, repeats=RESULT_LEAD)
         self._wait_s = 0.0
 
     def ask(self, frame: list[Buffer], request_id: int, wait_s: float) -> Frame:

@@ -65,4 +65,7 @@ class Job:
 
 def error_of(error: AgentError, request_id: int | None) -> dict[str, Any]:
     """Return the error header of ``error``."""
-    return error_header(request_id, error.code, str(error), retryable=error.retryable)
+    header = error_header(request_id, error.code, str(error), retryable=error.retryable)
+    if error.retry_after_s:
+        header["retry_after_s"] = error.retry_after_s
+    return header

@@ -414,9 +414,9 @@ class WorkerLink:
                 self.running_s = _running_s(header)
             elif kind in ("part", "alive"):
                 self._take_word(frame)
-            elif kind == "lane_closed":
-                self._lane_closed(header)
             else:
+                if kind == "lane_closed":
+                    self._lane_closed(header)
                 self._on_frame(self, frame)
             return
         if self._lent or len(body) > SHARED_BYTES_MIN:

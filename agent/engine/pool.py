@@ -159,7 +159,7 @@ class Pool:
         """Answer what is held, then let the workers go; jobs over the time are failed."""
         self._closed.set()
         self.revoke_lanes()
-        if self.outstanding:
+        if self.outstanding or self.lanes:
             self._drained.clear()
             try:
                 await asyncio.wait_for(self._drained.wait(), timeout_s)
@@ -389,7 +389,7 @@ class Pool:
         self._owner.answered(job, Header(error_of(error, None)), ())
 
     def _check_drained(self) -> None:
-        if self._closed.is_set() and not self.outstanding:
+        if self._closed.is_set() and not self.outstanding and not self.lanes:
             self._drained.set()
 
     async def _start_worker(self) -> None:
@@ -470,6 +470,8 @@ class Pool:
             elif kind == "error":
                 error = by_code(str(header.get("code")), str(header.get("message")))
                 started.set_exception(error if isinstance(error, WorkerError) else LoadError(f"{error.code}: {error}"))
+        elif kind == "lane_closed":
+            self._check_drained()
         elif kind == "lanes":
             counts = counts_of(header)
             if counts is not None:

@@ -5,6 +5,7 @@ Values in, status, headers and bytes out; no server, no sockets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import lru_cache
@@ -65,7 +66,7 @@ STATUS: Final[Mapping[type[AgentError], int]] = {
     CommandError: 409,
 }
 _STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
-_RETRY_AFTER_S: Final = b"1"
+_RETRY_AFTER_S: Final = 1  # where nobody knows better
 _JSON: Final = b"application/json"
 
 Headers = list[tuple[bytes, bytes]]
@@ -111,7 +112,7 @@ def error_reply(error: AgentError, dialect: Dialect = Dialect.INFERENCE, *, stat
         body = {"code": status, "type": type(error).__name__, "message": message, "error": error.code}
     reply = json_reply(body, status=status)
     if status in (429, 503):
-        reply.headers.append((b"retry-after", _RETRY_AFTER_S))
+        reply.headers.append((b"retry-after", b"%d" % max(_RETRY_AFTER_S, math.ceil(error.retry_after_s))))
     if status == 401:
         reply.headers.append((b"www-authenticate", b"Bearer"))
     return reply
@@ -120,7 +121,8 @@ def error_reply(error: AgentError, dialect: Dialect = Dialect.INFERENCE, *, stat
 def engine_reply(header: Mapping[str, Any], body: bytes, dialect: Dialect) -> Reply:
     """Return the engine's ``result`` or ``error`` as an HTTP answer."""
     if header["kind"] != "result":
-        return error_reply(by_code(str(header.get("code")), str(header.get("message", ""))), dialect)
+        error = by_code(str(header.get("code")), str(header.get("message", "")), header.get("retry_after_s"))
+        return error_reply(error, dialect)
     said = _said(*(str(header.get(key) or "") for key in ("content_type", "version", "variant")))
     reply = Reply(200, [*said, (b"content-length", b"%d" % len(body))], body)
     json_bytes = (header.get("params") or {}).get("oip_header_bytes")

@@ -13,7 +13,7 @@ import contextlib
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from agent.errors import FrameError, TooLargeError
@@ -33,13 +33,17 @@ _SEND_FLAGS: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_NOSIGNAL)
 class Channel:
     """A connected stream socket that carries frames."""
 
-    def __init__(self, sock: socket.socket, limits: Limits) -> None:
+    def __init__(
+        self, sock: socket.socket, limits: Limits, *, place: Callable[[Mapping[str, Any], int], None] | None = None
+    ) -> None:
+        """``place`` marks an application's end: it may refuse a large body, and descriptors are not taken from it."""
         sock.setblocking(False)
         self.descriptor_number = sock.fileno()
         self.closed = False  # the peer will send nothing more
         self._socket = sock
         self._limits = limits
-        self._decoder = Decoder(limits, repeats=INFER_LEAD, repeats_max=_REPEATS_MAX)
+        self._takes_descriptors = place is None
+        self._decoder = Decoder(limits, place=place, repeats=INFER_LEAD, repeats_max=_REPEATS_MAX)
         self._outgoing: list[Buffer] = []
         self._outgoing_bytes = 0
         self._descriptors: deque[int] = deque()  # received, their frames not handled yet
@@ -71,6 +75,10 @@ class Channel:
                 count = self._socket.recv_into(place, 0, _RECEIVE_FLAGS)
                 frame = self._decoder.body_filled(count) if count else None
                 frames = [frame] if frame is not None else []
+            elif not self._takes_descriptors:  # the kernel closes what is sent along
+                data = self._socket.recv(_RECEIVE_BYTES, _RECEIVE_FLAGS)
+                count = len(data)
+                frames = self._decoder.feed(data) if count else []
             else:
                 data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES, _RECEIVE_FLAGS)
                 if ancillary:
@@ -147,6 +155,7 @@ class Channel:
         """Close the socket and every descriptor that nobody took."""
         while self._descriptors:
             os.close(self._descriptors.popleft())
+        self._decoder.drop()  # which may know its owner
         self._socket.close()
 
     def _keep(self, ancillary: Sequence[tuple[int, int, bytes]]) -> None:

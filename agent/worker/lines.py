@@ -11,14 +11,15 @@ Leaves out: the loop and the model (``main.py``).
 
 from __future__ import annotations
 
+import socket
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from agent.errors import AgentError, FrameError, StreamUnsupportedError
+from agent.errors import AgentError, FrameError, OverloadedError, StreamUnsupportedError
 from agent.shares import Shares
-from agent.wire import Buffer, error_header
+from agent.wire import Buffer, Limits, error_header
 from agent.worker.channel import Channel
 from agent.worker.regions import Region
 from agent.worker.requests import Request
@@ -93,8 +94,10 @@ class Grant:
 class Lane(Line):
     """One application."""
 
-    def __init__(self, grant: Grant, channel: Channel, book: LaneBook, names: Mapping[str, str]) -> None:
-        super().__init__(channel, names)
+    def __init__(
+        self, grant: Grant, sock: socket.socket, limits: Limits, book: LaneBook, names: Mapping[str, str]
+    ) -> None:
+        super().__init__(Channel(sock, limits, place=self._expect), names)
         self.number = grant.lane
         self.default_s = grant.deadline_ms / 1000
         self.grant = grant
@@ -103,6 +106,7 @@ class Lane(Line):
         self.blocked_since = 0.0  # since when it takes no answers (seconds); 0: it does
         self.regions: dict[int, Region] = {}
         self._book = book
+        self._arriving_bytes = 0  # of a large body under way
 
     def admit(self, request: Request) -> None:
         """See ``Line.admit``.
@@ -110,6 +114,7 @@ class Lane(Line):
         Raises:
             StreamUnsupportedError: it asks for parts, which the daemon passes on and paces.
         """
+        self.forget_arriving()
         if request.streamed and request.header.get("stream"):
             raise StreamUnsupportedError("a direct lane carries whole answers: ask the daemon for parts")
         self._book.admit(self.grant, len(request.body))
@@ -122,6 +127,19 @@ class Lane(Line):
 
     def post_alive(self, request_id: int) -> None:
         """An application waits for its answer alone."""
+
+    def forget_arriving(self) -> None:
+        """The large body under way is here, or never will be."""
+        self._book.arriving_bytes -= self._arriving_bytes
+        self._arriving_bytes = 0
+
+    def _expect(self, _header: Mapping[str, Any], nbytes: int) -> None:
+        """Make room for a large body; ``OverloadedError`` ends the lane."""
+        self.forget_arriving()
+        if self._book.arriving_bytes + nbytes > self.grant.queue_bytes_max:
+            raise OverloadedError("too many large bodies are being received")
+        self._arriving_bytes = nbytes
+        self._book.arriving_bytes += nbytes
 
     def name(self, number: int, region: Region) -> None:
         """Let requests call a region ``number``.
@@ -145,6 +163,7 @@ class LaneBook:
         self.changed = False
         self.waiting = 0
         self.waiting_bytes = 0
+        self.arriving_bytes = 0  # of large bodies that are not whole yet
         self._bounds_s = tuple(bounds_s)
         self._shares = Shares()
         self._codes: dict[str, int] = {}

@@ -28,6 +28,7 @@ from agent.errors import (
     LoadError,
     NotFoundError,
     OutOfMemoryError,
+    OverloadedError,
     SelfTestError,
     TooLargeError,
 )
@@ -48,6 +49,7 @@ _log = log.get_logger("worker")
 _WAITING_MAX: Final = 1024  # requests and bytes held here; the rest waits in the socket and in the daemon
 _WAITING_BYTES_MAX: Final = 128 * 1024 * 1024
 _REPORT_S: Final = 1.0  # how often at most the daemon is told of the lanes
+_EXPIRE_S: Final = 0.05  # how often what waits on lanes behind a long batch is looked at
 _BLOCKED_S_MAX: Final = 10.0  # an application that takes no answers for so long is cut
 _STEPS_BESIDE_S: Final = 2.0  # how long streams go on beside one batch; longer, and nobody would notice that it hangs
 _READS_MAX: Final = 32  # before a step; more than lies in the socket
@@ -105,6 +107,7 @@ class Server:
         self._lanes: dict[int, Lane] = {}
         self._book: LaneBook | None = None
         self._report_at = 0.0
+        self._expire_at = 0.0
         self._posted: set[Line] = set()  # with something to send
         self._poll = select.epoll()
         self._lines: dict[int, Line] = {}
@@ -124,6 +127,8 @@ class Server:
             self._flush()
             if home.channel.closed and not batcher and execution.running is None and not self._lanes:
                 self._streams.end(home, CanceledError("the worker leaves"))
+                if self._book is not None and self._book.changed:
+                    home.channel.post(self._book.report())
                 _flush_all(home.channel)
                 return
             if execution.running is not None and self._full():
@@ -138,6 +143,8 @@ class Server:
                     self._posted.add(line)
             if batcher and execution.running is None and not home.channel.congested:
                 self._turn()
+            elif self._lanes and (batcher or self._streams.count):
+                self._expire()
             if self._may_step():
                 self._step()
 
@@ -146,6 +153,8 @@ class Server:
         wait_s = -1.0
         if self._batcher and self._execution.running is None and not self._home.channel.congested:
             wait_s, self._wait_s = self._wait_s, 0.0
+        if self._lanes and (self._batcher or self._streams.count) and self._execution.running is not None:
+            wait_s = _EXPIRE_S
         if self._may_step():
             wait_s = 0.0
         if self._book is not None and (self._book.changed or self._blocked()):
@@ -222,10 +231,10 @@ class Server:
             else:
                 for frame in frames:
                     self._take(frame, now)
-        except (FrameError, TooLargeError) as error:
+        except (FrameError, TooLargeError, OverloadedError, MemoryError) as error:
             if not isinstance(line, Lane):
                 raise
-            line.post_error(None, error)
+            line.post_error(None, error if isinstance(error, AgentError) else OutOfMemoryError("no memory for this"))
             self._drop(line)
             return False
         if line.channel.closed:
@@ -247,7 +256,7 @@ class Server:
             raise FrameError(f"a lane's grant is malformed: {error}") from error
         if self._book is None:
             self._book = LaneBook(bounds_s)
-        lane = Lane(grant, Channel(sock, self._loaded.spec.wire), self._book, self._names)
+        lane = Lane(grant, sock, self._loaded.spec.wire, self._book, self._names)
         self._lanes[lane.number] = lane
         self._add(lane)
 
@@ -279,6 +288,8 @@ class Server:
         if lane.gone:
             return
         lane.channel.flush()
+        lane.forget_arriving()
+        lane.regions.clear()
         lane.gone = True
         now = time.monotonic()
         for request in self._batcher.withdraw(lambda request: request.line is lane):
@@ -452,6 +463,16 @@ class Server:
         if self._batcher and not self._home.channel.congested:
             self._turn()
         self._answer_all(outcomes)
+
+    def _expire(self) -> None:
+        """Answer what expires while a long batch runs. For its own requests the daemon does that itself."""
+        now = time.monotonic()
+        if now < self._expire_at:
+            return
+        self._expire_at = now + _EXPIRE_S
+        for request in self._batcher.withdraw(lambda one: one.deadline <= now and one.line is not self._home):
+            self._finish_request(request, DeadlineError("the deadline passed while it waited in the worker"))
+        self._posted.update(self._streams.expire(now))
 
     def _prepare(self, request: Request) -> bool:
         """Decode one request; a bad one is answered here."""

@@ -124,6 +124,13 @@ class Streams:
                 return stream.line
         return None
 
+    def expire(self, now: float) -> list[Line]:
+        """End the streams whose deadline has passed, without waiting for their next step; return their lines."""
+        late = [stream for stream in (*self._open, *self._waiting) if stream.request.deadline <= now]
+        for stream in late:
+            self._fail(stream, DeadlineError("the deadline passed while the answer waited in the worker"))
+        return [stream.line for stream in late]
+
     def end(self, line: Line, error: AgentError) -> None:
         """End all streams of ``line`` with ``error``."""
         for stream in (*self._open, *self._waiting):

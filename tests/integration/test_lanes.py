@@ -20,8 +20,8 @@ from agent.config import ClientLimitConfig, SharedMemoryConfig
 from agent.engine.types import VersionSpec
 from agent.errors import DeadlineError, InvalidInputError, TensorError, UnavailableError, UnknownModelError, by_code
 from agent.tensors import pack
-from agent.wire import Decoder, Frame, encode
-from tests.shared import SharedBox, descriptors, double_version, mapped, mean_version, shared_box, until
+from agent.wire import Decoder, Frame, encode, encode_head
+from tests.shared import SharedBox, descriptors, double_version, mapped, mean_version, shared_box, slow_version, until
 
 pytestmark = pytest.mark.integration
 
@@ -402,6 +402,105 @@ def test_garbage_on_a_lane_ends_that_lane_only(tmp_path: Path, garbage: bytes) -
             good.close()
             bad.close()
             await until(lambda: lanes(box, "double") == 0)
+
+    run(story)
+
+
+def test_what_expires_behind_a_long_batch_is_answered_before_it_ends(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with shared_box(tmp_path, slow_version(tmp_path / "m")) as box:
+            raw = await asyncio.to_thread(RawLane, box.path, "slow")
+            x = {"x": np.ones((1, 1024), np.float32)}
+            entries, buffers = pack(x)
+
+            def ask(request_id: int, **more: Any) -> None:
+                raw.send(
+                    {"kind": "infer", "id": request_id, "model": "slow", "tensors": entries, **more}, list(buffers)
+                )
+
+            for request_id in range(3):  # from here on it is known to be slow
+                ask(request_id)
+                await asyncio.to_thread(raw.receive)
+            for request_id in range(10, 20):
+                ask(request_id)
+            ask(1, deadline_ms=1)
+            found = [await asyncio.to_thread(raw.receive) for _ in range(11)]
+            kinds = [(frame.id, frame.header.get("code", "ok")) for frame in found if frame is not None]
+            assert (1, "deadline_exceeded") in kinds[:-1]
+            assert sorted(kinds) == [(1, "deadline_exceeded"), *((number, "ok") for number in range(10, 20))]
+            raw.close()
+
+    run(story)
+
+
+def test_a_busy_worker_still_answers_calls(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with (
+            shared_box(tmp_path, slow_version(tmp_path / "m")) as box,
+            AsyncClient(box.path, lanes=True) as client,
+        ):
+            pool = box.version("slow").pool
+            assert pool is not None
+            x = {"x": np.ones((1, 1024), np.float32)}
+            for _ in range(3):
+                await client.infer("slow", x)
+            asked = [asyncio.create_task(client.infer("slow", x)) for _ in range(20)]
+            await until(lambda: any(task.done() for task in asked), limit_s=HELD_S)
+            value = await pool.call("ping", timeout_s=HELD_S)
+            assert value["ok"]
+            assert not all(task.done() for task in asked)
+            for result in await asyncio.gather(*asked):
+                assert (result.outputs["y"] == 1).all()
+
+    run(story)
+
+
+def test_descriptors_that_come_on_a_lane_are_not_kept(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with shared_box(tmp_path, double_version(tmp_path / "m")) as box:
+            raw = await asyncio.to_thread(RawLane, box.path, "double")
+            assert raw.lane is not None
+            raw.ask(1)
+            await asyncio.to_thread(raw.receive)
+            before = descriptors(box.worker_pid("double"))
+            entries, buffers = pack(X)
+            for number in range(2, 12):
+                header = {"kind": "infer", "id": number, "model": "double", "tensors": entries}
+                frame = b"".join(bytes(part) for part in encode(header, list(buffers)))
+                socket.send_fds(raw.lane, [frame], [0, 1, 2])
+                answer = await asyncio.to_thread(raw.receive)
+                assert answer is not None
+                assert answer.header["kind"] == "result"
+            assert descriptors(box.worker_pid("double")) == before
+            raw.close()
+
+    run(story)
+
+
+def test_large_bodies_under_way_are_bounded(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with shared_box(tmp_path, double_version(tmp_path / "m"), queue_bytes_max=1 << 20) as box:
+            raws = [await asyncio.to_thread(RawLane, box.path, "double") for _ in range(3)]
+            head = encode_head({"kind": "infer", "id": 1, "model": "double", "tensors": []}, 600_000)
+            for raw in raws:
+                assert raw.lane is not None
+                raw.lane.sendall(head + bytes(300_000))
+            refused = 0
+            for raw in raws[1:]:
+                answer = await asyncio.to_thread(raw.receive)
+                assert answer is not None
+                refused += answer.header.get("code") == "overloaded"
+            assert refused == 2
+            raws[0].close()
+            await until(lambda: lanes(box, "double") == 0)
+            good = await asyncio.to_thread(RawLane, box.path, "double")
+            assert good.lane is not None
+            good.lane.sendall(head + bytes(600_000))
+            answer = await asyncio.to_thread(good.receive)
+            assert answer is not None
+            assert answer.header["code"] == "bad_tensor"
+            for raw in (*raws, good):
+                raw.close()
 
     run(story)
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from agent import errors
-from agent.errors import AgentError, OverloadedError, UnauthenticatedError, UnknownModelError
+from agent.engine.job import error_of
+from agent.errors import AgentError, OverloadedError, RateLimitedError, UnauthenticatedError, UnknownModelError
 from agent.serving.replies import Dialect, engine_reply, error_reply, json_reply, status_of
 
 pytestmark = pytest.mark.unit
@@ -62,6 +63,9 @@ def test_torchserve_errors_have_its_fields_and_our_code() -> None:
 
 def test_whom_to_ask_again_later_is_told_when() -> None:
     assert (b"retry-after", b"1") in error_reply(OverloadedError("full")).headers
+    assert (b"retry-after", b"8") in error_reply(RateLimitedError("slowly", retry_after_s=7.2)).headers
+    told = error_of(RateLimitedError("slowly", retry_after_s=7.2), 1)
+    assert (b"retry-after", b"8") in engine_reply(told, b"", Dialect.INFERENCE).headers
     assert (b"www-authenticate", b"Bearer") in error_reply(UnauthenticatedError("who")).headers
 
 
