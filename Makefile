@@ -4,16 +4,20 @@ VENV   ?= .venv
 STATE  ?= .state
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-# For pytest and tools.bench, for example: make test PYTEST_ARGS="-m unit -x", make bench BENCH_ARGS="--seconds 5"
+# For pytest and the tools, for example: make test PYTEST_ARGS="-m unit -x", make bench BENCH_ARGS="--only tiny,swap",
+# make soak MINUTES=60 SOAK_ARGS="--seed 7", make fuzz MINUTES=10 FUZZ_ARGS="--replay .state/fuzz/failing.json"
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
+SOAK_ARGS   ?=
+FUZZ_ARGS   ?=
+MINUTES     ?= 1
 
 BIN  := $(VENV)/bin
 ENV  := STATE="$(STATE)" PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath $(STATE))/pycache" \
         HYPOTHESIS_STORAGE_DIRECTORY="$(abspath $(STATE))/hypothesis" INFERD_WHEELS="$(abspath $(STATE))/wheels"
 SRC  := agent handlers tools tests profiles
 
-.PHONY: help demo test system run bench lint format check clean
+.PHONY: help demo test system run bench soak fuzz lint format check clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -43,8 +47,14 @@ system: $(VENV)/.dev ## The units under a real systemd in a container (root, min
 run: $(VENV)/.demo ## The daemon in the foreground with the demo's store, until Ctrl-C
 	@$(ENV) $(BIN)/python -m tools.demo run --state "$(STATE)/run" --wheels "$(STATE)/wheels"
 
-bench: $(VENV)/.bench ## Load against a fresh daemon, interleaved with in-process inference
+bench: $(VENV)/.bench ## Every target figure beside in-process inference, in minutes; table, JSON and plot
 	@$(ENV) $(BIN)/python -m tools.bench --state "$(STATE)/bench" $(BENCH_ARGS)
+
+soak: $(VENV)/.demo ## Swaps, kills, lies and crowds for MINUTES, and no answer lost
+	@$(ENV) $(BIN)/python -m tools.soak --state "$(STATE)/soak" --minutes $(MINUTES) $(SOAK_ARGS)
+
+fuzz: $(VENV)/.demo ## Damaged frames and regions against a real daemon for MINUTES
+	@$(ENV) $(BIN)/python -m tools.fuzz --state "$(STATE)/fuzz" --minutes $(MINUTES) $(FUZZ_ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check --no-cache $(SRC)

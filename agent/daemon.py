@@ -37,6 +37,7 @@ from agent.engine.engine import Engine
 from agent.engine.zygote import become_subreaper
 from agent.errors import AgentError, ConfigError, StateError
 from agent.events import EventBus, Severity, Stream
+from agent.heap import HeapTrimmer
 from agent.log import get_logger, setup
 from agent.metrics import Metrics
 from agent.profile import Profile, choose, load_profiles, probe
@@ -228,7 +229,7 @@ async def serve(config: Config, state_dir: Path) -> None:
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
         )
         keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
-        components: list[Component] = [engine, reconciler, reporter, keeper]
+        components: list[Component] = [engine, reconciler, reporter, keeper, HeapTrimmer(clock)]
         if link is not None:
             commands = CommandInbox(
                 state_dir / "commands.db",
@@ -314,12 +315,12 @@ def _servers(
     budget = ReceiveBudget(serving.receive_bytes_max)
     routes = Routes(engine=engine, control=control, metrics=metrics, version=__version__)
     app = routes.app()
-    common: dict[str, Any] = {"policy": policy, "budget": budget, "config": serving, "metrics": metrics}
+    common: dict[str, Any] = {"policy": policy, "budget": budget, "config": serving, "metrics": metrics, "arena": arena}
     frames = inherited.get("frames") or bind_unix(Path(serving.frame_socket))
     unix = inherited.get("http-unix") or bind_unix(Path(serving.http_socket))
     tcp = inherited.get("http") or _bind_tcp(serving)
     servers: list[FrameServer | HttpServer] = [
-        FrameServer(frames, engine=engine, control=control, shared_memory=config.shared_memory, arena=arena, **common),
+        FrameServer(frames, engine=engine, control=control, shared_memory=config.shared_memory, **common),
         HttpServer(unix, engine=engine, app=app, name="http-unix", **common),
     ]
     if tcp is not None:

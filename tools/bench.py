@@ -1,148 +1,120 @@
-"""``make bench``: a fresh daemon with a tiny real model, measured by ``tools.loadgen`` and by its cold starts.
+"""``make bench``: fresh boxes with models made here, measured in one run beside the same work without a server.
 
-The model is an MLP of 64 inputs and 8 outputs, about ten microseconds of compute, so that what is measured is ours.
+Six sections, each with a daemon of its own over one signed store: the tiny MLP by every way (``tiny``), a 6 MB picture
+(``frame6mb``), a CNN (``cnn``), twice the load that can be answered (``overload``), a swap of versions under load
+(``swap``), and what an idle box takes (``memory``). At the end stands what must be reached, and what was.
 Results are printed and written into a folder: ``report.txt``, ``report.json``, ``latency.png``.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
-import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
-from agent.tensors import Array
-from tools.demo import magika
-from tools.demo.stage import Stage
-from tools.hub import safetensors
+from tools.bench_memory import memory
+from tools.bench_native import NativeError
+from tools.bench_overload import overload
+from tools.bench_report import Report, compared
+from tools.bench_served import Served, cnn, frame, tiny
+from tools.bench_swap import swap
+from tools.bench_targets import judged
+from tools.demo.stage import StepFailedError
+from tools.loadgen import showing_progress
+from tools.rig.box import Rig
 
-MODEL: Final = "tiny"
-_INPUTS, _HIDDEN, _OUTPUTS = 64, 64, 8
-_DESCRIPTION: Final = f"""\
-team = "{magika.TEAM}"
-name = "{MODEL}"
-version = "1.0.0"
-handler = {{ id = "tensors/v1" }}
-batching = {{ axis = "N", max_batch = 32 }}
-
-[signature]
-inputs = [{{ name = "x", dtype = "float32", shape = ["N", {_INPUTS}] }}]
-outputs = [{{ name = "y", dtype = "float32", shape = ["N", {_OUTPUTS}] }}]
-dims = {{ N = {{ min = 1, max = 32 }} }}
-
-[[variants]]
-id = "cpu-fp32"
-entry = "model.onnx"
-precision = "fp32"
-priority = 10
-
-[[golden]]
-id = "g"
-inputs = "in.safetensors"
-outputs = "out.safetensors"
-compare = [{{ output = "y", metric = "allclose", rtol = 1e-4, atol = 1e-5 }}]
-"""
+SECTIONS: Final = ("tiny", "frame6mb", "cnn", "overload", "swap", "memory")
+_TITLES: Final = {
+    "overload": "overload: an open loop at twice the capacity of a model without batching",
+    "swap": "swap of a small model under load",
+    "memory": "memory (PSS), idle CPU, cold start",
+}
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """Write the sources of the tiny model's bundle; return its ONNX file."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    first = rng.normal(0, 0.1, (_INPUTS, _HIDDEN)).astype(np.float32)
-    second = rng.normal(0, 0.1, (_HIDDEN, _OUTPUTS)).astype(np.float32)
-    graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "first"], ["h"]),
-            helper.make_node("Relu", ["h"], ["r"]),
-            helper.make_node("MatMul", ["r", "second"], ["y"]),
-        ],
-        MODEL,
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", _INPUTS])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", _OUTPUTS])],
-        [numpy_helper.from_array(first, "first"), numpy_helper.from_array(second, "second")],
-    )
-    path = folder / "model.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), str(path))
-    x = rng.normal(0, 1, (4, _INPUTS)).astype(np.float32)
-    (folder / "in.safetensors").write_bytes(safetensors.dump({"x": x}))
-    (folder / "out.safetensors").write_bytes(safetensors.dump({"y": np.maximum(x @ first, 0) @ second}))
-    (folder / "model.toml").write_text(_DESCRIPTION)
-    return path
-
-
-def cold_starts_s(stage: Stage, count: int) -> list[float]:
-    """Return seconds from process start to the first answer, from the box's disk; the daemon runs afterwards."""
-    inputs = {"x": np.zeros((1, _INPUTS), np.float32)}
-    found = []
-    for _ in range(count):
-        stage.stop_daemon()
-        began = time.monotonic()
-        stage.start_daemon()
-        _await_answer(stage, inputs)
-        found.append(time.monotonic() - began)
-    return found
-
-
-def _add_cold_starts(results: Path, times: list[float]) -> None:
-    median = statistics.median(times)
-    line = f"Cold start, process start to first answer: median {median:.2f} s of " + ", ".join(
-        f"{s:.2f}" for s in times
-    )
-    click.echo(line)
-    with (results / "report.txt").open("a") as file:
-        file.write(f"\n{line}\n")
-    path = results / "report.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "cold_starts_s": times}, indent=1) + "\n")
-
-
-def _await_answer(stage: Stage, inputs: dict[str, Array]) -> None:
-    with stage.client() as client:
-        stage.until(lambda: client.infer(MODEL, inputs), what="the first answer")
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--state", type=click.Path(path_type=Path), default=Path(".state/bench"), show_default=True)
-@click.option("--repetitions", default=5, show_default=True, help="Interleaved repetitions; medians are reported.")
-@click.option("--seconds", default=1.0, show_default=True, help="Per way and repetition.")
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--state", type=click.Path(path_type=Path), default=Path(".state/bench"), help="Boxes, store and build.")
 @click.option("--results", type=click.Path(path_type=Path), help="Folder of the results.  [default: STATE/results]")
-@click.option("--rate", default=500.0, show_default=True, help="Of the open loop, requests a second; 0: none.")
-@click.option("--starts", default=5, show_default=True, help="Cold starts to time.")
-def main(state: Path, repetitions: int, seconds: float, results: Path | None, rate: float, starts: int) -> None:
-    """Measure inferd against in-process inference of the same model, in one run."""
-    with Stage(state, fresh=True) as stage:
-        click.echo("preparing a store and a box …", err=True)
-        stage.make_store()
-        model_file = write_tiny_model(stage.folder / "sources" / MODEL)
-        bundle = stage.folder / "bundles" / MODEL
-        stage.hub("pack", model_file.parent, "--out", bundle)
-        stage.publish(bundle, "--channel", "stable")
-        stage.write_config(store_url=stage.store.as_uri(), broker_port=None, models=(MODEL,))
-        stage.start_daemon()
-        stage.until(
-            lambda: not stage.status()["slots"][0]["trial"] and stage.status()["slots"][0]["active"], what="ready"
-        )
-        times = cold_starts_s(stage, starts)
-        results = results or state / "results"
-        assert stage.daemon is not None
-        command = [
-            *(sys.executable, "-m", "tools.loadgen", "--socket", str(stage.socket)),
-            *("--http", f"http://127.0.0.1:{stage.http_port}", "--model", MODEL, "--model-file", str(model_file)),
-            *("-c", "1", "-c", "32", "--repetitions", str(repetitions), "--seconds", str(seconds)),
-            *("--rate", str(rate)),
-            *("--pid", str(stage.daemon.pid), "--results", str(results), "--build", str(stage.folder / "build")),
-        ]
-        code = subprocess.run(command, check=False).returncode
-        if times:
-            _add_cold_starts(results, times)
-    sys.exit(code)
+@click.option("--only", default=",".join(SECTIONS), help="Sections, with commas between.")
+@click.option("--repetitions", default=5, type=click.IntRange(1), help="Interleaved; medians are reported.")
+@click.option("--seconds", default=0.5, type=click.FloatRange(0, min_open=True), help="tiny: per way and repetition.")
+@click.option("--rate", default=500.0, type=click.FloatRange(0), help="tiny: open loop, requests a second; 0: none.")
+@click.option("--frame-seconds", default=0.5, type=click.FloatRange(0, min_open=True), help="frame6mb: the same.")
+@click.option("--cnn-seconds", default=1.5, type=click.FloatRange(0, min_open=True), help="cnn: the same.")
+@click.option("--overload-seconds", default=3.0, type=click.FloatRange(0, min_open=True), help="Per repetition.")
+@click.option("--overload-repetitions", default=3, type=click.IntRange(1), help="Interleaved with the capacity.")
+@click.option("--queue", default=64, type=click.IntRange(8), help="overload: queue limit in requests.")
+@click.option("--swaps", default=6, type=click.IntRange(1), help="Each beside a quiet window.")
+@click.option("--swap-rate", default=500.0, type=click.FloatRange(1), help="swap: requests a second.")
+@click.option("--idle-seconds", default=20.0, type=click.FloatRange(0, min_open=True), help="memory: idle CPU.")
+@click.option("--starts", default=5, type=click.IntRange(0), help="memory: cold starts to time.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def main(state: Path, results: Path | None, only: str, as_json: bool, **options: Any) -> None:
+    """Measure inferd against the same work in one process, in one run."""
+    sections = [name for name in (part.strip() for part in only.split(",")) if name]
+    if unknown := set(sections) - set(SECTIONS):
+        raise click.UsageError(f"--only: {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
+    try:
+        report = _measured(state, sections, options)
+    except (StepFailedError, NativeError) as error:
+        raise click.ClickException(str(error)) from error
+    folder = results or state / "results"
+    missing = report.write(folder)
+    click.echo(report.json() if as_json else report.text())
+    for line in missing:
+        click.echo(f"left out: {line}", err=True)
+    click.echo(f"written to {folder}", err=True)
+    if any(row["errors"] for row in report.rows if "skipped" not in row):
+        click.echo("some requests failed; see the tables", err=True)
+        sys.exit(1)
+
+
+def _measured(state: Path, sections: list[str], options: dict[str, Any]) -> Report:
+    served: list[Served] = []
+    facts: dict[str, dict[str, Any]] = {}
+    left_out: list[str] = []
+    again = {"repetitions": options["repetitions"]}
+    began = time.monotonic()
+    with Rig(state, fresh=True) as rig, showing_progress() as progress:
+        progress.console.print("preparing a signed store …")
+        rig.make_store()
+        for number, name in enumerate(sections, start=1):
+            progress.console.print(f"[{number}/{len(sections)}] {name}, {time.monotonic() - began:.0f} s so far")
+            if name == "tiny":
+                served.append(tiny(rig, progress, seconds=options["seconds"], rate_s=options["rate"], **again))
+            elif name == "frame6mb":
+                served.append(frame(rig, progress, seconds=options["frame_seconds"], **again))
+            elif name == "cnn":
+                served.append(cnn(rig, progress, seconds=options["cnn_seconds"], **again))
+            elif name == "overload":
+                facts[name] = overload(
+                    rig,
+                    progress,
+                    seconds=options["overload_seconds"],
+                    repetitions=options["overload_repetitions"],
+                    queue_requests_max=options["queue"],
+                )
+            elif name == "swap":
+                facts[name] = swap(rig, progress, swaps=options["swaps"], rate_s=options["swap_rate"])
+            else:
+                facts[name] = memory(
+                    rig,
+                    progress,
+                    idle_seconds=options["idle_seconds"],
+                    starts=options["starts"],
+                    left_out=left_out,
+                )
+    rows = compared([row for section in served for row in section.rows])
+    return Report(
+        model="tiny, frame, resnet18, heavy",
+        rows=rows,
+        processes=served[0].processes if served else [],
+        left_out=[line for section in served for line in section.left_out] + left_out,
+        facts={_TITLES[name]: found for name, found in facts.items()},
+        targets=judged(rows, facts),
+    )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from agent.errors import AgentError
+from agent.errors import AgentError, OverloadedError
 from tools.bench_ways import Ask, AskLater, Way
 
 QUANTILES: Final = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)  # in percent
-_WARM_UP: Final = 20  # requests before the clock starts
+_WARM_UP: Final = 20  # requests before the clock starts, at most
+_WARM_UP_S: Final = 0.25  # the same, in time
 _OUTSTANDING_MAX: Final = 10_000  # of an open loop; beyond it the generator gives up
 
 
@@ -32,11 +33,13 @@ class Sample:
     errors: Counter[str]  # by code
     quantiles_us: Mapping[str, float]  # latency, by percent as text
     client_cpu_s: float  # of the process that asked
+    rows: int = 1  # of each answer
+    refused_us: Mapping[str, float] = field(default_factory=dict)  # latency of what was refused at once, by percent
 
     @property
     def rate_s(self) -> float:
-        """Answers a second."""
-        return self.answers / self.wall_s if self.wall_s else 0.0
+        """Rows answered a second."""
+        return self.answers * self.rows / self.wall_s if self.wall_s else 0.0
 
 
 @dataclass(kw_only=True)
@@ -45,7 +48,9 @@ class Tally:
 
     latencies: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
+    refusals: list[float] = field(default_factory=list)  # latencies of ``overloaded``
     warmed_up: int = 0
+    rows: int = 1
     cpu_began_s: float = field(default_factory=time.process_time)
 
     def sample(self, wall_s: float) -> Sample:
@@ -58,6 +63,8 @@ class Tally:
             errors=self.errors,
             quantiles_us=quantiles_us(self.latencies),
             client_cpu_s=time.process_time() - self.cpu_began_s,
+            rows=self.rows,
+            refused_us=quantiles_us(self.refusals),
         )
 
 
@@ -85,13 +92,14 @@ def medians(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def closed_blocking(way: Any, *, seconds: float) -> Sample:
-    """Ask one after the other."""
-    tally = Tally()
+def closed_blocking(way: Any, *, seconds: float, rows: int = 1) -> Sample:
+    """Ask one after the other, for ``rows`` each."""
+    tally = Tally(rows=rows)
     with way.blocking() as ask:
-        for _ in range(_WARM_UP):
+        began = time.perf_counter()
+        while tally.warmed_up < _WARM_UP and time.perf_counter() - began < _WARM_UP_S:
             _try(ask, Tally())
-        tally.warmed_up = _WARM_UP
+            tally.warmed_up += 1
         started = time.perf_counter()
         now = started
         while now - started < seconds:
@@ -123,12 +131,14 @@ async def open_loop(way: Way, *, rate_s: float, connections: int, seconds: float
 
     async def one(ask: AskLater, due: float) -> None:
         nonlocal outstanding
+        since = min(due, time.perf_counter())  # a timer may be early
         try:
-            since = min(due, time.perf_counter())  # a timer may be early
             await ask()
             tally.latencies.append(time.perf_counter() - since)
         except (AgentError, OSError) as error:
             tally.errors[getattr(error, "code", type(error).__name__)] += 1
+            if isinstance(error, OverloadedError):
+                tally.refusals.append(time.perf_counter() - since)
         finally:
             outstanding -= 1
 
@@ -152,18 +162,23 @@ async def open_loop(way: Way, *, rate_s: float, connections: int, seconds: float
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Sample]], *, repetitions: int, on_run: Callable[[str, Callable[[], Sample]], Sample]
+    runs: Mapping[str, Callable[[], Sample]],
+    *,
+    repetitions: int,
+    on_run: Callable[[str, Callable[[], Sample]], Sample | None],
 ) -> dict[str, list[Sample]]:
     """Run each in turn, ``repetitions`` times over, each time beginning with another: drift hits all alike.
 
-    ``on_run`` is given the name and the run, and does it.
+    ``on_run`` is given the name and the run, and does it; it may leave one out.
     """
     names = list(runs)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     for number in range(repetitions):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(on_run(name, runs[name]))
+            sample = on_run(name, runs[name])
+            if sample is not None:
+                samples[name].append(sample)
     return samples
 
 

@@ -12,11 +12,12 @@ import socket
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from agent.client.messages import infer_frame
+from agent.client.messages import infer_frame, lane_frame
+from tools.bench_lanes import LaneError
 from tools.bench_load import Sample
 from tools.bench_ways import Http, Work
 
@@ -28,6 +29,9 @@ _MARGIN_S: Final = 30.0  # beyond the measured time, for the start, the end and 
 _ANY_ID: Final = 0x7A7A_7A7A_7A7A_7A7A  # eight bytes long in MessagePack
 
 
+_LANE_REFUSED: Final = 3  # exit status
+
+
 class NativeError(Exception):
     """There is no native load generator, or it failed; the message says why."""
 
@@ -37,7 +41,7 @@ class Native:
     """One way to ask, by the compiled generator.
 
     ``arguments`` say where and in which protocol, ``spread`` whether a connection has one request outstanding (HTTP)
-    or its share of them.
+    or its share of them. ``lane`` is the frame that asks for a lane, on each connection first; empty for none.
     """
 
     name: str
@@ -45,25 +49,31 @@ class Native:
     arguments: tuple[str, ...]
     request: bytes
     spread: bool
+    lane: bytes = b""
 
     def closed(self, *, callers: int, connections: int, seconds: float) -> Sample:
         """Keep ``callers`` requests outstanding over at most ``connections``, or one on each.
 
         Raises:
             NativeError: it could not run or connect.
+            LaneError: there is no lane.
         """
         lines = callers if self.spread else next(n for n in range(min(callers, connections), 0, -1) if not callers % n)
-        with tempfile.NamedTemporaryFile(prefix="inferd-request-") as file:
-            file.write(self.request)
-            file.flush()
+        with tempfile.TemporaryDirectory(prefix="inferd-request-") as folder:
+            request, lane = Path(folder, "request"), Path(folder, "lane")
+            request.write_bytes(self.request)
+            lane.write_bytes(self.lane)
             command = [
-                *(str(self.program), "--request", file.name, *self.arguments),
+                *(str(self.program), "--request", str(request), *self.arguments),
+                *(("--lane", str(lane)) if self.lane else ()),
                 *("--connections", str(lines), "--depth", str(callers // lines), "--seconds", str(seconds)),
             ]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds + _MARGIN_S)
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise NativeError(f"{self.program}: {error}") from error
+        if done.returncode == _LANE_REFUSED:
+            raise LaneError(done.stderr.strip())
         if done.returncode:
             raise NativeError(done.stderr.strip() or f"{self.program} ended with {done.returncode}")
         return _sample(json.loads(done.stdout))
@@ -101,6 +111,11 @@ def over_unix(program: Path, path: Path, work: Work) -> Native:
     offset = frame.index(marked) + len(marked) - 8
     arguments = ("--unix", str(path), "--id-offset", str(offset))
     return Native(name="unix native", program=program, arguments=arguments, request=frame, spread=False)
+
+
+def over_lane(program: Path, path: Path, work: Work) -> Native:
+    """Return the way of frames over direct lanes, one on each connection."""
+    return replace(over_unix(program, path, work), name="lane native", lane=b"".join(lane_frame(1, work.model)))
 
 
 def over_http(program: Path, http: Http) -> Native:

@@ -6,8 +6,8 @@ import io
 import json
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
@@ -15,10 +15,11 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from tools.bench_targets import FLOOR, IN_PROCESS, Target
+
 WIDTH: Final = 80
-IN_PROCESS: Final = "in-process"
-FLOOR: Final = "echo floor"
 _ROLES: Final = ("daemon", "worker", "zygote", "other", "client")
+_COLUMNS_MAX: Final = 3  # of panels
 _BELOW_MAX: Final = 1000.0  # 99.9 %: where the plot's axis ends
 
 
@@ -27,13 +28,16 @@ class Report:
     """One run of the bench.
 
     ``rows`` has one entry per load and way, as ``compared`` returns them; ``processes`` pid, role and PSS of each;
-    ``left_out`` what was not measured and why.
+    ``left_out`` what was not measured and why; ``facts`` further figures, by what they are of; ``targets`` what must
+    be reached.
     """
 
     model: str
     rows: Sequence[dict[str, Any]]
     processes: Sequence[dict[str, Any]]
     left_out: Sequence[str] = ()
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    targets: Sequence[Target] = ()
 
     def text(self) -> str:
         """Return the tables."""
@@ -43,10 +47,17 @@ class Report:
             shown = list(rows)
             console.print(load, _latencies(shown), f"\n{load}: CPU time per request, µs", _cpu(shown), sep="\n")
             for row in shown:
-                if row["errors"]:
+                if "skipped" in row:
+                    console.print(f"{row['way']}: {row['skipped']}", soft_wrap=True)
+                elif row["errors"]:
                     console.print(f"{row['way']}: errors {row['errors']}", soft_wrap=True)
             console.print()
-        console.print("memory", _memory(self.processes), sep="\n")
+        for title, facts in self.facts.items():
+            console.print(title, _facts(facts), "", sep="\n")
+        if self.processes:
+            console.print("memory", _memory(self.processes), sep="\n")
+        if self.targets:
+            console.print("\ntargets", _targets(self.targets), sep="\n")
         console.print(f"\nMedians of interleaved repetitions on {machine()}.", soft_wrap=True)
         for line in self.left_out:
             console.print(f"Left out: {line}", soft_wrap=True)
@@ -60,6 +71,8 @@ class Report:
             "figures": self.rows,
             "processes": self.processes,
             "left_out": self.left_out,
+            "facts": self.facts,
+            "targets": [asdict(target) for target in self.targets],
         }
         return json.dumps(value, indent=1)
 
@@ -79,12 +92,15 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     found = []
     for row in rows:
+        if "skipped" in row:
+            found.append(row)
+            continue
         row = dict(row)
         for name, key in ((IN_PROCESS, "in_process"), (FLOOR, "floor")):
             if row["way"] == name:
                 continue
             base = next((other for other in rows if (other["load"], other["way"]) == (row["load"], name)), None)
-            if base is not None and base["p50_us"]:
+            if base is not None and base.get("p50_us"):
                 row[f"over_{key}_us"] = row["p50_us"] - base["p50_us"]
                 row[f"p50_of_{key}"] = row["p50_us"] / base["p50_us"]
                 row[f"rate_of_{key}"] = row["rate_s"] / base["rate_s"] if base["rate_s"] else 0.0
@@ -99,11 +115,15 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> list[str]:
     except ImportError:
         return ["latency.png: matplotlib is not installed (pip install 'inferd[bench]')"]
     loads = list(dict.fromkeys(row["load"] for row in rows))
-    figure = Figure(figsize=(6 * len(loads), 5), layout="constrained")
+    if not loads:
+        return ["latency.png: no latency was measured"]
+    columns = min(len(loads), _COLUMNS_MAX)
+    lines = -(-len(loads) // columns)
+    figure = Figure(figsize=(6 * columns, 5 * lines), layout="constrained")
     for place, load in enumerate(loads, start=1):
-        axes = figure.add_subplot(1, len(loads), place)
+        axes = figure.add_subplot(lines, columns, place)
         for row in rows:
-            if row["load"] == load and row["quantiles_us"]:
+            if row["load"] == load and row.get("quantiles_us"):
                 points = [(1 / (1 - float(q) / 100), us) for q, us in row["quantiles_us"].items() if float(q) < 100]
                 axes.plot(*zip(*points, strict=True), marker=".", label=row["way"])
         axes.set(
@@ -111,7 +131,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> list[str]:
         )
         axes.set_xticks([1, 2, 10, 100, 1000], ["0", "50", "90", "99", "99.9"])
         axes.grid(visible=True, which="both", alpha=0.25)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     figure.savefig(path, dpi=120)
     return []
 
@@ -136,6 +157,9 @@ def _latencies(rows: Sequence[dict[str, Any]]) -> Table:
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
+        if "skipped" in row:
+            table.add_row(row["way"], "–")
+            continue
         table.add_row(
             row["way"],
             f"{row['p50_us']:,.0f}",
@@ -150,6 +174,7 @@ def _latencies(rows: Sequence[dict[str, Any]]) -> Table:
 
 def _cpu(rows: Sequence[dict[str, Any]]) -> Table:
     table = _table("way")
+    rows = [row for row in rows if "skipped" not in row]
     roles = [role for role in _ROLES if any(role in row["cpu_us"] for row in rows)]
     for role in roles:
         table.add_column(role, justify="right")
@@ -168,6 +193,26 @@ def _memory(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(row["role"], str(row["pid"]), f"{row['pss_bytes'] / 1e6:.1f}")
     table.add_row("total", "", f"{sum(row['pss_bytes'] for row in rows) / 1e6:.1f}")
+    return table
+
+
+def _facts(facts: Mapping[str, Any]) -> Table:
+    table = _table("")
+    table.show_header = False
+    table.add_column("", justify="right", overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else str(value))
+    return table
+
+
+def _targets(targets: Sequence[Target]) -> Table:
+    table = _table("work")
+    table.add_column("way", no_wrap=True)
+    for name in ("must be", "measured"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for target in targets:
+        table.add_row(target.work, target.way, target.limit, target.measured, target.verdict)
     return table
 
 

@@ -2,7 +2,9 @@
  *
  * It asks the same request over and over, keeping a number outstanding on each connection, and prints one JSON object.
  * Two protocols: frames (agent/wire.py) over a unix socket, each with an id of its own, and HTTP/1.1 with keep-alive
- * over TCP or a unix socket, where answers come in the order of the requests.
+ * over TCP or a unix socket, where answers come in the order of the requests. With --lane FILE each connection first
+ * sends that frame and goes on over the socket whose descriptor comes with the reply; a refusal ends the program with
+ * status 3.
  *
  * Bounds: seconds, requests, connections, depth and the request's size; an end by time waits GRACE_S for answers, and
  * for a first one that counts.
@@ -37,6 +39,8 @@
 #define READ_BYTES (256 << 10)
 #define PREFIX_BYTES 16
 #define NESTING_MAX 16
+#define LANE_TIMEOUT_S 10
+#define LANE_REFUSED 3                 /* exit status */
 
 enum protocol { FRAMES, HTTP };
 
@@ -58,6 +62,8 @@ static struct {
     enum protocol protocol;
     unsigned char *request;
     size_t request_bytes, id_offset;
+    unsigned char *lane;  /* the request for one; NULL: none */
+    size_t lane_bytes;
     int connections, depth;
     double seconds, warm_up_s;
     uint64_t requests_max;
@@ -146,9 +152,15 @@ static const unsigned char *skip_value(const unsigned char *at, const unsigned c
     return at;
 }
 
-/* Read `id`, `kind` and `code` out of an answer's header; return 0 if it is malformed. */
-static int read_header(const unsigned char *at, size_t bytes, int64_t *id, const char **kind, size_t *kind_bytes,
-                       const char **code, size_t *code_bytes) {
+struct words {                         /* an answer's header, as far as it is looked at */
+    int64_t id;                        /* -1: none */
+    const char *kind, *code, *message;
+    size_t kind_bytes, code_bytes, message_bytes;
+};
+
+/* Read an answer's header; return 0 if it is malformed. */
+static int read_header(const unsigned char *at, size_t bytes, struct words *found) {
+    *found = (struct words){.id = -1, .kind = "", .code = "?", .message = "", .code_bytes = 1};
     const unsigned char *end = at + bytes;
     uint64_t pairs;
     if (bytes < 1) return 0;
@@ -161,11 +173,16 @@ static int read_header(const unsigned char *at, size_t bytes, int64_t *id, const
         at = text_at(at, end, &name, &name_bytes);
         if (!at || at >= end) return 0;
         if (name_bytes == 2 && !memcmp(name, "id", 2)) {
-            if (*at < 0x80) *id = *at;
-            else if (*at >= 0xcc && *at <= 0xcf && end - at > 1 << (*at - 0xcc)) *id = big_endian(at + 1, 1 << (*at - 0xcc));
-        } else if (name_bytes == 4 && text_at(at, end, &text, &text_bytes)) {
-            if (!memcmp(name, "kind", 4)) { *kind = text; *kind_bytes = text_bytes; }
-            if (!memcmp(name, "code", 4)) { *code = text; *code_bytes = text_bytes; }
+            if (*at < 0x80) found->id = *at;
+            else if (*at >= 0xcc && *at <= 0xcf && end - at > 1 << (*at - 0xcc))
+                found->id = big_endian(at + 1, 1 << (*at - 0xcc));
+        } else if (text_at(at, end, &text, &text_bytes)) {
+            if (name_bytes == 4 && !memcmp(name, "kind", 4)) { found->kind = text; found->kind_bytes = text_bytes; }
+            if (name_bytes == 4 && !memcmp(name, "code", 4)) { found->code = text; found->code_bytes = text_bytes; }
+            if (name_bytes == 7 && !memcmp(name, "message", 7)) {
+                found->message = text;
+                found->message_bytes = text_bytes;
+            }
         }
         at = skip_value(at, end, 0);
         if (!at) return 0;
@@ -214,17 +231,17 @@ static void answered(struct connection *c, uint64_t number, int good, const char
 }
 
 static void frame_done(struct connection *c, size_t header_bytes, uint64_t now) {
-    int64_t id = -1;
-    const char *kind = "", *code = "?";
-    size_t kind_bytes = 0, code_bytes = 1;
-    if (!read_header(c->head + PREFIX_BYTES, header_bytes, &id, &kind, &kind_bytes, &code, &code_bytes)) {
+    struct words words;
+    if (!read_header(c->head + PREFIX_BYTES, header_bytes, &words)) {
         lose(c, "a header that is not MessagePack");
         return;
     }
-    int result = kind_bytes == 6 && !memcmp(kind, "result", 6), error = kind_bytes == 5 && !memcmp(kind, "error", 5);
+    int result = words.kind_bytes == 6 && !memcmp(words.kind, "result", 6);
+    int error = words.kind_bytes == 5 && !memcmp(words.kind, "error", 5);
+    if (words.kind_bytes == 3 && !memcmp(words.kind, "bye", 3)) { lose(c, "the lane was revoked"); return; }
     if (!result && !error) return;  /* of no request */
-    if (id < 0) { lose(c, code); return; }
-    answered(c, (uint64_t)id, result, code, code_bytes, now);
+    if (words.id < 0) { lose(c, words.code); return; }
+    answered(c, (uint64_t)words.id, result, words.code, words.code_bytes, now);
 }
 
 /* Return the bytes of the answer's head when it is complete (0: not yet) and set its body's length. */
@@ -327,18 +344,57 @@ static int open_line(const char *unix_path, const char *host, int port) {
         if (connect(fd, (struct sockaddr *)&to_tcp, sizeof to_tcp)) die(host);
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     }
-    if (fcntl(fd, F_SETFL, O_NONBLOCK)) die("fcntl");
     return fd;
 }
 
-static void read_request(const char *path) {
+static void refused(const char *code, size_t code_bytes, const char *message, size_t message_bytes) {
+    fprintf(stderr, "lane not granted: %.*s: %.*s\n", (int)code_bytes, code, (int)message_bytes, message);
+    exit(LANE_REFUSED);
+}
+
+/* Send the request for a lane and return its socket, which came with the reply. The connection stays open beside it. */
+static int open_lane(int fd) {
+    static unsigned char reply[HEAD_BYTES_MAX];
+    struct timeval wait = {.tv_sec = LANE_TIMEOUT_S};
+    struct words words;
+    size_t got = 0;
+    uint32_t header = 0;
+    int lane = -1;
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof wait);
+    if (send(fd, plan.lane, plan.lane_bytes, MSG_NOSIGNAL) != (ssize_t)plan.lane_bytes) die("the request for a lane");
+    while (got < PREFIX_BYTES || got < PREFIX_BYTES + header) {
+        union { struct cmsghdr align; char bytes[CMSG_SPACE(sizeof(int))]; } room;
+        struct iovec part = {reply + got, sizeof reply - got};
+        struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &room, .msg_controllen = sizeof room};
+        ssize_t n = recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
+        if (n <= 0) refused("?", 1, n ? strerror(errno) : "the daemon closed", n ? strlen(strerror(errno)) : 17);
+        struct cmsghdr *passed = CMSG_FIRSTHDR(&message);
+        if (passed && passed->cmsg_level == SOL_SOCKET && passed->cmsg_type == SCM_RIGHTS)
+            memcpy(&lane, CMSG_DATA(passed), sizeof lane);
+        got += n;
+        if (got >= PREFIX_BYTES) memcpy(&header, reply + 4, 4);
+        if (memcmp(reply, "IFD1", got < 4 ? got : 4) || header > sizeof reply - PREFIX_BYTES) die("not a frame");
+    }
+    if (!read_header(reply + PREFIX_BYTES, header, &words)) die("a header that is not MessagePack");
+    if (words.kind_bytes == 5 && !memcmp(words.kind, "error", 5))
+        refused(words.code, words.code_bytes, words.message, words.message_bytes);
+    if (lane < 0) refused("?", 1, "no descriptor came with the reply", 33);
+    return lane;
+}
+
+static unsigned char *read_file(const char *path, size_t bytes_max, size_t *bytes) {
     FILE *file = fopen(path, "rb");
+    unsigned char *data = malloc(bytes_max + 1);
     if (!file) die(path);
-    plan.request = malloc(REQUEST_BYTES_MAX + 1);
-    if (!plan.request) die("memory");
-    plan.request_bytes = fread(plan.request, 1, REQUEST_BYTES_MAX + 1, file);
+    if (!data) die("memory");
+    *bytes = fread(data, 1, bytes_max + 1, file);
     fclose(file);
-    if (!plan.request_bytes || plan.request_bytes > REQUEST_BYTES_MAX) die("the request is empty or too large");
+    if (!*bytes || *bytes > bytes_max) die("the request is empty or too large");
+    return data;
+}
+
+static void read_request(const char *path) {
+    plan.request = read_file(path, REQUEST_BYTES_MAX, &plan.request_bytes);
     if (plan.protocol == FRAMES && plan.id_offset + 8 > plan.request_bytes) die("--id-offset lies outside the request");
 }
 
@@ -390,14 +446,15 @@ int main(int argc, char **argv) {
             *colon = 0;
             port = (int)number(colon + 1, 1, 65535, name);
         } else if (!strcmp(name, "--request")) request = value;
+        else if (!strcmp(name, "--lane")) plan.lane = read_file(value, HEAD_BYTES_MAX, &plan.lane_bytes);
         else if (!strcmp(name, "--id-offset")) plan.id_offset = (size_t)number(value, 0, REQUEST_BYTES_MAX, name);
         else if (!strcmp(name, "--connections")) plan.connections = (int)number(value, 1, CONNECTIONS_MAX, name);
         else if (!strcmp(name, "--depth")) plan.depth = (int)number(value, 1, DEPTH_MAX, name);
         else if (!strcmp(name, "--seconds")) plan.seconds = number(value, 0.001, SECONDS_MAX, name);
         else if (!strcmp(name, "--warm-up")) plan.warm_up_s = number(value, 0, 60, name);
         else if (!strcmp(name, "--requests-max")) plan.requests_max = (uint64_t)number(value, 1, REQUESTS_MAX, name);
-        else die("usage: loadgen (--unix PATH | --tcp HOST:PORT) --request FILE (--http | --id-offset N) [--connections N]"
-                 " [--depth N] [--seconds S] [--warm-up S] [--requests-max N]");
+        else die("usage: loadgen (--unix PATH | --tcp HOST:PORT) --request FILE (--http | --id-offset N) [--lane FILE]"
+                 " [--connections N] [--depth N] [--seconds S] [--warm-up S] [--requests-max N]");
     }
     if (!request || (!unix_path == !host)) die("--request and one of --unix and --tcp are needed");
     read_request(request);
@@ -409,6 +466,8 @@ int main(int argc, char **argv) {
     for (int i = 0; i < plan.connections; i++) {
         struct connection *c = &lines[i];
         c->fd = open_line(unix_path, host, port);
+        if (plan.lane) c->fd = open_lane(c->fd);
+        if (fcntl(c->fd, F_SETFL, O_NONBLOCK)) die("fcntl");
         c->sent_ns = calloc(plan.depth, sizeof *c->sent_ns);
         c->out = malloc(out_bytes());
         c->head = malloc(HEAD_BYTES_MAX + 1);

@@ -1,7 +1,8 @@
 """``python -m tools.loadgen``: what asking the daemon costs, beside the same work in one's own process.
 
 In one run, interleaved: ``session.run`` of the same file, a blocking unix-socket echo of the same bytes, and a running
-daemon over its unix socket and over HTTP; closed loops at each concurrency, and an open loop at a fixed rate if asked.
+daemon over a direct lane, its unix socket and HTTP; closed loops at each concurrency, and an open loop at a fixed rate
+if asked. Where the daemon gives no lane, its row says why.
 With ``--build``, concurrent asking is also done by a generator in C, which leaves the cores to the daemon.
 Figures are medians of the repetitions; CPU time is that of each process over all of them, for each request asked.
 Memory is the proportional set size of every process of the daemon.
@@ -9,8 +10,9 @@ Memory is the proportional set size of every process of the daemon.
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +25,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agent.client.messages import DEFAULT_SOCKET
 from agent.serving.identity import peer_credentials
+from tools.bench_lanes import LaneError, refusal
 from tools.bench_load import Sample, closed_blocking, closed_concurrent, interleaved, medians, open_loop
-from tools.bench_native import Native, NativeError, build, over_http, over_unix
+from tools.bench_native import Native, NativeError, build, over_http, over_lane, over_unix
 from tools.bench_processes import Processes, used_between
-from tools.bench_report import FLOOR, IN_PROCESS, Report, compared
+from tools.bench_report import Report, compared
+from tools.bench_targets import FLOOR, FLOOR_ONE_CORE, IN_PROCESS
 from tools.bench_ways import Floor, Http, InProcess, Unix, Way, Work, random_inputs
 
 Runs = Mapping[str, Callable[[], Sample]]
@@ -92,7 +96,7 @@ def main(
     raw = None if body is None else body.read_bytes()
     inputs = random_inputs(model_file, rows=rows, open_dim=open_dim)
     work = Work(model=model, inputs=inputs, body=raw, content_type=content_type)
-    served: list[Way] = [Unix(socket_path, work)]
+    served: list[Way] = [Unix(socket_path, work, lanes=True), Unix(socket_path, work)]
     if url:
         served.append(Http(url, work))
     if raw is not None:
@@ -101,10 +105,11 @@ def main(
             served.append(Http(url, work, raw=True))
     left_out: list[str] = []
     native = natives(build, socket_path, url, work, left_out)
-    yardsticks = [InProcess(model_file, work, IN_PROCESS), Floor(Unix(socket_path, work).request_bytes, FLOOR)]
+    yardsticks = [InProcess(model_file, work, IN_PROCESS), *floors(Unix(socket_path, work).request_bytes)]
     processes = Processes(pid or daemon_pid(socket_path))
     try:
-        figures = measure(loads(Plan(**plan), yardsticks, served, native), Plan(**plan), processes)
+        with showing_progress() as progress:
+            figures = measure(loads(Plan(**plan), yardsticks, served, native), Plan(**plan), processes, progress)
     except NativeError as error:
         raise click.ClickException(str(error)) from error
     report = Report(model=model, rows=compared(figures), processes=processes.memory(), left_out=left_out)
@@ -113,7 +118,7 @@ def main(
         for line in report.write(results):
             click.echo(f"left out: {line}", err=True)
         click.echo(f"written to {results}", err=True)
-    if any(row["errors"] for row in figures):
+    if any(row["errors"] for row in figures if "skipped" not in row):
         raise click.ClickException("some requests failed; see the table")
 
 
@@ -126,11 +131,20 @@ def natives(folder: Path | None, socket_path: Path, url: str, work: Work, left_o
     except NativeError as error:
         left_out.append(f"the native ways: {error}")
         return []
-    return [over_unix(program, socket_path, work), *([over_http(program, Http(url, work))] if url else [])]
+    unix = [over_lane(program, socket_path, work), over_unix(program, socket_path, work)]
+    return [*unix, *([over_http(program, Http(url, work))] if url else [])]
 
 
-def loads(plan: Plan, yardsticks: list[Any], served: list[Way], native: list[Native]) -> dict[str, Runs]:
-    """Return what to run, by load and way."""
+def floors(nbytes: int) -> list[Floor]:
+    """Return the echo across two cores, which is the yardstick (none where there is one core), and on one core."""
+    across = [Floor(nbytes, FLOOR)] if len(os.sched_getaffinity(0)) > 1 else []
+    return [*across, Floor(nbytes, FLOOR_ONE_CORE, across=False)]
+
+
+def loads(
+    plan: Plan, yardsticks: Sequence[Any], served: Sequence[Way], native: Sequence[Native], title: str = ""
+) -> dict[str, Runs]:
+    """Return what to run, by load and way; ``title`` stands before each load's name."""
     found: dict[str, Runs] = {}
     for callers in plan.concurrencies:
         runs: dict[str, Callable[[], Sample]] = {
@@ -142,31 +156,54 @@ def loads(plan: Plan, yardsticks: list[Any], served: list[Way], native: list[Nat
                 runs[generator.name] = partial(
                     generator.closed, callers=callers, connections=plan.connections, seconds=plan.seconds
                 )
-        found[f"closed loop, {callers} outstanding"] = runs
+        found[f"{title}closed loop, {callers} outstanding"] = runs
     if plan.rate_s:
-        found[f"open loop, {plan.rate_s:g}/s"] = {way.name: _open(way, plan) for way in served}
+        found[f"{title}open loop, {plan.rate_s:g}/s"] = {way.name: _open(way, plan) for way in served}
     return found
 
 
-def measure(loads: Mapping[str, Runs], plan: Plan, processes: Processes) -> list[dict[str, Any]]:
-    """Return one row of figures per load and way."""
+def showing_progress() -> Progress:
+    """Return a bar on standard error, for ``measure``."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def measure(
+    loads: Mapping[str, Runs], plan: Plan, processes: Processes, progress: Progress, yardsticks: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Return one row of figures per load and way; one without its lane has ``skipped``, the reason, and no figures.
+
+    ``yardsticks`` are further ways that the daemon has no part in.
+    """
     rows: list[dict[str, Any]] = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("measuring", total=plan.repetitions * sum(map(len, loads.values())))
-        for load, runs in loads.items():
-            used_s: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    beside = {IN_PROCESS, FLOOR, FLOOR_ONE_CORE, *yardsticks}
+    bar = progress.add_task("measuring", total=plan.repetitions * sum(map(len, loads.values())))
+    for load, runs in loads.items():
+        used_s: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        skipped: dict[str, str] = {}
 
-            def watched(name: str, run: Callable[[], Sample], used_s: dict[str, Any] = used_s) -> Sample:
-                before = processes.times()
-                sample = run()
-                used_s[name].append(used_between(before, processes.times()))
-                progress.advance(bar)
-                return sample
+        progress.update(bar, description=load)
 
-            for name, samples in interleaved(runs, repetitions=plan.repetitions, on_run=watched).items():
-                cpu_us = _cpu_us(samples, [] if name in (IN_PROCESS, FLOOR) else used_s[name])
-                rows.append({"load": load, "way": name, **medians(samples), "cpu_us": cpu_us})
+        def watched(
+            name: str, run: Callable[[], Sample], used_s: dict[str, Any] = used_s, skipped: dict[str, str] = skipped
+        ) -> Sample | None:
+            before = processes.times()
+            progress.advance(bar)
+            try:
+                sample = None if name in skipped else run()
+            except LaneError as error:
+                skipped[name] = str(error)
+                return None
+            used_s[name].append(used_between(before, processes.times()))
+            return sample
+
+        for name, samples in interleaved(runs, repetitions=plan.repetitions, on_run=watched).items():
+            if name in skipped:
+                rows.append({"load": load, "way": name, "skipped": skipped[name]})
+                continue
+            cpu_us = _cpu_us(samples, [] if name in beside else used_s[name])
+            rows.append({"load": load, "way": name, **medians(samples), "cpu_us": cpu_us})
+    progress.remove_task(bar)
     return rows
 
 
@@ -181,11 +218,12 @@ def daemon_pid(socket_path: Path) -> int:
 
 
 def _closed(way: Way, callers: int, plan: Plan) -> Callable[[], Sample]:
-    if callers == 1:
-        return partial(closed_blocking, way, seconds=plan.seconds)
     connections = callers if isinstance(way, Http) else min(callers, plan.connections)  # HTTP: one request on each
 
     def run() -> Sample:
+        _require_lane(way)
+        if callers == 1:
+            return closed_blocking(way, seconds=plan.seconds)
         return uvloop.run(closed_concurrent(way, callers=callers, connections=connections, seconds=plan.seconds))
 
     return run
@@ -193,9 +231,16 @@ def _closed(way: Way, callers: int, plan: Plan) -> Callable[[], Sample]:
 
 def _open(way: Way, plan: Plan) -> Callable[[], Sample]:
     def run() -> Sample:
+        _require_lane(way)
         return uvloop.run(open_loop(way, rate_s=plan.rate_s, connections=plan.connections, seconds=plan.seconds))
 
     return run
+
+
+def _require_lane(way: Way) -> None:
+    """Ask the daemon itself: the client library would fall back and not say why."""
+    if isinstance(way, Unix) and way.lanes and (reason := refusal(way.path, way.work.model)):
+        raise LaneError(reason)
 
 
 def _cpu_us(samples: list[Sample], used_s: list[dict[str, float]]) -> dict[str, float]:
@@ -204,7 +249,7 @@ def _cpu_us(samples: list[Sample], used_s: list[dict[str, float]]) -> dict[str, 
     for used in used_s:
         for role, seconds in used.items():
             total[role] = total.get(role, 0.0) + seconds
-    asked = max(1, sum(sample.asked for sample in samples))
+    asked = max(1, sum(sample.asked * sample.rows for sample in samples))
     return {role: seconds / asked * 1e6 for role, seconds in total.items() if seconds > 0}
 
 

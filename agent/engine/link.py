@@ -115,6 +115,7 @@ class WorkerLink:
     def send(self, job: Job, deadline_ms: int) -> None:
         """Hand ``job`` to the worker under the job's number."""
         self.jobs[job.number] = job
+        idle = not self.owed
         self._expect_word()
         body, asked = job.request.body, job.request.header
         self.owed[job.number] = job.body_bytes
@@ -128,6 +129,8 @@ class WorkerLink:
         if asked.pairs is None:
             asked.pairs = packed_pairs(asked, _FORWARDED)
         self._post(lead_frame(INFER_LEAD, job.number, asked.pairs, len(body), deadline_ms), body)
+        if idle and not self._writing:  # nothing to wait for: what else comes this turn will find the worker busy
+            self._flush()
 
     def post(self, header: dict[str, Any], body: Buffer = b"") -> bytes:
         """Queue one frame and return its head; all frames of a loop turn leave in one system call."""
@@ -339,9 +342,9 @@ class WorkerLink:
 
     def _flush(self) -> None:
         self._flushing = False
-        if not self.alive:
-            return
         out = self._out
+        if not self.alive or not (out or self._sent_all):
+            return
         try:
             while out:
                 if self._passing:
@@ -362,12 +365,15 @@ class WorkerLink:
             out.clear()  # the worker is dying; its pidfd tells
             self._out_bytes = 0
             self._drop_passing()
-        told, self._sent_all = self._sent_all, []
-        for done in told:
-            done()
+        self._tell_sent()
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self.process.channel.fileno())
+
+    def _tell_sent(self) -> None:
+        told, self._sent_all = self._sent_all, []
+        for done in told:
+            done()
 
     def _send_passing(self) -> int:
         """Send up to the next frame that a descriptor goes with, or that frame alone with it."""
@@ -483,6 +489,7 @@ class WorkerLink:
         self._drop_passing()
         for lane in list(self.lanes.values()):
             lane.ended()
+        self._tell_sent()  # that its lane has ended, who waits for this learns from the lane
         attached, self._attached = self._attached, {}
         for region in attached:
             region.users.discard(self)

@@ -431,7 +431,7 @@ class Pool:
             self._cores.give_back(cores)
             raise
         link.scratch, link.cores = scratch, cores
-        if self._closed.is_set():
+        if not self._needed():
             self._leaving.add(link)
             await self._see_off(link)
             return
@@ -504,7 +504,7 @@ class Pool:
             if owner is link and not future.done():
                 future.set_exception(WorkerDiedError("the worker died"))
         self._spawn(self._bury(link, retried), f"reap {link.process.pid}")
-        if self._closed.is_set():
+        if self._closed.is_set() and (self.links or not self.waiting):
             self._check_drained()
             return
         now = self._loop.time()
@@ -546,14 +546,14 @@ class Pool:
         self._owner.worker_died(link.process.pid, str(ended), retried)
 
     async def _restart(self, delay_s: float, *, replaces: bool = True) -> None:
-        while not self._closed.is_set():
+        while self._needed():
             await asyncio.sleep(delay_s)
-            if self._closed.is_set():
+            if not self._needed():
                 return
             try:
                 await self._start_worker()
             except WorkerError as error:
-                if self._closed.is_set():
+                if not self._needed():
                     return
                 _log.error("worker does not start", variant=self.spec.id, code=error.code, error=str(error))
                 if self._count_death(self._loop.time()) and not self.links:
@@ -566,6 +566,10 @@ class Pool:
             else:
                 self.restarts += replaces
                 return
+
+    def _needed(self) -> bool:
+        """Whether workers are wanted: also while the pool drains, if the last died and left jobs behind."""
+        return not self._closed.is_set() or bool(self.waiting)
 
     # Size
 

@@ -467,7 +467,9 @@ class FrameConnection:
         self._schedule_flush()
 
     def _schedule_flush(self) -> None:
-        if not self._flush_due and not self._blocked_since:
+        if not self._outstanding and not self._flush_due and not self._blocked_since:
+            self._flush()  # it is the only answer this client waits for
+        elif not self._flush_due and not self._blocked_since:
             self._flush_due = True  # once per turn of the loop, so that answers of one turn leave together
             self._loop.call_soon(self._flush)
 
@@ -516,6 +518,7 @@ class FrameConnection:
         self._withdraw()
         self._send_error(None, error)
         self._failing = reason
+        self._close_if_done()
 
     def _withdraw(self) -> None:
         outstanding, self._outstanding = self._outstanding, {}

@@ -21,6 +21,7 @@ from typing import Any, Final
 import uvicorn
 from uvicorn.server import ServerState
 
+from agent.arena import Arena
 from agent.config import ServingConfig
 from agent.log import get_logger
 from agent.metrics import Metrics
@@ -56,6 +57,7 @@ class HttpServer:
         budget: ReceiveBudget,
         config: ServingConfig,
         metrics: Metrics,
+        arena: Arena | None = None,
     ) -> None:
         listener.setblocking(False)
         self._listener = listener
@@ -72,6 +74,7 @@ class HttpServer:
         self.engine = engine
         self.policy = policy
         self.budget = budget
+        self.arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
         self.config = config
         self.state = ServerState()
         self.uvicorn_config = uvicorn.Config(

@@ -137,7 +137,7 @@ class InferenceExchange:
         self._request_id = request_id
         self._expects_continue = expects_continue
         self._client = ""  # who asks, once that is known to be allowed
-        self._body = b""
+        self._body: Buffer = b""
         self._request: InferRequest | None = None  # while the engine has it
         self._style: Style | None = None  # how parts of the answer look, if it may come in parts
         self._parts: PartsReply | None = None  # once the first has come
@@ -168,7 +168,7 @@ class InferenceExchange:
         elif self._expects_continue:
             self._line.send(_CONTINUE)
 
-    def complete(self, body: bytes) -> None:
+    def complete(self, body: Buffer) -> None:
         """The whole body is here."""
         self.more_body = False
         self._body = body
@@ -195,8 +195,8 @@ class InferenceExchange:
         if encoding is None:
             self._submit(body)
         else:
-            line = self._line
-            self._inflate_on(inflate(body, encoding.strip().lower(), bytes_max=line.body_bytes_max, budget=line.budget))
+            line, data = self._line, bytes(body)
+            self._inflate_on(inflate(data, encoding.strip().lower(), bytes_max=line.body_bytes_max, budget=line.budget))
 
     def _inflate_on(self, steps: Generator[None, None, bytes]) -> None:
         """Inflate one step a turn of the loop, so that others are served in between."""
@@ -212,7 +212,7 @@ class InferenceExchange:
         else:
             self._line.loop.call_soon(self._inflate_on, steps)
 
-    def _submit(self, body: bytes) -> None:
+    def _submit(self, body: Buffer) -> None:
         line, target, asked = self._line, self._target, self._asked
         try:
             deadline_ms = _integer(asked, b"x-deadline-ms", 1, DEADLINE_MS_MAX) or line.deadline_ms_default

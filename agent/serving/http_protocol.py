@@ -22,6 +22,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from agent.arena import SHARED_BYTES_MIN, Arena
 from agent.config import ServingConfig
 from agent.errors import AgentError, InvalidInputError, OverloadedError, TooLargeError
 from agent.log import get_logger
@@ -31,6 +32,7 @@ from agent.serving.http_inference import InferenceExchange, Target, target_of
 from agent.serving.identity import AccessPolicy, Caller, peer_credentials
 from agent.serving.ports import Engine
 from agent.serving.replies import error_reply, response_bytes
+from agent.wire import Buffer
 
 _log = get_logger("serving.http")
 
@@ -57,6 +59,7 @@ class Owner(Protocol):
 
     engine: Engine
     policy: AccessPolicy
+    arena: Arena
     budget: ReceiveBudget
     config: ServingConfig
     state: ServerState
@@ -97,6 +100,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = False  # a request line has begun and its headers are not complete
         self._fed_bytes = 0  # of the message under way, without the read that began it
         self._body: list[bytes] = []
+        self._place: memoryview | None = None  # where a large body goes that a worker can be given
         self._body_bytes = 0  # of the message under way
         self._reserved = 0  # of them in the shared budget: none while they are few
         self._fault: tuple[AgentError, int] | None = None  # why the parser was stopped: error, status
@@ -129,6 +133,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._release_budget()
+        self._place = None
         self.pipeline.clear()
         active, self._active = self._active, None
         if active is not None:
@@ -230,6 +235,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._stop(InvalidInputError("this follows the last request of the connection"), 400)
         self._in_head = False
         self._body = []
+        self._place = None
         self._body_bytes = 0
         config = self._owner.config
         asked: dict[bytes, bytes] = {}
@@ -256,6 +262,8 @@ class HttpProtocol(HttpToolsProtocol):
                 self.cycle.keep_alive = False
         else:
             self._to_inference(target, asked, request_id, upgrade=upgrade)
+            if announced > SHARED_BYTES_MIN and self._active is self.cycle and not self.cycle.response_complete:
+                self._place = self._place_of(target.model, announced, asked)
 
     def on_body(self, body: bytes) -> None:
         if self.cycle.response_complete:
@@ -268,7 +276,10 @@ class HttpProtocol(HttpToolsProtocol):
             if not self._owner.budget.take(uncounted):
                 self._stop(OverloadedError("too many large bodies are being received"), 503)
             self._reserved += uncounted
-        self._body.append(body)
+        if self._place is not None:
+            self._place[self._body_bytes - len(body) : self._body_bytes] = body
+        else:
+            self._body.append(body)
         if self._active is not self.cycle:
             self._waiting_bytes += len(body)
             self._pause_or_read()
@@ -277,15 +288,27 @@ class HttpProtocol(HttpToolsProtocol):
         self._mid_message = False
         self._reading_since = 0.0
         self._release_budget()
-        body = b"".join(self._body)
+        place, self._place = self._place, None
+        body: Buffer = b"".join(self._body) if place is None else place
         self._body = []
         cycle: Exchange = self.cycle
         if isinstance(cycle, InferenceExchange):
             cycle.complete(body)
             return
-        cycle.body = body  # type: ignore[assignment]  # uvicorn makes bytes of it: now for free
+        cycle.body = bytes(body)  # type: ignore[assignment]  # uvicorn makes bytes of it: now for free
         super().on_message_complete()
         cycle.more_body = False  # uvicorn leaves it when the answer came before the whole body
+
+    def _place_of(self, model: str, nbytes: int, asked: dict[bytes, bytes]) -> memoryview | None:
+        """Return memory that the model's worker can be given, for a body that needs no decoding."""
+        if b"content-encoding" in asked:
+            return None
+        slot = self._owner.arena.take(model, nbytes)
+        if slot is None:
+            return None
+        place = slot.lease(nbytes)
+        slot.release()  # the lease holds it from here on
+        return place
 
     # The queue
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from agent.errors import AgentError, FrameError, OverloadedError, StreamUnsupportedError
+from agent.errors import AgentError, CanceledError, FrameError, OverloadedError, StreamUnsupportedError
 from agent.shares import Shares
 from agent.wire import Buffer, Limits, error_header
 from agent.worker.channel import Channel
@@ -54,7 +54,11 @@ class Line:
         self.channel.post({"kind": "result", "id": request_id, **fields, **self._names}, body)
 
     def post_alive(self, request_id: int) -> None:
-        """Say that an answer is worked on."""
+        """Say that an answer is worked on.
+
+        Raises:
+            CanceledError: nobody is there to take it.
+        """
         self.channel.post({"kind": "alive", "id": request_id})
 
     def post_error(self, request_id: int | None, error: AgentError) -> None:
@@ -126,7 +130,9 @@ class Lane(Line):
         self._book.settle(self.grant.client, len(request.body), code, now - request.arrived)
 
     def post_alive(self, request_id: int) -> None:
-        """An application waits for its answer alone."""
+        """See ``Line.post_alive``; an application is told nothing, but the end of a revoked lane shows only here."""
+        if self.channel.abandoned:
+            raise CanceledError("nobody waits for it")
 
     def forget_arriving(self) -> None:
         """The large body under way is here, or never will be."""

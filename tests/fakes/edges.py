@@ -12,6 +12,7 @@ from typing import Any
 
 import uvloop
 
+from agent.arena import Arena
 from agent.config import AuthConfig, ServingConfig
 from agent.metrics import Metrics
 from agent.serving.budget import ReceiveBudget
@@ -49,6 +50,7 @@ async def edges(
     control: FakeControl | None = None,
     auth: AuthConfig | None = None,
     policy: AccessPolicy | None = None,
+    arena: Arena | None = None,
     **bounds: Any,
 ) -> AsyncIterator[Edges]:
     """Serve on sockets in ``folder`` and on a free TCP port; ``bounds`` are fields of ``ServingConfig``."""
@@ -61,6 +63,7 @@ async def edges(
         "budget": budget,
         "config": config,
         "metrics": metrics,
+        "arena": arena,
     }
     app = Routes(engine=fake, control=verbs, metrics=metrics, version="0.0.0").app()
     frame_path, http_path = folder / "inferd.sock", folder / "http.sock"

@@ -85,7 +85,7 @@ class FakeEngine:
         self.canceled: list[InferRequest] = []
         self.paced: list[tuple[InferRequest, bool]] = []
         self.answers = 0
-        self.gives_lanes = True
+        self.gives_lanes = False
         self.lanes: list[FakeLane] = []
         self.reply: Callable[[InferRequest], tuple[dict[str, Any], Sequence[Buffer]]] = echo
 

@@ -238,6 +238,30 @@ def test_a_swap_under_load_fails_no_request(tmp_path: Path) -> None:
     run(story)
 
 
+def test_a_worker_that_dies_while_its_version_drains_loses_no_request(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as it:
+            version = await it.engine.load(scale_version(tmp_path / "one"))
+            it.engine.activate(version)
+            assert version.pool is not None
+            (link,) = version.pool.links
+            os.kill(link.process.pid, signal.SIGSTOP)
+            asked = [asyncio.ensure_future(it.ask(float(number), deadline_s=600.0)) for number in range(5)]
+            await until(lambda: version.pool is not None and version.pool.outstanding == 5)
+            newer = scale_version(tmp_path / "two", version="2.0.0", factors=(3.0,))
+            it.engine.activate(await it.engine.load(newer))
+            retired = asyncio.ensure_future(it.engine.retire(version, timeout_s=600.0))
+            await asyncio.sleep(0)
+            os.kill(link.process.pid, signal.SIGKILL)
+            async with asyncio.timeout(90):
+                answers = await asyncio.gather(*asked)
+                await retired
+            assert [answer["y"] for answer in answers] == [0.0, 2.0, 4.0, 6.0, 8.0]
+            assert {answer["version"] for answer in answers} == {"1.0.0"}
+
+    run(story)
+
+
 def test_one_failing_request_leaves_the_others_alone(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path, deaths_max=100) as box:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from agent.arena import Arena, slot_of
 from agent.config import AuthConfig, TokenConfig
 from agent.errors import HandlerError, OverloadedError
 from tests.fakes.edges import Edges, RolesOnly, edges, run, until
@@ -201,6 +202,31 @@ def test_an_answer_is_one_write_and_is_not_delayed(tmp_path: Path) -> None:
                 assert first.endswith(b"\r\n\r\nabc")
 
     run(test)
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_large_body_is_received_into_memory_that_a_worker_can_be_given(tmp_path: Path, loop: str) -> None:
+    async def test() -> None:
+        arena = Arena(bytes_max=1 << 24, idle_bytes_max=1 << 24)
+        async with edges(tmp_path, arena=arena) as served:
+            body = os.urandom(700_000)
+            for to in both(served):
+                for _ in range(2):
+                    answer = await ask(to, "POST", "/predictions/echo", body)
+                    assert (answer.status, answer.body) == (200, body)
+            packed = await ask(served.port, "POST", "/predictions/echo", gzip.compress(body), Content_Encoding="gzip")
+            assert packed.body == body
+            assert (await ask(served.port, "POST", "/nowhere", body)).status == 404
+            small, compressed = await ask(served.port, "POST", "/predictions/echo", b"abc"), served.engine.seen[4]
+            assert small.body == b"abc"
+            large = served.engine.seen[:4]
+            assert all(slot_of(request.body) is not None for request in large)
+            assert slot_of(compressed.body) is None
+            served.engine.seen.clear()
+            del large
+        assert arena.held_bytes == arena.idle_bytes > 0
+
+    run(test, loop=loop)
 
 
 def test_request_ids_are_echoed_or_made(tmp_path: Path) -> None:

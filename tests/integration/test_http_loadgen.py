@@ -60,15 +60,22 @@ def test_every_way_is_measured_beside_the_yardsticks(tmp_path: Path, model_file:
             assert code == 0, text
             found: dict[str, Any] = json.loads(text)
             ways = {"unix tensors", "http binary", "unix raw", "http raw"}
+            echoes = {"echo floor", "echo, one core"} if len(os.sched_getaffinity(0)) > 1 else {"echo, one core"}
             seen: dict[str, set[str]] = {}
             for row in found["figures"]:
+                if row["way"] == "lane tensors":  # these listeners grant none
+                    assert row.keys() == {"load", "way", "skipped"}
+                    assert row["skipped"].startswith("lane not granted: ")
+                    continue
                 seen.setdefault(row["load"], set()).add(row["way"])
                 assert row["rate_s"] > 0
                 assert row["errors"] == {}
                 assert 0 < row["quantiles_us"]["0"] <= row["p50_us"] <= row["p99_us"] <= row["quantiles_us"]["100"]
                 assert row["cpu_us"]["client"] > 0
-                assert ("over_floor_us" in row) == (row["way"] != "echo floor" and row["load"] != "open loop, 200/s")
-            measured = ways | {"in-process", "echo floor"}
+                if "echo floor" in echoes:
+                    beside = row["way"] != "echo floor" and row["load"] != "open loop, 200/s"
+                    assert ("over_floor_us" in row) == beside
+            measured = ways | {"in-process"} | echoes
             assert seen == {CLOSED_1: measured, CLOSED_4: measured, "open loop, 200/s": ways}
             assert found["left_out"] == []
             assert (found["processes"][0]["pid"], found["processes"][0]["role"]) == (os.getpid(), "daemon")
@@ -100,9 +107,9 @@ def test_many_outstanding_are_asked_in_c_and_the_results_written(tmp_path: Path,
             code, text = await loadgen(served, model_file, *more)
             assert code == 0, text
             assert (results / "report.txt").read_text().strip() == text.strip()
-            assert max(map(len, text.splitlines()[:-1])) <= 80 or "Medians" in max(text.splitlines(), key=len)
+            assert "lane native: lane not granted: " in text
             found = json.loads((results / "report.json").read_text())
-            native = [row for row in found["figures"] if row["way"].endswith(" native")]
+            native = [row for row in found["figures"] if row["way"].endswith(" native") and "skipped" not in row]
             assert [(row["load"], row["way"]) for row in native] == [
                 (CLOSED_4, "unix native"),
                 (CLOSED_4, "http native"),

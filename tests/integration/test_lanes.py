@@ -579,7 +579,7 @@ def test_streams_that_are_joined_on_a_lane_end_with_it_and_at_their_time(tmp_pat
             found = [await asyncio.to_thread(raw.receive) for _ in range(2)]
             codes = {frame.id: frame.header["code"] for frame in found if frame is not None}
             assert codes == {1: "deadline_exceeded", 2: "canceled"}
-            raw.send({**header, "id": 3}, [endless])
+            raw.send({**header, "id": 3, "deadline_ms": 600_000}, [endless])
             before = (await opened())["opened"]
             while (await opened())["opened"] == before and before < 2:
                 await asyncio.sleep(0.01)

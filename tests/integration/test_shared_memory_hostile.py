@@ -565,3 +565,23 @@ def test_a_slot_is_not_used_again_while_a_worker_may_touch_it(tmp_path: Path) ->
             await until(lambda: box.arena.idle_bytes == 1 << 17)
 
     run(story)
+
+
+def test_answers_that_nobody_took_give_their_memory_back_at_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with shared_box(tmp_path, double_version(tmp_path / "m")) as box:
+            pool = box.version("double").pool
+            assert pool is not None
+            entries, parts = pack({"x": np.ones((1, 40_000), dtype=np.float32)})
+            async with Attacker(box.path) as peer:
+                for number in range(1, 21):
+                    header = {"kind": "infer", "id": number, "model": "double", "tensors": entries}
+                    await peer.send(header, b"".join(bytes(part) for part in parts))
+                await until(lambda: pool.outstanding == 0 and box.arena.held_bytes > box.arena.idle_bytes)
+            await until(lambda: box.arena.held_bytes == box.arena.idle_bytes)
+
+    gc.disable()  # nobody may have to wait for it
+    try:
+        run(story)
+    finally:
+        gc.enable()

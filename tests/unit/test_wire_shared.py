@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import TensorError
@@ -99,3 +101,114 @@ def test_a_large_body_is_received_where_its_owner_says(size: int, step: int) -> 
     (frame,) = frames
     assert bytes(frame.body) == body[:size]
     assert len(places) == (size > 65_536)
+
+
+shapes = st.lists(st.integers(0, 5), max_size=3)
+placed = st.tuples(shapes, st.none() | st.tuples(st.integers(0, REGION_NUMBER_MAX), st.integers(0, 2**63 - 1)))
+
+
+def described(tensors: list[tuple[list[int], tuple[int, int] | None]]) -> tuple[list[dict[str, Any]], int]:
+    """Return header entries of uint8 tensors, and the length of the body that some of them lie in."""
+    entries, body_bytes = [], 0
+    for number, (shape, where) in enumerate(tensors):
+        nbytes = prod(shape)
+        entry = {"name": f"t{number}", "dtype": "uint8", "shape": shape, "nbytes": nbytes}
+        if where is None:
+            body_bytes += nbytes
+        else:
+            entry |= {"region": where[0], "offset": where[1]}
+        entries.append(entry)
+    return entries, body_bytes
+
+
+@given(st.lists(placed, max_size=8))
+def test_what_lies_in_the_body_fills_it_in_order_and_the_rest_is_elsewhere(tensors: list[Any]) -> None:
+    entries, body_bytes = described(tensors)
+    end = 0
+    for tensor, (shape, where) in zip(parse_tensors(entries, body_bytes), tensors, strict=True):
+        assert (tensor.shape, tensor.nbytes) == (tuple(shape), prod(shape))
+        if where is None:
+            assert (tensor.region, tensor.offset) == (None, end)
+            end += tensor.nbytes
+        else:
+            assert (tensor.region, tensor.offset) == where
+    assert end == body_bytes
+
+
+@given(st.lists(placed, min_size=1, max_size=5), st.integers(0, 400))
+def test_a_body_of_another_length_is_refused(tensors: list[Any], body_bytes: int) -> None:
+    entries, needed = described(tensors)
+    with pytest.raises(TensorError):
+        parse_tensors(entries, body_bytes if body_bytes != needed else needed + 1)
+
+
+odd = st.none() | st.booleans() | st.integers(-(2**64), 2**64) | st.floats() | st.text(max_size=3) | st.just([])
+fields = st.sampled_from(["name", "dtype", "shape", "nbytes", "region", "offset"])
+
+
+@given(st.lists(placed, min_size=1, max_size=3), st.data())
+def test_an_entry_with_an_odd_value_is_refused_or_means_what_it_says(tensors: list[Any], data: st.DataObject) -> None:
+    entries, body_bytes = described(tensors)
+    entry = data.draw(st.sampled_from(entries))
+    field, value = data.draw(fields), data.draw(odd)
+    entry[field] = value
+    try:
+        found = parse_tensors(entries, body_bytes)
+    except TensorError:
+        return
+    for tensor, said in zip(found, entries, strict=True):
+        assert (tensor.name, tensor.dtype, list(tensor.shape)) == (said["name"], said["dtype"], said["shape"])
+        assert tensor.nbytes == said["nbytes"]
+        assert tensor.region == said.get("region")
+        assert tensor.region is None or tensor.offset == said["offset"]
+        assert tensor.region is not None or tensor.offset + tensor.nbytes <= body_bytes
+
+
+@given(st.dictionaries(st.sampled_from(["region", "offset", "nbytes", "more"]), odd))
+def test_an_odd_window_is_refused_or_means_what_it_says(value: dict[str, Any]) -> None:
+    try:
+        window = parse_window(value)
+    except TensorError:
+        return
+    assert window == Window(value["region"], value["offset"], value["nbytes"])
+    assert window.region <= REGION_NUMBER_MAX
+    assert min(window) >= 0
+
+
+bodies = st.sampled_from([0, 1, 63, 65_535, 65_536, 65_537, 262_144, 262_145])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(bodies, st.booleans()), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(-2, 2)), max_size=12),
+    st.booleans(),
+)
+def test_cuts_at_the_edges_of_frames_change_nothing(
+    wanted: list[tuple[int, bool]], cuts: list[tuple[int, int]], in_place: bool
+) -> None:
+    """Prefix, header and body may end anywhere in a read, wherever the body is received."""
+    data, edges = b"", [0]
+    for number, (size, _) in enumerate(wanted):
+        head, body = encode({"kind": "infer", "id": number}, [bytes([number + 1]) * size])
+        edges += [len(data) + 16, len(data) + len(head), len(data) + len(head) + size]
+        data += bytes(head) + bytes(body)
+    places = iter([kept for size, kept in wanted if size > 65_536])
+    decoder = Decoder(place=lambda _header, nbytes: memoryview(bytearray(nbytes)) if next(places) else None)
+    steps = sorted({0, len(data), *(min(len(data), max(0, edges[at * 3 % len(edges)] + by)) for at, by in cuts)})
+    frames = []
+    for start, end in pairwise(steps):
+        while start < end:
+            into = decoder.body_buffer() if in_place else None
+            if into is None:
+                frames += decoder.feed(data[start:end])
+                break
+            count = min(len(into), end - start)
+            into[:count] = data[start : start + count]
+            done = decoder.body_filled(count)
+            frames += [] if done is None else [done]
+            start += count
+    assert [(frame.header["id"], bytes(frame.body)) for frame in frames] == [
+        (number, bytes([number + 1]) * size) for number, (size, _) in enumerate(wanted)
+    ]
+    assert not decoder.mid_frame

@@ -12,7 +12,8 @@ import pytest
 
 from tools.bench_load import Sample, medians, quantiles_us
 from tools.bench_processes import used_between
-from tools.bench_report import FLOOR, IN_PROCESS, Report, compared, plot
+from tools.bench_report import Report, compared, plot
+from tools.bench_targets import FLOOR, IN_PROCESS
 
 pytestmark = pytest.mark.unit
 

@@ -1,0 +1,1 @@
+"""Frames and regions that are nearly right, against a running daemon."""

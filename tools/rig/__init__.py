@@ -1,0 +1,1 @@
+"""What bench, soak and fuzz stand on: models made here and now, and a box that serves them."""

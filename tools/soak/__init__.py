@@ -1,0 +1,1 @@
+"""Hours of trouble for a running daemon, and the question whether anybody noticed."""
