@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from agent import __version__
 from agent.cli_text import deployments_text, event_text, models_text, print_text, reason_text, shown, status_text
 from agent.client import Client
-from agent.client.messages import Result
+from agent.client.messages import Part, Result
 from agent.errors import AgentError
 
 _SOCKET: Final = "/run/inferd/inferd.sock"
@@ -90,6 +90,7 @@ def models(socket_path: str, as_json: bool) -> None:
 @click.option("--version", "version", help="A certain version; default: the active one.")
 @click.option("--content-type", default="application/octet-stream", show_default=True)
 @click.option("--deadline-ms", type=int, help="Give up after so many milliseconds, queue time included.")
+@click.option("--stream", is_flag=True, help="Print each part of the answer as it comes.")
 @_json_option
 @click.pass_obj
 def infer(
@@ -99,6 +100,7 @@ def infer(
     version: str | None,
     content_type: str,
     deadline_ms: int | None,
+    stream: bool,
     as_json: bool,
 ) -> None:
     """Send FILE (``-`` = standard input) to MODEL as a raw request and print the answer.
@@ -106,7 +108,14 @@ def infer(
     \b
     Example:
       inferctl infer magika /bin/ls
+      echo "Once upon a time" | inferctl infer --stream writer -
     """
+    if stream:
+        with _client(socket_path) as client:
+            _print_parts(
+                client.stream(model, file.read(), content_type, version=version, deadline_ms=deadline_ms), as_json
+            )
+        return
     with _client(socket_path) as client:
         started = time.perf_counter()
         result = client.predict(model, file.read(), content_type=content_type, version=version, deadline_ms=deadline_ms)
@@ -244,6 +253,28 @@ def _print_answer(result: Result, *, as_json: bool) -> None:
         )
     else:
         sys.stdout.buffer.write(result.body)
+
+
+def _print_parts(parts: Iterator[Part], as_json: bool) -> None:
+    """Print each part when it comes: texts run on, JSON and tensors take a line each, ``--json`` makes all lines."""
+    on_terminal, text_open = sys.stdout.isatty(), False
+    for part in parts:
+        is_text = part.content_type.startswith("text/")
+        kind, value = ("text", part.body.decode(errors="replace")) if is_text else _decoded(part)
+        if as_json:
+            click.echo(json.dumps({"seq": part.seq, kind: value}))
+        elif kind == "text":
+            click.echo("\n".join(map(shown, value.split("\n"))) if on_terminal else value, nl=False)
+            text_open = True
+        elif kind == "answer":
+            click.echo(json.dumps(value))
+        elif on_terminal:
+            click.echo(f"{len(part.body)} bytes of {shown(part.content_type or 'unknown type')}", err=True)
+        else:
+            sys.stdout.buffer.write(part.body)
+            sys.stdout.buffer.flush()
+    if text_open and on_terminal:
+        click.echo()
 
 
 def _decoded(result: Result) -> tuple[str, Any]:

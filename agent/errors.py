@@ -7,6 +7,7 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     │   ├── FrameError (bad_frame)                  bytes that are not our wire protocol
     │   ├── TensorError (bad_tensor)                name, dtype or shape differs from the model's signature
     │   ├── TooLargeError (too_large)               over a configured bound
+    │   ├── StreamUnsupportedError (stream_unsupported)  parts were asked of a model that answers whole
     │   └── ConfigError (bad_config)                configuration file or value refused
     ├── NotFoundError (not_found)
     │   └── UnknownModelError (unknown_model)
@@ -84,6 +85,12 @@ class TooLargeError(InvalidInputError):
     """A header, body or file exceeds its configured bound."""
 
     code = "too_large"
+
+
+class StreamUnsupportedError(InvalidInputError):
+    """The request demands its answer in parts, and the model's handler does not stream."""
+
+    code = "stream_unsupported"
 
 
 class ConfigError(InvalidInputError):

@@ -13,13 +13,18 @@ kind   header                                                                   
 ====== ============================================================================ ==========================
 infer  id, model, version?, deadline_ms?, priority?, params?, content_type?,         tensors or raw request
        tensors? [{name, dtype, shape, nbytes, region?, offset?}], outputs? [name],
-       reply? {region, offset, nbytes}
+       reply? {region, offset, nbytes}, stream? true | "auto"
+part   id, seq, tensors? | content_type, params?; of seq 0 also model, version,       tensors or raw bytes
+       variant
 result id, model, version, variant, tensors? | content_type, params?                 tensors or raw answer
 error  id?, code, message, retryable                                                 –
 cancel id                                                                            –
+pause  id: no more parts for now                                                     –
+resume id                                                                            –
 call   id, method, args                                                              –
 reply  id, value                                                                     –
 hello  client or server, protocol, limits?                                           –
+alive  id: of a worker that works on an answer                                        –
 attach id, region, nbytes; one descriptor travels with the frame                     –
 detach id, region                                                                    –
 lane   id, model; one descriptor travels with the reply                              –
@@ -30,6 +35,10 @@ bye    (on a lane: nothing more is taken)                                       
 A tensor with a ``region`` lies in shared memory, ``nbytes`` from ``offset``, and takes no part of the body. ``region``
 is the number under which the client attached a sealed memfd. ``reply`` is a window for the outputs: what fits is
 written there, each at a multiple of 64 bytes, and the result's tensors then say where.
+
+``stream`` asks for the answer in parts, ``auto`` only if the model's handler streams. After the last part comes a
+``result`` without a body, or an ``error``; a model that answers whole sends its ``result`` at once. Direct lanes carry
+whole answers only.
 
 A peer asks the same thing over and over: its headers differ in ``id`` and ``deadline_ms`` alone. A header that begins
 with ``kind`` and then ``id`` as a MessagePack uint 64 (and then, if at all, ``deadline_ms`` as a uint 32) is taken
@@ -66,6 +75,7 @@ DTYPES: Final[Mapping[str, int | None]] = {
 
 Buffer = bytes | bytearray | memoryview
 REGION_NUMBER_MAX: Final = (1 << 31) - 1
+PART_BYTES_MAX: Final = 1 << 20  # body of one part of a streamed answer
 SHARED_ALIGN: Final = 64  # bytes; where tensors begin that we place in shared memory
 
 # How headers that repeat begin, after the map's marker; the id's eight bytes follow.
@@ -97,12 +107,16 @@ class Kind(StrEnum):
     """The frame kinds of protocol 1."""
 
     INFER = "infer"
+    PART = "part"
     RESULT = "result"
     ERROR = "error"
     CANCEL = "cancel"
+    PAUSE = "pause"
+    RESUME = "resume"
     CALL = "call"
     REPLY = "reply"
     HELLO = "hello"
+    ALIVE = "alive"
     ATTACH = "attach"
     DETACH = "detach"
     LANE = "lane"

@@ -5,13 +5,16 @@ thread. Per request the worker calls ``preprocess``, runs the model on a batch t
 calls ``postprocess`` with this request's own rows. A handler that must remember something between the two (the size
 of an image, the text of the lines) returns ``Prepared`` and overrides ``postprocess_with``.
 
-Leaves out: requests that carry tensors. They bypass the handler.
+A ``StreamingHandler`` answers in parts: the worker calls ``preprocess``, then takes one item at a time from ``stream``,
+which runs the model itself, and serves other requests between two items.
+
+Leaves out: requests that carry tensors. They bypass the handler, unless they ask for parts.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +23,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Json = Any  # what json.dumps takes: dict, list, str, int, finite float, bool, None
+Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # the model: inputs to outputs, by name
+TEXT = "text/plain; charset=utf-8"
 
 
 class InputError(ValueError):
@@ -87,3 +92,51 @@ class Handler(ABC):
         """Answer a request whose ``preprocess`` returned ``Prepared``; ``state`` is from there."""
         del state
         return self.postprocess(outputs, rows)
+
+
+class StreamingHandler(Handler):
+    """Base of handlers that answer in parts: tokens of a text, windows of a signal, frames of a film."""
+
+    # ``stream`` of so many requests is under way at once, not counting those whose callers do not take their parts.
+    streams_max: ClassVar[int] = 16
+
+    @abstractmethod
+    def stream(
+        self, inputs: Mapping[str, Array], rows: int, run: Run, state: Any
+    ) -> Iterator[Json | Reply | Mapping[str, Array]]:
+        """Yield the parts of the answer, usually as a generator.
+
+        What happens between two items is one step: no other request is served meanwhile. When the caller leaves or the
+        deadline passes, the generator is closed where it stands, so release what you hold in ``finally``.
+
+        Args:
+            inputs: From ``preprocess``, or the tensors of a request that carries them; they fit the signature.
+            rows: Of ``inputs``.
+            run: Runs the model on inputs that fit the signature, as often as needed.
+            state: From ``Prepared``, else ``None``.
+
+        Yields:
+            A text, any other JSON value, a ``Reply``, or arrays by name, which are answered as the model's outputs
+            would be: by ``postprocess`` where the request came through ``preprocess``. At most 1 MiB each.
+
+        Raises:
+            InputError: the request is wrong after all.
+        """
+
+    def joined(self, items: Sequence[Any]) -> Json | Reply:
+        """Return the answer for a caller who did not ask for parts.
+
+        ``items`` is all that ``stream`` yielded, with what ``postprocess`` made of them in the place of arrays.
+
+        By default texts are joined, and so are replies of one content type; anything else becomes a JSON list.
+        """
+        if items and all(isinstance(item, str) for item in items):
+            return Reply("".join(items).encode(), TEXT)
+        if items and all(isinstance(item, Reply) and item.content_type == items[0].content_type for item in items):
+            return Reply(b"".join(item.body for item in items), items[0].content_type)
+        return list(items)
+
+    def postprocess(self, outputs: Mapping[str, Array], rows: int) -> Json | Reply:
+        """Return the outputs as nested lists; override it if ``stream`` yields arrays that should look otherwise."""
+        del rows
+        return {name: array.tolist() for name, array in outputs.items()}

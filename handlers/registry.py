@@ -10,6 +10,7 @@ from handlers.base import Handler
 
 BUILT_IN: Final[Mapping[str, tuple[str, str]]] = {
     "tensors/v1": ("handlers.tensors", "TensorsHandler"),
+    "windows/v1": ("handlers.windows", "WindowsHandler"),
 }
 
 

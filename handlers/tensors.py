@@ -41,7 +41,15 @@ class TensorsHandler(Handler):
     def postprocess(self, outputs: Mapping[str, Array], rows: int) -> Json | Reply:
         """Return the outputs as nested lists; NaN and infinity become ``null``."""
         del rows
-        return {"outputs": {name: _listed(array) for name, array in outputs.items()}}
+        return {"outputs": {name: listed(array) for name, array in outputs.items()}}
+
+
+def listed(array: Array) -> list[Any]:
+    """Return nested lists with ``None`` for what JSON cannot carry."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        array = np.where(np.isfinite(array), array, None)  # type: ignore[call-overload]
+    listed: list[Any] = array.tolist()
+    return listed
 
 
 def _array(declared: Mapping[str, Any], value: object) -> Array:
@@ -69,13 +77,6 @@ def _array(declared: Mapping[str, Any], value: object) -> Array:
             raise InputError(f"input {name!r}: a value does not fit {dtype}")
     with np.errstate(over="ignore"):
         return array.astype(wanted, copy=False)
-
-
-def _listed(array: Array) -> list[Any]:
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        array = np.where(np.isfinite(array), array, None)  # type: ignore[call-overload]
-    listed: list[Any] = array.tolist()
-    return listed
 
 
 def _no_constant(text: str) -> float:

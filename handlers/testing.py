@@ -18,14 +18,13 @@ import json
 import mimetypes
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from handlers import registry
-from handlers.base import Array, Context, Handler, InputError, Json, Prepared, Reply
+from handlers.base import Array, Context, Handler, InputError, Json, Prepared, Reply, Run, StreamingHandler
 
-Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 _ORT_DTYPES = {"float": "float32", "double": "float64", "string": "bytes"}
 
 
@@ -36,17 +35,26 @@ def answer(handler: Handler, run: Run, body: bytes, content_type: str) -> Json |
         InputError: the handler refuses the input.
         ValueError: the handler broke its contract; the message says where.
     """
-    made = handler.preprocess(body, content_type)
-    given = made.tensors if isinstance(made, Prepared) else made
-    rows = _check(given, [entry["name"] for entry in handler.context.signature["inputs"]])
-    outputs = run(given)
-    if isinstance(made, Prepared):
-        result = handler.postprocess_with(outputs, rows, made.state)
-    else:
-        result = handler.postprocess(outputs, rows)
-    if not isinstance(result, Reply):
-        json.dumps(result, allow_nan=False)
-    return result
+    if isinstance(handler, StreamingHandler):
+        return _checked(handler.joined(list(parts(handler, run, body, content_type))))
+    made, given, rows = _prepared(handler, body, content_type)
+    return _checked(_post(handler, made, run(given), rows))
+
+
+def parts(handler: StreamingHandler, run: Run, body: bytes, content_type: str) -> Iterator[Json | Reply]:
+    """Yield the parts of a streaming handler's answer to one request; raises as ``answer``."""
+    made, given, rows = _prepared(handler, body, content_type)
+
+    def checked_run(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        _check(handler, inputs, "stream ran the model on")
+        return run(inputs)
+
+    for item in handler.stream(given, rows, checked_run, made.state if isinstance(made, Prepared) else None):
+        if isinstance(item, dict) and item and all(hasattr(value, "dtype") for value in item.values()):
+            first = next(iter(item.values()))
+            yield _checked(_post(handler, made, item, len(first) if first.ndim else 1))
+        else:
+            yield _checked(item)
 
 
 def load_model(path: Path) -> tuple[Run, dict[str, Any]]:
@@ -121,7 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, body in bodies.items():
         content_type = options.content_type or mimetypes.guess_type(path)[0] or "application/octet-stream"
         try:
-            print(f"{path}: {_shown(answer(handler, run, body, content_type))}")
+            if isinstance(handler, StreamingHandler):
+                for number, part in enumerate(parts(handler, run, body, content_type)):
+                    print(f"{path} [{number}]: {_shown(part)}")
+            else:
+                print(f"{path}: {_shown(answer(handler, run, body, content_type))}")
         except InputError as error:
             refused += 1
             print(f"{path}: refused: {error}")
@@ -143,16 +155,33 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _check(given: object, names: Sequence[str]) -> int:
+def _prepared(handler: Handler, body: bytes, content_type: str) -> tuple[object, Mapping[str, Array], int]:
+    made = handler.preprocess(body, content_type)
+    given = made.tensors if isinstance(made, Prepared) else made
+    return made, given, _check(handler, given, "preprocess returned")
+
+
+def _post(handler: Handler, made: object, outputs: Mapping[str, Array], rows: int) -> Json | Reply:
+    if isinstance(made, Prepared):
+        return handler.postprocess_with(outputs, rows, made.state)
+    return handler.postprocess(outputs, rows)
+
+
+def _checked(result: Json | Reply) -> Json | Reply:
+    if not isinstance(result, Reply):
+        json.dumps(result, allow_nan=False)
+    return result
+
+
+def _check(handler: Handler, given: object, what: str) -> int:
+    names = [entry["name"] for entry in handler.context.signature["inputs"]]
     if not isinstance(given, Mapping):
-        raise ValueError(f"preprocess returned {type(given).__name__}, not a mapping of arrays by input name")
+        raise ValueError(f"{what} {type(given).__name__}, not a mapping of arrays by input name")
     if set(given) != set(names):
-        raise ValueError(f"preprocess returned inputs {sorted(given)}, the model takes {sorted(names)}")
+        raise ValueError(f"{what} inputs {sorted(given)}, the model takes {sorted(names)}")
     rows = {array.shape[0] if array.ndim else 0 for array in given.values()}
     if len(rows) != 1 or 0 in rows:
-        raise ValueError(
-            f"preprocess returned inputs of {sorted(rows)} rows; axis 0 must be the same batch, at least 1"
-        )
+        raise ValueError(f"{what} inputs of {sorted(rows)} rows; axis 0 must be the same batch, at least 1")
     return int(rows.pop())
 
 

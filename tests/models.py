@@ -106,6 +106,74 @@ class OddHandler(Handler):
     def postprocess(self, outputs, rows):
         return {"y": outputs["y"].tolist()}
 ''',
+    # Streams what its body says, and counts in memory what became of its generators.
+    "steps": '''
+import json
+import os
+import signal
+import time
+
+import numpy as np
+
+from handlers.base import InputError, Prepared, Reply, StreamingHandler
+
+
+class StepsHandler(StreamingHandler):
+    """Doubles x in each step; an item is a text, JSON, bytes, or the outputs."""
+
+    streams_max = 4
+
+    def __init__(self, context):
+        super().__init__(context)
+        self.opened = self.closed = self.steps = 0
+
+    def preprocess(self, body, content_type):
+        asked = json.loads(body)
+        if not isinstance(asked, dict):
+            raise InputError("an object is expected")
+        return Prepared({"x": np.ones((1, 4), dtype=np.float32)}, asked)
+
+    def stream(self, inputs, rows, run, state):
+        asked = state or {}
+        if asked.get("report"):
+            yield {"opened": self.opened, "closed": self.closed, "steps": self.steps}
+            return
+        self.opened += 1
+        try:
+            x = inputs["x"]
+            for number in range(asked.get("count", 3)):
+                if number == asked.get("fail_at"):
+                    raise RuntimeError("asked to fail")
+                if number == asked.get("refuse_at"):
+                    raise InputError("asked to refuse")
+                if number == asked.get("die_at"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if number == asked.get("hang_at"):
+                    time.sleep(3600)
+                if "sleep_s" in asked:
+                    time.sleep(asked["sleep_s"])
+                outputs = run({"x": x} if number != asked.get("wrong_at") else {"z": x})
+                x = outputs["y"]
+                self.steps += 1
+                yield self.item(asked, number, outputs)
+        finally:
+            self.closed += 1
+            if asked.get("fail_closed"):
+                raise RuntimeError("asked to fail when it is closed")
+
+    def item(self, asked, number, outputs):
+        match asked.get("kind", "arrays"):
+            case "arrays":
+                return outputs
+            case "text":
+                return f"{outputs['y'][0, 0]:.0f} "
+            case "json":
+                return {"number": number, "y": float(outputs["y"][0, 0])}
+            case "bytes":
+                return Reply(bytes([number % 256]) * asked.get("size", 3), "application/octet-stream")
+            case "nothing":
+                return {1, 2}
+''',
     # Writes to its worker's channel what its bundle or its caller says: a false hello, or a false answer.
     "liar": '''
 import json

@@ -1,4 +1,4 @@
-"""The client library: ``from agent.client import Client, AsyncClient, Region, Result``.
+"""The client library: ``from agent.client import Client, AsyncClient, Part, Region, Result``.
 
 Needs NumPy and msgpack only. The names are loaded when first asked for, so that a program using ``Client`` never
 imports asyncio.
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agent.client.aio import AsyncClient
     from agent.client.blocking import Client
-    from agent.client.messages import Result
+    from agent.client.messages import Part, Result
     from agent.client.regions import Region
 
-__all__ = ["AsyncClient", "Client", "Region", "Result"]
+__all__ = ["AsyncClient", "Client", "Part", "Region", "Result"]
 
-_HOMES = {"AsyncClient": "aio", "Client": "blocking", "Region": "regions", "Result": "messages"}
+_HOMES = {"AsyncClient": "aio", "Client": "blocking", "Part": "messages", "Region": "regions", "Result": "messages"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,18 +8,20 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from itertools import count, islice
 from os import PathLike
 from types import TracebackType
 from typing import Any, Final, Self
 
 from agent.backoff import Backoff
+from agent.client.inbox import Inbox
 from agent.client.lanes import WAIT_MARGIN_S, Lanes
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
     InferFrames,
+    Part,
     Result,
     attach_frame,
     call_frame,
@@ -28,8 +30,10 @@ from agent.client.messages import (
     error_of,
     lane_frame,
     lend_frame,
+    part_of,
     predict_frame,
     result_of,
+    stream_frame,
     tensors_of,
     value_of,
 )
@@ -179,6 +183,61 @@ class AsyncClient:
             )
 
         return result_of(await self._ask(build, deadline_ms, self._retries, None, None if version else model))
+
+    async def stream(
+        self,
+        model: str,
+        inputs: Mapping[str, Array] | Buffer,
+        content_type: str = "application/octet-stream",
+        *,
+        version: str | None = None,
+        deadline_ms: float | None = None,
+        outputs: Sequence[str] | None = None,
+        priority: int | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[Part, None]:
+        """Yield the parts of an answer as they come; arguments and errors as ``Client.stream``.
+
+        Other requests go on beside it. Leaving the loop early ends the work at the daemon, at once within
+        ``async with contextlib.aclosing(client.stream(…)) as parts``. Parts that are not taken pause the model.
+        """
+        request_id = next(self._ids)
+        frame = stream_frame(
+            request_id,
+            model,
+            inputs,
+            content_type=content_type,
+            version=version,
+            deadline_ms=deadline_ms,
+            outputs=outputs,
+            priority=priority,
+            params=params,
+        )
+        wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
+        part: Part | None = None
+        retries = self._retries
+        while True:
+            line = await self._connected()
+            try:
+                async with asyncio.timeout(wait_s):
+                    inbox = await line.open(request_id, frame)
+                while True:
+                    async with asyncio.timeout(wait_s):
+                        answer = await inbox.take()
+                    if answer.header["kind"] != "part":
+                        line.close(request_id)
+                    part = part_of(answer, part)
+                    if part is None:
+                        return
+                    yield part
+            except TimeoutError as error:
+                raise DeadlineError(f"nothing came for {wait_s} s") from error
+            except _BrokenError as error:
+                if part is not None or not retries:
+                    raise UnavailableError(f"the connection to {self._path} broke: {error}") from error
+                retries -= 1
+            finally:
+                line.abandon(request_id)
 
     async def call(
         self, method: str, args: Mapping[str, Any] | None = None, *, deadline_ms: float | None = None
@@ -373,6 +432,7 @@ class _Line:
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(ANSWER_LIMITS, repeats=RESULT_LEAD)
         self._waiting: dict[int, asyncio.Future[Frame]] = {}
+        self._inboxes: dict[int, Inbox] = {}  # of answers that come in parts
         self._ends: dict[int, int] = {}  # of those who wait: at which byte of all that was written their frame ends
         self._written = 0
         self._left = 0  # bytes the kernel has taken
@@ -426,6 +486,24 @@ class _Line:
         sock.setblocking(False)
         return sock
 
+    async def open(self, request_id: int, frame: Sequence[Buffer]) -> Inbox:
+        """Send a request whose answer comes in parts, and return where they arrive; ``_BrokenError`` as ``ask``."""
+        await self._writable.wait()
+        if self.broken is not None:
+            raise self.broken
+        inbox = self._inboxes[request_id] = Inbox(request_id, self.tell)
+        self._write(frame)
+        return inbox
+
+    def close(self, request_id: int) -> None:
+        """Forget an answer whose last frame has been taken."""
+        self._inboxes.pop(request_id, None)
+
+    def abandon(self, request_id: int) -> None:
+        """Withdraw a request whose answer is not complete; one that is closed is not."""
+        if self._inboxes.pop(request_id, None) is not None and self.broken is None:
+            self._write(cancel_frame(request_id))
+
     def end(self, error: Exception) -> None:
         """Fail all who wait with ``error`` and close."""
         if self.broken is None:
@@ -435,6 +513,8 @@ class _Line:
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(type(error)(*error.args))  # each waiter raises its own
+            for inbox in self._inboxes.values():
+                inbox.fail(type(error)(*error.args))
             while self._sockets:
                 os.close(self._sockets.popleft())
             self._writable.set()
@@ -566,6 +646,10 @@ class _Line:
                 self.end(error_of(frame))
             elif frame.header["kind"] == "bye":
                 self.leaving = True
+            return
+        inbox = self._inboxes.get(request_id) if self._inboxes else None
+        if inbox is not None:
+            inbox.put(frame)
             return
         future = self._waiting.get(request_id)
         if future is not None and not future.done():

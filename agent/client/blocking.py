@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from os import PathLike
@@ -21,6 +21,7 @@ from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
     InferFrames,
+    Part,
     Result,
     attach_frame,
     call_frame,
@@ -28,8 +29,10 @@ from agent.client.messages import (
     error_of,
     lane_frame,
     lend_frame,
+    part_of,
     predict_frame,
     result_of,
+    stream_frame,
     tensors_of,
     value_of,
 )
@@ -203,6 +206,54 @@ class Client:
 
         return result_of(self._ask(build, deadline_ms, self._retries, None, None if version else model))
 
+    def stream(
+        self,
+        model: str,
+        inputs: Mapping[str, Array] | Buffer,
+        content_type: str = "application/octet-stream",
+        *,
+        version: str | None = None,
+        deadline_ms: float | None = None,
+        outputs: Sequence[str] | None = None,
+        priority: int | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Generator[Part, None, None]:
+        """Yield the parts of an answer as they come; of a model whose handler streams.
+
+        The request leaves when the first part is asked for, on a connection of its own, so other requests can be made
+        meanwhile. Leaving the loop early, or ``close()``, ends the work at the daemon. It is asked again when the
+        connection breaks before the first part, and never after it.
+
+        Args:
+            model: Its name on this box.
+            inputs: Tensors by input name, or a body that the model's handler decodes.
+            content_type: Of such a body.
+            version: Only this version may answer; by default the active one does.
+            deadline_ms: Until the last part, queue time included (milliseconds); default: the daemon's.
+            outputs: Which outputs to return, of parts that are tensors; default: all.
+            priority: Passed on to the model's queue.
+            params: Passed on to the model's handler.
+
+        Raises:
+            StreamUnsupportedError: the model answers whole.
+            AgentError: as ``infer``, also after some parts.
+        """
+        request_id = next(self._ids)
+        frame = stream_frame(
+            request_id,
+            model,
+            inputs,
+            content_type=content_type,
+            version=version,
+            deadline_ms=deadline_ms,
+            outputs=outputs,
+            priority=priority,
+            params=params,
+        )
+        wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
+        own = Client(self._path, connect_timeout_s=self._connect_timeout_s, retries=self._retries)
+        return own._parts(frame, request_id, wait_s)
+
     def call(self, method: str, args: Mapping[str, Any] | None = None, *, deadline_ms: float | None = None) -> Any:
         """Return the value of a management verb. It is not repeated when the connection breaks.
 
@@ -274,6 +325,39 @@ class Client:
                 except BaseException:  # also an interrupt: what arrives next would belong to this request
                     self._disconnect()
                     raise
+
+    def _parts(self, request: list[Buffer], request_id: int, wait_s: float) -> Generator[Part, None, None]:
+        """Yield the parts of one answer; the connection belongs to it alone, and its end withdraws the request."""
+        part: Part | None = None
+        retries = self._retries
+        try:
+            while True:
+                try:
+                    for frame in self._answers(self._connected(wait_s), request, request_id):
+                        part = part_of(frame, part)
+                        if part is None:
+                            return
+                        yield part
+                except BlockingIOError as error:  # the socket's timeout
+                    raise DeadlineError(f"nothing came for {wait_s} s") from error
+                except OSError as error:
+                    self._disconnect()
+                    if part is not None or not retries:
+                        raise UnavailableError(f"the connection to {self._path} broke: {error}") from error
+                    retries -= 1
+        finally:
+            self._disconnect()
+
+    def _answers(self, sock: socket.socket, request: list[Buffer], request_id: int) -> Iterator[Frame]:
+        """Send a request and yield what answers it."""
+        with suppress(ConnectionError):  # the daemon closed on us: it may have said why
+            _send_all(sock, request)
+        while True:
+            for frame in _read(sock, self._decoder):
+                if frame.id == request_id:
+                    yield frame
+                elif frame.header["kind"] == "error" and frame.id is None:
+                    raise error_of(frame)
 
     def _lane(self, model: str) -> _Lane | None:
         """Return the model's lane, asking for one if it is time to."""

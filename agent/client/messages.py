@@ -53,6 +53,17 @@ class Result:
         return json.loads(self.body)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part(Result):
+    """One part of an answer that comes in parts."""
+
+    seq: int  # from 0, without gaps
+
+    def text(self) -> str:
+        """Return the body as text; ``ValueError`` if it is none."""
+        return self.body.decode()
+
+
 class InferFrames:
     """The requests of one client as frames: what small ones have in common is packed once."""
 
@@ -170,6 +181,41 @@ def predict_frame(
     return encode(header, (memoryview(body).cast("B"),))
 
 
+def stream_frame(
+    request_id: int,
+    model: str,
+    inputs: Mapping[str, Array] | Buffer,
+    *,
+    content_type: str = "application/octet-stream",
+    version: str | None = None,
+    deadline_ms: float | None = None,
+    outputs: Sequence[str] | None = None,
+    priority: int | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> list[Buffer]:
+    """Return a request for an answer in parts: tensors, or raw bytes of ``content_type``.
+
+    Raises:
+        TensorError: a dtype the wire does not carry.
+    """
+    header = _infer_header(request_id, model, version, deadline_ms, priority, params)
+    header["stream"] = True
+    body: Sequence[Buffer]
+    if isinstance(inputs, Mapping):
+        header["tensors"], body = pack(inputs)
+        if outputs is not None:
+            header["outputs"] = list(outputs)
+    else:
+        header["content_type"] = content_type
+        body = (memoryview(inputs).cast("B"),)
+    return encode(header, body)
+
+
+def pace_frame(request_id: int, *, paused: bool) -> list[Buffer]:
+    """Return the wish that a stream pauses, or goes on."""
+    return encode({"kind": "pause" if paused else "resume", "id": request_id})
+
+
 def call_frame(request_id: int, method: str, args: Mapping[str, Any] | None, deadline_ms: float | None) -> list[Buffer]:
     """Return a management call."""
     header: dict[str, Any] = {"kind": "call", "id": request_id, "method": method, "args": dict(args or {})}
@@ -245,6 +291,35 @@ def result_of(frame: Frame) -> Result:
     if isinstance(header, Header):  # which may come again
         header.digest = len(body), parse_tensors(header["tensors"], len(body), tensors_max=ANSWER_LIMITS.tensors_max)
     return _result(header, outputs, b"")
+
+
+def part_of(frame: Frame, before: Part | None) -> Part | None:
+    """Return the part a frame carries, or ``None`` if it says that there are no more.
+
+    Args:
+        frame: The next frame of the answer.
+        before: The part before it; only the first says who answers.
+
+    Raises:
+        AgentError: the error that ends the answer, as its class.
+        FrameError: not a part of an answer.
+    """
+    header = frame.header
+    if header["kind"] == "result":
+        return None
+    if header["kind"] != "part":
+        raise error_of(frame)
+    result = result_of(Frame(Header({**header, "kind": "result"}), frame.body))
+    return Part(
+        seq=0 if before is None else before.seq + 1,
+        model=result.model if before is None else before.model,
+        version=result.version if before is None else before.version,
+        variant=result.variant if before is None else before.variant,
+        outputs=result.outputs,
+        body=result.body,
+        content_type=result.content_type,
+        params=result.params,
+    )
 
 
 def _result(header: Mapping[str, Any], outputs: Mapping[str, Array], body: bytes) -> Result:

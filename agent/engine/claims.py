@@ -55,6 +55,7 @@ class _Hello(msgspec.Struct, frozen=True, kw_only=True):
     memory: dict[str, int]
     max_batch: int
     idempotent: bool
+    streams: bool = False
     cores: list[int]
 
 
@@ -74,5 +75,13 @@ def answer_of(header: Mapping[str, Any]) -> dict[str, Any]:
     """Return a worker's ``result`` or ``error`` without what is unknown; an unknown error code becomes ``internal``."""
     if header["kind"] == "error":
         return error_of(by_code(str(header.get("code")), str(header.get("message"))), None)
-    known = {name: header[name] for name, kind in _RESULT_FIELDS if isinstance(header.get(name), kind)}
-    return {"kind": "result", **known}
+    return {"kind": "result", **_content_of(header)}
+
+
+def part_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a worker's ``part`` without what is unknown."""
+    return {"kind": "part", **_content_of(header)}
+
+
+def _content_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: header[name] for name, kind in _RESULT_FIELDS if isinstance(header.get(name), kind)}

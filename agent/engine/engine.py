@@ -28,6 +28,7 @@ from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
 from agent.engine.orphans import kill_left
 from agent.engine.pool import Pool, PoolOwner
+from agent.engine.streams import StreamCounts
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
 from agent.engine.version import Version
 from agent.engine.zygote import Zygote
@@ -78,6 +79,7 @@ class Engine:
         self._wire = wire
         self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
         self._events = events
+        self._metrics = metrics
         self._zygotes: dict[str, Zygote] = {}
         self._active: dict[str, Version] = {}
         self._loaded: set[Version] = set()
@@ -166,6 +168,12 @@ class Engine:
                 job.version.pool.cancel(job)
             job.settle()
 
+    def pace(self, request: InferRequest, *, paused: bool) -> None:
+        """Hold the stream that answers ``request``, or let it go on; its deadline runs in any case."""
+        job = request.handle
+        if job is not None and job.version is not None and job.version.pool is not None:
+            job.version.pool.pace(job, paused=paused)
+
     def open_lane(self, model: str, *, client: str, deadline_ms: int) -> Lane:
         """Open a direct lane to the worker of ``model`` for ``client``.
 
@@ -231,6 +239,7 @@ class Engine:
             events=self._events,
             latency=self._latency.series((spec.model, spec.version)),
             answers=self._answers,
+            streams=StreamCounts(self._metrics, (spec.model, spec.version)),
             now=asyncio.get_running_loop().time,
             revive_s=self._config.restart_cap_s,
         )

@@ -16,8 +16,8 @@ class Job:
     """One admitted request. ``number`` is its id towards workers, unique in the engine."""
 
     __slots__ = (
-        "arrived", "attempts", "body_bytes", "client", "dispatched", "link", "number", "regions", "request", "settled",
-        "shares", "version",
+        "arrived", "attempts", "begun", "body_bytes", "client", "dispatched", "link", "number", "parts", "regions",
+        "request", "settled", "shares", "version",
     )  # fmt: skip
 
     def __init__(self, request: InferRequest, number: int, arrived: float) -> None:
@@ -27,6 +27,8 @@ class Job:
         self.arrived = arrived  # loop seconds
         self.dispatched = 0.0  # loop seconds of the last hand-over to a worker
         self.attempts = 0
+        self.begun = False  # its worker has said that it works on a stream for it
+        self.parts = 0  # of the answer, delivered so far
         self.link: Any = None  # the WorkerLink that holds it
         self.version: Any = None  # the Version it was routed to
         self.regions = request.regions  # held from here until the job is settled: a retry needs them again
@@ -40,6 +42,11 @@ class Job:
         """Give the one answer."""
         self.settle()
         self.request.answer(header, body)
+
+    def part(self, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        """Pass on one part of the answer."""
+        if self.request.part is not None:
+            self.request.part(header, body)
 
     def settle(self) -> None:
         """Nothing more is to be done for this job: let go of its place and shared memory. Repeating it does nothing."""

@@ -22,6 +22,7 @@ from typing import Any, Final, NamedTuple
 from agent.arena import SHARED_BYTES_MIN, Arena, Slot, slot_of
 from agent.engine.job import Job
 from agent.engine.lanes import Lane, too_many
+from agent.engine.streams import Paused
 from agent.engine.zygote import WorkerProcess
 from agent.errors import AgentError, CanceledError, DeadlineError, FrameError, TooLargeError
 from agent.log import get_logger
@@ -44,7 +45,7 @@ _RECEIVE_BYTES: Final = 1 << 18
 _BUFFERS_MAX: Final = 512  # below IOV_MAX
 _JOIN_BYTES_MAX: Final = 1 << 16  # below it one copy is cheaper than many buffers
 _REPEATS_MAX: Final = 256  # kinds of answers that come again and again
-_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply")
+_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply", "stream")
 # A lone request for an idle worker is sent at once. Where there are more, those of a turn of the loop leave together: a
 # send costs as much as three requests, and the worker makes one batch of them.
 _ALONE_MAX: Final = 1.5
@@ -73,6 +74,7 @@ class WorkerLink:
         arena: Arena,
         regions_max: int,
         on_answer: Callable[[Job | None, Header, Buffer], None],
+        on_part: Callable[[Job, Header, Buffer], None],
         on_frame: Callable[[WorkerLink, Frame], None],
         on_death: Callable[[WorkerLink], None],
     ) -> None:
@@ -85,12 +87,15 @@ class WorkerLink:
         self.running_s = 0.0  # how long its batch had been running at the last ping
         self.owed: dict[int, int] = {}  # jobs handed over and not answered, forgotten ones included: their body's bytes
         self.ready_at = 0.0  # loop seconds
-        self._heard_at = 0.0  # loop seconds of the last answer, or of the first job after a pause
+        self._heard_at = 0.0  # loop seconds of the last answer or part, or of the first job after a pause
+        self._answered_at = 0.0  # loop seconds of the last answer to a job that waited for it whole
         self.alive = True
         self.gone = asyncio.Event()
         self.scratch: Path | None = None  # removed by whoever buries the worker
         self.cores: tuple[int, ...] = ()  # given back likewise
         self._on_answer = on_answer
+        self._on_part = on_part
+        self._paused = Paused()
         self._on_frame = on_frame
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
@@ -116,8 +121,7 @@ class WorkerLink:
         """Hand ``job`` to the worker under the job's number."""
         self.jobs[job.number] = job
         idle = not self.owed
-        if idle:
-            self._heard_at = self._loop.time()
+        self._expect_word()
         body, asked = job.request.body, job.request.header
         self.owed[job.number] = job.body_bytes
         self.held_bytes += job.body_bytes
@@ -153,6 +157,16 @@ class WorkerLink:
     def forget(self, job: Job) -> None:
         """Stop waiting for ``job``: its late answer will be given to ``on_answer`` without it."""
         self.jobs.pop(job.number, None)
+        if job.number in self._paused:
+            self._expect_word()
+            del self._paused[job.number]
+
+    def pace(self, job: Job, *, paused: bool) -> None:
+        """Ask the worker to hold a stream, or to go on with it; nothing is sent unless that is new."""
+        if not paused:
+            self._expect_word()
+        if self._paused.ask(job.number, paused=paused):
+            self.post({"kind": "pause" if paused else "resume", "id": job.number})
 
     def region_gone(self, region: Region) -> None:
         """Let the worker unmap a region that ends, see ``regions.RegionUser``."""
@@ -161,18 +175,22 @@ class WorkerLink:
             self.post({"kind": "detach", "region": region.number})
 
     def silent_s(self, now: float) -> float:
-        """Return for how long the worker has owed an answer and given none that its model made (seconds)."""
-        return now - self._heard_at if self.owed and self.alive else 0.0
+        """Return for how long the worker has owed an answer and given none that its model made (seconds).
+
+        Paused streams are not owed.
+        """
+        return now - self._heard_at if len(self.owed) > len(self._paused) and self.alive else 0.0
 
     def queued_s(self, since: float) -> float:
         """Return how long a job has certainly queued in the worker (seconds).
 
         Of the jobs handed over from ``since`` on the oldest unanswered one counts: when the worker last answered, it
-        had waited for so long and was not part of what was answered. A slow model alone delays nobody by this measure.
+        had waited for so long and was not part of what was answered. A slow model alone delays nobody by this measure,
+        nor does a stream count, which takes its time.
         """
         for job in self.jobs.values():
-            if job.dispatched >= since:
-                return max(0.0, self._heard_at - job.dispatched)
+            if job.dispatched >= since and not job.begun:
+                return max(0.0, self._answered_at - job.dispatched)
         return 0.0
 
     def lanes_in_use(self, now: float) -> bool:
@@ -187,6 +205,11 @@ class WorkerLink:
         """Close our direction of the channel: the worker finishes what it holds, then leaves; ``gone`` is set."""
         with contextlib.suppress(OSError):
             self.process.channel.shutdown(socket.SHUT_WR)
+
+    def _expect_word(self) -> None:
+        """Something is owed from now on; if nothing was until now, the worker may have been silent for long."""
+        if len(self.owed) == len(self._paused):
+            self._heard_at = self._loop.time()
 
     # Lanes
 
@@ -230,7 +253,7 @@ class WorkerLink:
         Requests on lanes are not known here, so a worker that hangs on one is found out by this.
         """
         now = self._loop.time()
-        if not self.owed and now - self._pinged >= every_s:
+        if len(self.owed) == len(self._paused) and now - self._pinged >= every_s:
             self._pinged = self._heard_at = now
             self.owed[number] = 0
             self.post({"kind": "call", "id": number, "method": "ping"})
@@ -401,6 +424,8 @@ class WorkerLink:
         if number is None or kind not in _ANSWERS:
             if kind == "reply" and self.owed.pop(-1 if number is None else number, None) is not None:  # of a ping
                 self.running_s = _running_s(header)
+            elif kind in ("part", "alive"):
+                self._take_word(frame)
             else:
                 if kind == "lane_closed":
                     self._lane_closed(header)
@@ -416,14 +441,38 @@ class WorkerLink:
         held = self.owed.pop(number, None)
         if held is not None:
             self.held_bytes -= held
+            if self._paused:
+                self._paused.pop(number, None)
+            job = self.jobs.pop(number, None)
             if kind == "result" or header.get("code") not in _NOT_BEGUN:
                 self._heard_at = self._loop.time()
-            self._on_answer(self.jobs.pop(number, None), header, body)
+                if job is None or not job.begun:
+                    self._answered_at = self._heard_at
+            self._on_answer(job, header, body)
 
     def _lane_closed(self, header: Header) -> None:
         lane = self.lanes.get(header.get("lane", -1))
         if lane is not None:
             lane.ended()
+
+    def _take_word(self, frame: Frame) -> None:
+        """Note that a job is worked on; pass on a part of its answer, if somebody waits for it and asked for parts."""
+        self._heard_at = self._loop.time()
+        number = -1 if frame.id is None else frame.id
+        job = self.jobs.get(number)
+        if job is None:
+            return
+        job.begun = True
+        if frame.header["kind"] != "part":
+            return
+        try:
+            if job.request.part is None:
+                raise FrameError("a part that was not asked for")
+            self._paused.check(number, frame.body)
+        except FrameError as error:
+            self._kill_for(error)
+            return
+        self._on_part(job, frame.header, frame.body)
 
     def _kill_for(self, error: AgentError) -> None:
         _log.error("worker broke the protocol; killing it", pid=self.process.pid, error=str(error))

@@ -2,8 +2,8 @@
 
 A pool keeps ``size`` workers of one variant alive, more of them while requests queue (``growth.py``). A job waits here
 only while no worker has room. When a worker dies its unanswered jobs are tried once more elsewhere, before everything
-that waits; a handler that declares itself not idempotent is the exception. Deaths beyond the bound end the pool:
-``on_lost`` lets the version take its next variant.
+that waits; exceptions are a handler that declares itself not idempotent, and an answer of which parts are delivered.
+Deaths beyond the bound end the pool: ``on_lost`` lets the version take its next variant.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import itertools
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from agent.arena import Arena
 from agent.backoff import Backoff
 from agent.config import EngineConfig
-from agent.engine.claims import hello_of
+from agent.engine.claims import hello_of, part_of
 from agent.engine.cores import Cores
 from agent.engine.growth import Move, Seen, Trend, step
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, LaneCounts, Terms, counts_of
 from agent.engine.link import WorkerLink
+from agent.engine.streams import check_room
 from agent.engine.types import VariantSpec
 from agent.engine.zygote import Exit, WorkerProcess
 from agent.errors import (
@@ -67,6 +68,9 @@ class PoolOwner(Protocol):
 
     def answered(self, job: Job, header: Header, body: Sequence[Buffer]) -> None:
         """A job has its answer; pass it on and count it."""
+
+    def part(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        """A job has one more part of its answer; pass it on and count it."""
 
     def lanes_counted(self, counts: LaneCounts) -> None:
         """A worker has told what it answered on its lanes."""
@@ -259,6 +263,8 @@ class Pool:
         config = self._config
         if self.held_bytes + job.body_bytes > config.queue_bytes_max:
             raise OverloadedError(f"waiting requests hold {config.queue_bytes_max} bytes; try again later")
+        if job.request.part is not None and self.hello.get("streams"):
+            check_room(self._held(), window=self.spec.window * max(1, len(self.links)))
         self.adopt(job)
 
     def adopt(self, job: Job, *, first: bool = False) -> None:
@@ -290,6 +296,12 @@ class Pool:
         self._waiting_bytes -= job.body_bytes
         self._check_drained()
         return True
+
+    def pace(self, job: Job, *, paused: bool) -> None:
+        """Hold the stream of ``job``, or let it go on; before its first part it may turn out to be none."""
+        link = job.link
+        if job.parts and job.number in link.jobs:
+            link.pace(job, paused=paused)
 
     def sweep(self, now: float) -> None:
         """Answer jobs past their deadline; kill a worker that has held one job too long; adapt the pool's size."""
@@ -329,6 +341,10 @@ class Pool:
 
     # Inside
 
+    def _held(self) -> Iterator[Job]:
+        """All jobs admitted and not answered."""
+        return itertools.chain(self.waiting, *(link.jobs.values() for link in self.links))
+
     def _roomiest(self) -> WorkerLink | None:
         """The worker with the fewest jobs, if it has room."""
         best = None
@@ -366,6 +382,9 @@ class Pool:
         elif self._closed.is_set():
             self._check_drained()
 
+    def _on_part(self, job: Job, header: Header, body: Buffer) -> None:
+        self._owner.part(job, part_of(header), (body,) if len(body) else ())
+
     def _finish_failed(self, job: Job, error: AgentError) -> None:
         self._owner.answered(job, Header(error_of(error, None)), ())
 
@@ -390,6 +409,7 @@ class Pool:
                 arena=self._arena,
                 regions_max=self._config.open_files_max // 2,
                 on_answer=self._on_answer,
+                on_part=self._on_part,
                 on_frame=self._on_frame,
                 on_death=self._on_death,
             )
@@ -475,7 +495,7 @@ class Pool:
         link.jobs.clear()
         retried = 0
         for job in reversed(jobs):
-            if self._idempotent and job.attempts < _ATTEMPTS_MAX:
+            if self._idempotent and job.attempts < _ATTEMPTS_MAX and not job.parts:
                 retried += 1
                 self.adopt(job, first=True)
             else:

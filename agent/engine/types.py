@@ -5,7 +5,7 @@ Values and protocols only. The composition root translates bundles into ``Versio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -39,9 +39,11 @@ class InferRequest(Protocol):
     """One request as an edge hands it over.
 
     ``answer`` is called exactly once, on the loop's thread, with a ``result`` or ``error`` header, which has no id, and
-    the body's buffers. ``header`` is the ``infer`` header as received, maybe one for many requests; ``deadline`` is
-    absolute in the loop's time (seconds); ``regions`` is the shared memory the header names, by the client's numbers;
-    the engine holds it as long as it needs it. ``handle`` belongs to the engine and starts as ``None``.
+    the body's buffers; ``part``, which is there if the answer may come in parts, before it with each ``part`` header,
+    which is its own, and body. ``header`` is the ``infer`` header as received, maybe one for many requests;
+    ``deadline`` is absolute in the loop's time (seconds); ``regions`` is the shared memory the header names, by the
+    client's numbers; the engine holds it as long as it needs it. ``handle`` belongs to the engine and starts as
+    ``None``.
     """
 
     model: str
@@ -52,6 +54,7 @@ class InferRequest(Protocol):
     client: str
     regions: Sequence[tuple[int, Region]]
     handle: Any
+    part: Callable[[dict[str, Any], Sequence[Buffer]], None] | None
 
     def answer(self, header: Header, body: Sequence[Buffer], /) -> None: ...
 

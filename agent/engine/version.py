@@ -14,6 +14,7 @@ from agent.engine.claims import answer_of
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import LaneCounts
 from agent.engine.pool import Pool, PoolOwner
+from agent.engine.streams import StreamCounts
 from agent.engine.types import OIP_DATATYPES, VariantSpec, VersionSpec
 from agent.errors import AgentError, LoadError, UnavailableError, WorkerError, by_code
 from agent.events import EventBus, Severity, Stream
@@ -42,6 +43,7 @@ class Version:
         events: EventBus,
         latency: HistogramSeries,
         answers: Counter,
+        streams: StreamCounts,
         now: Callable[[], float],
         revive_s: float,
     ) -> None:
@@ -58,6 +60,7 @@ class Version:
         self._events = events
         self._latency = latency
         self._answers = answers
+        self._streams = streams
         self._now = now
         self._revive_s = revive_s
         self._shares = Shares()
@@ -165,6 +168,7 @@ class Version:
             "variant": hello.get("variant"),
             "device": hello.get("device"),
             "max_batch": hello.get("max_batch", 1),
+            "streams": hello.get("streams", False),
         }
 
     def status(self) -> dict[str, Any]:
@@ -209,7 +213,8 @@ class Version:
             self._answers.add((self.spec.model, self.spec.version, code))
         else:
             self.good += 1
-            self._latency.observe(self._now() - job.arrived)
+            if not job.parts:  # a stream's duration says nothing about how fast the model answers
+                self._latency.observe(self._now() - job.arrived)
             self._answers.add(self._ok)
         job.answer(answer, body)
 
@@ -223,6 +228,14 @@ class Version:
             elif known in _FAULTS:
                 self.faults += amount
         self._latency.merge(counts.buckets, counts.sum_s)
+
+    def part(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        """Count a part of an answer, number it, pass it on; the first names who gives it."""
+        header["seq"] = job.parts
+        if not job.parts:
+            self._sign(header)
+        self._streams.count(job, self._now())
+        job.part(header, body)
 
     def worker_died(self, pid: int, cause: str, retried: int) -> None:
         """Report a death the pool is already repairing."""
@@ -303,9 +316,12 @@ class Version:
         """Return what a worker may say in its answer, and whose it is."""
         answer = answer_of(header)
         if answer["kind"] == "result":
-            answer["model"], answer["version"] = self.spec.model, self.spec.version
-            answer["variant"] = self.pool.spec.id if self.pool is not None else ""
+            self._sign(answer)
         return Header(answer)
+
+    def _sign(self, header: dict[str, Any]) -> None:
+        header["model"], header["version"] = self.spec.model, self.spec.version
+        header["variant"] = self.pool.spec.id if self.pool is not None else ""
 
     def _fail(self, job: Job, error: AgentError) -> None:
         self.answered(job, Header(error_of(error, None)), ())

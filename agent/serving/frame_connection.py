@@ -34,6 +34,7 @@ from agent.serving.attachments import ANCILLARY_BYTES, Attachments
 from agent.serving.budget import ReceiveBudget
 from agent.serving.identity import Caller, require
 from agent.serving.outbound import Outbound
+from agent.serving.pacing import Pacing
 from agent.serving.ports import DEADLINE_MS_MAX, Control, Engine, InferRequest, Lane
 from agent.wire import (
     INFER_LEAD,
@@ -85,7 +86,7 @@ class FrameConnection:
     __slots__ = (
         "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_lanes", "_loop",
         "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_serial", "_server", "_shared", "_sock",
-        "caller",
+        "_streams", "caller",
     )  # fmt: skip
 
     def __init__(self, server: Owner, sock: socket.socket, caller: Caller) -> None:
@@ -101,6 +102,7 @@ class FrameConnection:
         self._reserved = 0  # bytes of the receive budget
         self._lanes: dict[int, Lane] = {}
         self._shared: Attachments | None = None  # made for the first descriptor: most clients pass none
+        self._streams: Pacing | None = None  # made for the first request that takes its answer in parts
         self._serial = 0  # of the last request
         self._flush_due = False
         self._paused = False
@@ -238,6 +240,9 @@ class FrameConnection:
             self._infer(request_id, header, body, deadline_ms)
         elif kind == "cancel":
             self._cancel(request_id)
+        elif kind in ("pause", "resume"):
+            if self._streams is not None:
+                self._streams.hold(request_id, held=kind == "pause")
         elif kind == "call":
             self._call(request_id, header)
         elif kind in ("attach", "detach"):
@@ -269,7 +274,29 @@ class FrameConnection:
             self._send_error(request_id, error)
             return
         self._outstanding[request_id] = request
+        if header.get("stream"):
+            self._take_parts(request_id, request)
         self._server.engine.submit(request)
+
+    def _take_parts(self, request_id: int, request: InferRequest) -> None:
+        """Let ``request`` be answered in parts."""
+        if self._streams is None:
+            self._streams = Pacing(self._server.engine)
+        self._streams.add(request_id, request)
+        request.part = partial(self._part, request_id, request.serial)
+
+    def _part(self, request_id: int, serial: int, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        """Pass a part of an answer on; as ``_answer``, but the request stays outstanding."""
+        request = self._outstanding.get(request_id)
+        if request is None or request.serial != serial or self._streams is None:
+            return
+        header["id"] = request_id
+        self._send(encode(header, body))
+        if self._closed:
+            return
+        if self._blocked_since:
+            self._streams.set_behind(self._out.size > _PAUSE_BYTES)
+        self._streams.part_queued(request_id)
 
     def _target(self, header: Header) -> tuple[str, str | None]:
         """Return whom a header asks for, kept with it; this caller may."""
@@ -284,6 +311,8 @@ class FrameConnection:
         if request is None or request.serial != serial:
             return
         del self._outstanding[request_id]
+        if self._streams is not None:
+            self._streams.remove(request_id)
         if header["kind"] != "result":
             self._send(encode({**header, "id": request_id}, body))
             return
@@ -299,6 +328,8 @@ class FrameConnection:
         request = self._outstanding.pop(request_id, None)
         task = self._calls.pop(request_id, None)
         if request is not None:
+            if self._streams is not None:
+                self._streams.remove(request_id)
             self._server.engine.cancel(request)
         elif task is not None:
             task.cancel()
@@ -460,6 +491,8 @@ class FrameConnection:
             self._loop.remove_writer(self._sock.fileno())
             self._blocked_since = 0.0
         self._pause_or_resume()
+        if self._streams is not None:
+            self._streams.set_behind(self._out.size > _PAUSE_BYTES)
         self._close_if_done()
 
     def _pause_or_resume(self) -> None:

@@ -1,11 +1,12 @@
 """Inference over HTTP: requests go from the parser to the engine without ASGI, a task, routing or JSON.
 
 ``POST /predictions/{model}[/{version}]`` takes any body for the model's handler, ``POST
-/v2/models/{model}[/versions/{version}]/infer`` an Open Inference Protocol request. Neither is parsed here: the worker
-does that. Every other path is the application's.
+/v2/models/{model}[/versions/{version}]/infer`` an Open Inference Protocol request, and ``…/generate`` and
+``…/generate_stream`` beside it a document of Triton's generate extension. None is parsed here: the worker does that.
+Every other path is the application's. ``http_stream.py`` says which answers come in parts.
 
-Request headers we read: Content-Type, Accept, Content-Encoding (gzip, deflate), Inference-Header-Content-Length,
-Authorization, X-Request-Id (echoed), X-Deadline-Ms (queue time included).
+Request headers we read: Content-Type, Accept (``text/event-stream``), Content-Encoding (gzip, deflate),
+Inference-Header-Content-Length, Authorization, X-Request-Id (echoed), X-Deadline-Ms (queue time included).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Generator, Mapping, Sequence
+from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import unquote
@@ -21,12 +23,14 @@ import httptools
 
 from agent.errors import AgentError, InvalidInputError, OverloadedError, TooLargeError
 from agent.serving.budget import ReceiveBudget
+from agent.serving.http_stream import PartsReply, Style, accepts_events
 from agent.serving.identity import Caller, require
 from agent.serving.ports import DEADLINE_MS_MAX, Engine, InferRequest
 from agent.serving.replies import Dialect, Reply, engine_reply, error_reply, response_bytes
 from agent.wire import Buffer, Header
 
 OIP_CONTENT_TYPE: Final = "application/vnd.oip+json"
+GENERATE_CONTENT_TYPE: Final = "application/vnd.triton.generate+json"
 HEADERS: Final = frozenset(
     {
         b"accept",
@@ -46,12 +50,21 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _URL_BYTES_CACHED: Final = 256
 
 
+class Generate(StrEnum):
+    """The paths of Triton's generate extension, by their last part."""
+
+    NO = ""
+    WHOLE = "generate"
+    STREAM = "generate_stream"
+
+
 class Target(NamedTuple):
     """What an inference path asks for."""
 
     model: str
     version: str | None
     dialect: Dialect
+    generate: Generate = Generate.NO
 
 
 class Line(Protocol):
@@ -74,6 +87,9 @@ class Line(Protocol):
 
     def caller(self, authorization: bytes | None, host: bytes | None) -> Caller:
         """Return who asks, by the request's headers; ``UnauthenticatedError`` if the given credentials are wrong."""
+
+    def is_http_1_0(self) -> bool:
+        """Whether the newest request is of that version, which knows no chunks."""
 
     def send(self, data: bytes) -> None:
         """Write a part of the answer."""
@@ -98,8 +114,8 @@ class InferenceExchange:
     """
 
     __slots__ = (
-        "_asked", "_body", "_client", "_expects_continue", "_line", "_method", "_request", "_request_id", "_target",
-        "disconnected", "keep_alive", "more_body", "response_complete",
+        "_asked", "_body", "_client", "_expects_continue", "_line", "_method", "_parts", "_request", "_request_id",
+        "_style", "_target", "disconnected", "keep_alive", "more_body", "response_complete",
     )  # fmt: skip
     message_event: Final = NobodyWaits()
 
@@ -123,6 +139,8 @@ class InferenceExchange:
         self._client = ""  # who asks, once that is known to be allowed
         self._body: Buffer = b""
         self._request: InferRequest | None = None  # while the engine has it
+        self._style: Style | None = None  # how parts of the answer look, if it may come in parts
+        self._parts: PartsReply | None = None  # once the first has come
         self.keep_alive = keep_alive
         self.more_body = True
         self.disconnected = False
@@ -130,8 +148,8 @@ class InferenceExchange:
 
     @property
     def response_started(self) -> bool:
-        """Whether a part of the answer is written: answers are written whole."""
-        return self.response_complete
+        """Whether a part of the answer is written."""
+        return self.response_complete or self._parts is not None
 
     def begin(self) -> None:
         """All before it is answered: refuse it, have its body sent, or hand it to the engine."""
@@ -164,6 +182,11 @@ class InferenceExchange:
         if request is not None:
             self._line.engine.cancel(request)
 
+    def pace(self, *, paused: bool) -> None:
+        """The client does not take the answer as fast as it comes, or has caught up."""
+        if self._parts is not None and self._request is not None:
+            self._line.engine.pace(self._request, paused=paused)
+
     # To the engine
 
     def _ask(self) -> None:
@@ -193,7 +216,8 @@ class InferenceExchange:
         line, target, asked = self._line, self._target, self._asked
         try:
             deadline_ms = _integer(asked, b"x-deadline-ms", 1, DEADLINE_MS_MAX) or line.deadline_ms_default
-            header = _engine_header(target, asked, len(body))
+            self._style = _style(target, asked)
+            header = _engine_header(target, asked, len(body), self._style)
         except AgentError as error:
             self._fail(error)
             return
@@ -206,13 +230,40 @@ class InferenceExchange:
             client=self._client,
             answer=self._answer,
         )
+        if self._style is not None:
+            request.part = self._part
         line.engine.submit(request)
 
     def _answer(self, header: Header, body: Sequence[Buffer]) -> None:
         if self._request is None:  # abandoned
             return
         self._request = None
-        self._finish(engine_reply(header, b"".join(body), self._target.dialect))
+        if self._parts is not None:
+            self._end(self._parts, b"", header)
+        elif self._style in (None, Style.PLAIN) or header["kind"] != "result":
+            self._finish(engine_reply(header, b"".join(body), self._target.dialect))
+        else:
+            parts = self._parts = self._begin(self._style)
+            self._end(parts, parts.head(header, request_id=self._request_id, keep_alive=self.keep_alive), header)
+
+    def _part(self, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+        if self._request is None or self._style is None:
+            return
+        head = b""
+        parts = self._parts
+        if parts is None:
+            parts = self._parts = self._begin(self._style)
+            head = parts.head(header, request_id=self._request_id, keep_alive=self.keep_alive)
+        self._line.send(head + parts.part(header, body))
+
+    def _begin(self, style: Style) -> PartsReply:
+        # Version 1.0 is never kept alive; and without that nothing follows, so the newest request is this one.
+        return PartsReply(style, chunked=self.keep_alive or not self._line.is_http_1_0())
+
+    def _end(self, parts: PartsReply, head: bytes, header: Mapping[str, Any]) -> None:
+        self.response_complete = True
+        data, whole = parts.end(header)
+        self._line.finish(head + data, keep_alive=self.keep_alive and whole)
 
     # To the client
 
@@ -241,6 +292,7 @@ def target_of(url: bytes) -> Target | None:
 def parse_target(raw_path: bytes) -> Target | None:
     """Return what a path (as sent, still percent-encoded) asks to infer, or ``None`` if it is no inference path."""
     parts = raw_path.split(b"/")
+    generate = Generate.NO
     match parts:
         case [b"", b"predictions", model]:
             version, dialect = b"", Dialect.TORCHSERVE
@@ -250,11 +302,15 @@ def parse_target(raw_path: bytes) -> Target | None:
             version, dialect = b"", Dialect.INFERENCE
         case [b"", b"v2", b"models", model, b"versions", version, b"infer"]:
             dialect = Dialect.INFERENCE
+        case [b"", b"v2", b"models", model, (b"generate" | b"generate_stream") as verb]:
+            version, dialect, generate = b"", Dialect.INFERENCE, Generate(verb.decode())
+        case [b"", b"v2", b"models", model, b"versions", version, (b"generate" | b"generate_stream") as verb]:
+            dialect, generate = Dialect.INFERENCE, Generate(verb.decode())
         case _:
             return None
     if not model:
         return None
-    return Target(_unquote(model), _unquote(version) or None, dialect)
+    return Target(_unquote(model), _unquote(version) or None, dialect, generate)
 
 
 def inflate(data: bytes, encoding: bytes, *, bytes_max: int, budget: ReceiveBudget) -> Generator[None, None, bytes]:
@@ -311,24 +367,39 @@ def _target(url: bytes) -> Target | None:
 _cached_target = lru_cache(maxsize=256)(_target)  # a box serves few models, and asks for them do not vary
 
 
-def _engine_header(target: Target, asked: Mapping[bytes, bytes], body_bytes: int) -> Header:
+def _engine_header(target: Target, asked: Mapping[bytes, bytes], body_bytes: int, style: Style | None = None) -> Header:
     accept = _text(asked, b"accept")
+    if target.generate:
+        return _known_header(target, GENERATE_CONTENT_TYPE, accept, None, style)
     if target.dialect is Dialect.INFERENCE:
         json_bytes = _integer(asked, b"inference-header-content-length", 0, body_bytes)
-        return _known_header(target, OIP_CONTENT_TYPE, accept, json_bytes)
-    return _known_header(target, _text(asked, b"content-type") or "application/octet-stream", accept, None)
+        return _known_header(target, OIP_CONTENT_TYPE, accept, json_bytes, style)
+    return _known_header(target, _text(asked, b"content-type") or "application/octet-stream", accept, None, style)
 
 
 @lru_cache(maxsize=256)
-def _known_header(target: Target, content_type: str, accept: str | None, json_bytes: int | None) -> Header:
+def _known_header(
+    target: Target, content_type: str, accept: str | None, json_bytes: int | None, style: Style | None
+) -> Header:
     header: dict[str, Any] = {"kind": "infer", "model": target.model, "content_type": content_type}
     if target.version is not None:
         header["version"] = target.version
+    if style is not None:
+        header["stream"] = "auto" if style is Style.PLAIN else True
     if json_bytes is not None:
         header["params"] = {"oip_header_bytes": json_bytes}
     if accept is not None:
         header["accept"] = accept
     return Header(header)
+
+
+def _style(target: Target, asked: Mapping[bytes, bytes]) -> Style | None:
+    """Return how the answer looks if it comes in parts; ``None`` if it must not."""
+    if target.generate:
+        return Style.GENERATE if target.generate is Generate.STREAM else None
+    if accepts_events(asked.get(b"accept")):
+        return Style.EVENTS
+    return Style.PLAIN if target.dialect is Dialect.TORCHSERVE else None
 
 
 def _text(asked: Mapping[bytes, bytes], name: bytes) -> str | None:

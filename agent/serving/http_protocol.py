@@ -182,6 +182,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._asked_host = host
         return self._anonymous_caller
 
+    def is_http_1_0(self) -> bool:
+        """Whether the newest request is of that version, which knows no chunks."""
+        return bool(self.parser.get_http_version() == "1.0")
+
     def send(self, data: bytes) -> None:
         """Write a part of the answer."""
         self.transport.write(data)
@@ -359,10 +363,17 @@ class HttpProtocol(HttpToolsProtocol):
         """The client is behind: nothing new is read or begun."""
         self.flow.pause_writing()
         self._pause_or_read()
+        self._pace(paused=True)
 
     def resume_writing(self) -> None:
         self.flow.resume_writing()
+        self._pace(paused=False)
         self._advance()
+
+    def _pace(self, *, paused: bool) -> None:
+        """Hold the answer that is being sent in parts, if there is one, or let it go on."""
+        if isinstance(self._active, InferenceExchange):
+            self._active.pace(paused=paused)
 
     def _advance(self) -> None:
         """Begin what waits. A loop, not a chain of calls, because requests may be answered at once."""

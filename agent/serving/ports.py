@@ -16,6 +16,7 @@ from agent.wire import Buffer, Header
 DEADLINE_MS_MAX: Final = 3_600_000  # what a client may ask for
 
 Answer = Callable[[Header, Sequence[Buffer]], None]
+PartAnswer = Callable[[dict[str, Any], Sequence[Buffer]], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +25,8 @@ class InferRequest:
 
     ``answer`` takes a ``result`` or ``error`` header, which is without an id and maybe one for many answers, and the
     body's buffers. It is called at most once, on the loop's thread; after ``Engine.cancel`` a call changes nothing.
+    ``part`` is there if the answer may come in parts: it takes each ``part`` header, which is its own, and body, in
+    order, before ``answer``.
     """
 
     model: str
@@ -36,6 +39,7 @@ class InferRequest:
     regions: Sequence[tuple[int, Region]] = ()  # shared memory the header names, by the client's numbers
     serial: int = 0  # the edge's own, to tell requests with the same id apart
     handle: Any = None  # the engine's own
+    part: PartAnswer | None = None
 
 
 class ModelState(Protocol):
@@ -84,6 +88,9 @@ class Engine(Protocol):
 
     def cancel(self, request: InferRequest) -> None:
         """Nobody waits for ``request`` any more; unknown or answered requests are ignored."""
+
+    def pace(self, request: InferRequest, *, paused: bool) -> None:
+        """Hold the stream that answers ``request``, or let it go on; repeated, unknown or answered is no fault."""
 
     def models(self) -> Sequence[str]:
         """Return the names of all models of this box, serving or expected."""

@@ -131,6 +131,11 @@ def engine_reply(header: Mapping[str, Any], body: bytes, dialect: Dialect) -> Re
     return reply
 
 
+def stream_reply(header: Mapping[str, Any], content_type: str) -> Reply:
+    """Return what precedes an answer in parts, of which ``header`` is the engine's first; its length is not known."""
+    return Reply(200, [*_said(content_type, *(str(header.get(key) or "") for key in ("version", "variant")))], b"")
+
+
 def response_bytes(reply: Reply, *, keep_alive: bool, with_body: bool = True) -> bytes:
     """Return an answer as HTTP/1.1, for one write. ``with_body`` is ``False`` for HEAD."""
     lines = [b"%b: %b\r\n" % header for header in reply.headers]

@@ -44,7 +44,7 @@ from agent.serving.identity import Caller, require
 from agent.serving.ports import Control, Engine
 from agent.serving.replies import Dialect, Reply, error_reply, json_reply
 
-EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository")
+EXTENSIONS: Final = ("binary_tensor_data", "generate", "model_configuration", "model_repository")
 _READ_ONLY: Final = frozenset({"read"})
 _ARGUMENTS_BYTES_MAX: Final = 64 * 1024  # parsed JSON takes 25 times its size
 
@@ -196,6 +196,7 @@ def triton_config(described: Mapping[str, Any]) -> dict[str, Any]:
         "max_batch_size": batch,
         "input": [tensor(entry) for entry in described.get("inputs", ())],
         "output": [tensor(entry) for entry in described.get("outputs", ())],
+        "model_transaction_policy": {"decoupled": bool(described.get("streams"))},
     }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import select
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,18 @@ class Channel:
     def pending(self) -> bool:
         """Whether anything waits to be taken by the peer."""
         return bool(self._outgoing)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the peer has closed altogether; ``closed`` is also true of one that still takes its answers."""
+        poll = select.poll()
+        poll.register(self.descriptor_number, 0)
+        return bool(poll.poll(0))
+
+    @property
+    def filling(self) -> bool:
+        """Whether a frame is half here; what the peer said after it is not known yet."""
+        return self._decoder.mid_frame
 
     def receive(self) -> list[Frame]:
         """Return the frames that have arrived with one read.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final
 
@@ -109,6 +109,12 @@ def encode(
         document["id"] = request.id
     head = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
     return (len(head) if buffers else None), [head, *buffers]
+
+
+def as_json(request: OipRequest) -> OipRequest:
+    """Return the request with no output asked for as binary."""
+    outputs = None if request.outputs is None else [(name, False) for name, _ in request.outputs]
+    return replace(request, outputs=outputs, binary=False)
 
 
 def _json(text: bytes) -> dict[str, Any]:

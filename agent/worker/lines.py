@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from agent.errors import AgentError, FrameError, OverloadedError
+from agent.errors import AgentError, CanceledError, FrameError, OverloadedError, StreamUnsupportedError
 from agent.shares import Shares
 from agent.wire import Buffer, Limits, error_header
 from agent.worker.channel import Channel
@@ -52,6 +52,14 @@ class Line:
     def post_result(self, request_id: int, fields: Mapping[str, Any], body: Sequence[Buffer]) -> None:
         """Queue an answer; ``TooLargeError`` if its peer's limits do not allow it."""
         self.channel.post({"kind": "result", "id": request_id, **fields, **self._names}, body)
+
+    def post_alive(self, request_id: int) -> None:
+        """Say that an answer is worked on.
+
+        Raises:
+            CanceledError: nobody is there to take it.
+        """
+        self.channel.post({"kind": "alive", "id": request_id})
 
     def post_error(self, request_id: int | None, error: AgentError) -> None:
         """Queue a refusal."""
@@ -105,8 +113,14 @@ class Lane(Line):
         self._arriving_bytes = 0  # of a large body under way
 
     def admit(self, request: Request) -> None:
-        """See ``Line.admit``."""
+        """See ``Line.admit``.
+
+        Raises:
+            StreamUnsupportedError: it asks for parts, which the daemon passes on and paces.
+        """
         self.forget_arriving()
+        if request.streamed and request.header.get("stream"):
+            raise StreamUnsupportedError("a direct lane carries whole answers: ask the daemon for parts")
         self._book.admit(self.grant, len(request.body))
         self.outstanding += 1
 
@@ -114,6 +128,11 @@ class Lane(Line):
         """See ``Line.settled``."""
         self.outstanding -= 1
         self._book.settle(self.grant.client, len(request.body), code, now - request.arrived)
+
+    def post_alive(self, request_id: int) -> None:
+        """See ``Line.post_alive``; an application is told nothing, but the end of a revoked lane shows only here."""
+        if self.channel.abandoned:
+            raise CanceledError("nobody waits for it")
 
     def forget_arriving(self) -> None:
         """The large body under way is here, or never will be."""

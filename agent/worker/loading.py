@@ -30,7 +30,7 @@ from agent.worker.runtimes.base import Runtime
 from agent.worker.signature import Signature
 from agent.worker.spec import Spec, inside
 from handlers import registry
-from handlers.base import Context, Handler
+from handlers.base import Context, Handler, StreamingHandler
 
 _log = get_logger("worker")
 
@@ -43,6 +43,7 @@ class Loaded:
     signature: Signature
     runtime: Runtime
     forms: Forms
+    handler: Handler | None
     goldens: Sequence[Golden]
     hello: dict[str, Any]
 
@@ -92,10 +93,13 @@ def load(spec: Spec) -> Loaded:
         "memory": _memory(),
         "max_batch": declared.rows_max,
         "idempotent": handler.idempotent if handler is not None else True,
+        "streams": isinstance(handler, StreamingHandler),
         "cores": sorted(os.sched_getaffinity(0)) if spec.cores else [],
     }
     forms = Forms(declared, handler, model=spec.model, version=spec.version)
-    return Loaded(spec=spec, signature=declared, runtime=runtime, forms=forms, goldens=goldens, hello=hello)
+    return Loaded(
+        spec=spec, signature=declared, runtime=runtime, forms=forms, handler=handler, goldens=goldens, hello=hello
+    )
 
 
 def _bind(cores: Sequence[int]) -> None:

@@ -1,7 +1,8 @@
 """The life of a worker: load, say hello, serve until the daemon's channel closes.
 
 One loop: receive what has arrived on any line, decide a batch, run it, answer everything in one write for each line.
-Batches of a slow model run beside the loop (``execution.py``). Promises: each ``infer`` gets exactly one ``result`` or
+Batches of a slow model run beside the loop (``execution.py``). Once in each turn one stream takes one step
+(``streams.py``). Promises: each ``infer`` gets exactly one ``result`` or
 ``error``; one bad request fails alone; when the daemon closes its side, what was received is still answered before
 the process leaves.
 Leaves out: every decision (``batcher.py``), every byte (``channel.py``, ``requests.py``), and who may ask what
@@ -42,6 +43,7 @@ from agent.worker.lines import Grant, Lane, LaneBook, Line
 from agent.worker.loading import Loaded
 from agent.worker.regions import Region, Regions
 from agent.worker.requests import Answers, Request, budget_s, into_window, stacked
+from agent.worker.streams import Streams
 
 _log = log.get_logger("worker")
 _WAITING_MAX: Final = 1024  # requests and bytes held here; the rest waits in the socket and in the daemon
@@ -49,6 +51,8 @@ _WAITING_BYTES_MAX: Final = 128 * 1024 * 1024
 _REPORT_S: Final = 1.0  # how often at most the daemon is told of the lanes
 _EXPIRE_S: Final = 0.05  # how often what waits on lanes behind a long batch is looked at
 _BLOCKED_S_MAX: Final = 10.0  # an application that takes no answers for so long is cut
+_STEPS_BESIDE_S: Final = 2.0  # how long streams go on beside one batch; longer, and nobody would notice that it hangs
+_READS_MAX: Final = 32  # before a step; more than lies in the socket
 
 Outcome = Mapping[str, Array] | AgentError
 Part = tuple[Sequence[Request], Outcome]
@@ -97,6 +101,7 @@ class Server:
         self._held_bytes = 0
         self._batcher: Batcher[Request] = Batcher(rows_max=loaded.signature.rows_max, delay_max_s=spec.batch_delay_s)
         self._wait_s = 0.0  # how long the batcher wants to wait for company
+        self._streams = Streams(loaded.handler, loaded.signature, loaded.runtime.run)
         self._execution: Execution[list[Request], list[Part]] = Execution(self._run)
         self._home = Line(channel)
         self._lanes: dict[int, Lane] = {}
@@ -121,6 +126,7 @@ class Server:
         while True:
             self._flush()
             if home.channel.closed and not batcher and execution.running is None and not self._lanes:
+                self._streams.end(home, CanceledError("the worker leaves"))
                 if self._book is not None and self._book.changed:
                     home.channel.post(self._book.report())
                 _flush_all(home.channel)
@@ -135,19 +141,22 @@ class Server:
                     self._receive(line)
                 else:
                     self._posted.add(line)
-            if batcher:
-                if execution.running is None and not home.channel.congested:
-                    self._turn()
-                elif self._lanes:
-                    self._expire()
+            if batcher and execution.running is None and not home.channel.congested:
+                self._turn()
+            elif self._lanes and (batcher or self._streams.count):
+                self._expire()
+            if self._may_step():
+                self._step()
 
     def _pause_s(self) -> float:
         """Return how long there is nothing to do but wait for something to arrive; -1: for ever."""
         wait_s = -1.0
         if self._batcher and self._execution.running is None and not self._home.channel.congested:
             wait_s, self._wait_s = self._wait_s, 0.0
-        if self._lanes and self._batcher and self._execution.running is not None:
+        if self._lanes and (self._batcher or self._streams.count) and self._execution.running is not None:
             wait_s = _EXPIRE_S
+        if self._may_step():
+            wait_s = 0.0
         if self._book is not None and (self._book.changed or self._blocked()):
             now = time.monotonic()
             if now >= self._report_at:
@@ -159,6 +168,22 @@ class Server:
     def _full(self) -> bool:
         """Whether nothing more is taken until a batch has been."""
         return len(self._batcher) >= _WAITING_MAX or self._held_bytes > _WAITING_BYTES_MAX
+
+    def _may_step(self) -> bool:
+        """Whether a stream may go on now."""
+        streams, execution = self._streams, self._execution
+        if not streams.count or not streams.ready:
+            return False
+        return execution.running is None or time.monotonic() - execution.since < _STEPS_BESIDE_S
+
+    def _step(self) -> None:
+        """Let one stream take one step, once all is known that the daemon has said of it."""
+        for _ in range(_READS_MAX):
+            if self._home.channel.closed or not self._receive(self._home):
+                break
+        line = self._streams.step()
+        if line is not None:
+            self._posted.add(line)
 
     # Lines
 
@@ -270,6 +295,7 @@ class Server:
         for request in self._batcher.withdraw(lambda request: request.line is lane):
             self._held_bytes -= len(request.body)
             lane.settled(request, CanceledError.code, now)
+        self._streams.end(lane, CanceledError("nobody waits for it"))
         del self._lanes[lane.number]
         del self._lines[lane.channel.descriptor_number]
         if lane.interest:
@@ -303,10 +329,9 @@ class Server:
                     self._finish_request(request, error)
                     return
             if request is not None:
-                self._batcher.add(request)
+                self._queue(request)
         elif kind == "cancel":
-            for request in self._batcher.withdraw(lambda one: one.line is lane and one.id == frame.id):
-                self._finish_request(request, CanceledError("withdrawn before it started"))
+            self._cancel(lane, frame.id)
         else:
             raise FrameError(f"kind {kind[:32]!r} is not for a lane")
 
@@ -339,7 +364,7 @@ class Server:
                 except AgentError as error:
                     self._finish_request(request, error)
                     return
-            self._batcher.add(request)
+            self._queue(request)
         elif kind == "attach":
             self._regions.attach(header, self._home.channel.descriptor())
         elif kind == "detach":
@@ -351,9 +376,9 @@ class Server:
         elif frame.id is None:
             raise FrameError(f"a frame of kind {kind!r} without an id")
         elif kind == "cancel":
-            home = self._home
-            for request in self._batcher.withdraw(lambda one: one.line is home and one.id == frame.id):
-                self._finish_request(request, CanceledError("withdrawn before it started"))
+            self._cancel(self._home, frame.id)
+        elif kind in ("pause", "resume"):
+            self._streams.pace(frame.id, self._home, paused=kind == "pause")
         elif kind == "call":
             self._call(frame.id, header)
         else:
@@ -386,6 +411,26 @@ class Server:
             return None
         self._held_bytes += len(request.body)
         return request
+
+    def _queue(self, request: Request) -> None:
+        """Let an admitted request wait for its batch, or for the steps of its stream."""
+        if not request.streamed:
+            self._batcher.add(request)
+            return
+        try:
+            self._streams.add(request)
+        except AgentError as error:
+            self._finish_request(request, error)
+        else:
+            self._held_bytes -= len(request.body)  # it counts there
+
+    def _cancel(self, line: Line, request_id: int) -> None:
+        """Withdraw what has not begun; a stream ends where it stands."""
+        if self._streams.count and self._streams.cancel(request_id, line):
+            self._posted.add(line)
+            return
+        for request in self._batcher.withdraw(lambda one: one.line is line and one.id == request_id):
+            self._finish_request(request, CanceledError("withdrawn before it started"))
 
     def _share(self, request: Request, shared: Mapping[str, Any]) -> None:
         """Give the request the shared memory that the daemon named for it."""
@@ -427,6 +472,7 @@ class Server:
         self._expire_at = now + _EXPIRE_S
         for request in self._batcher.withdraw(lambda one: one.deadline <= now and one.line is not self._home):
             self._finish_request(request, DeadlineError("the deadline passed while it waited in the worker"))
+        self._posted.update(self._streams.expire(now))
 
     def _prepare(self, request: Request) -> bool:
         """Decode one request; a bad one is answered here."""

@@ -1,9 +1,10 @@
 """From an ``infer`` frame to checked model inputs, and from the model's outputs to the answer.
 
-The three forms of a request, by ``content_type``:
+The four forms of a request, by ``content_type``:
 
 - none: tensors as the wire carries them, or lying in shared memory, straight to the model;
 - ``application/vnd.oip+json``: the Open Inference Protocol, JSON or binary (``codecs.py``);
+- ``application/vnd.triton.generate+json``: a document of Triton's generate extension, for the bundle's handler;
 - any other: raw bytes, which the bundle's handler turns into tensors and back.
 
 Promises: what comes out of ``decode`` fits the signature; whatever a handler raises is a ``HandlerError`` naming it,
@@ -23,7 +24,15 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 
 from agent import tensors
-from agent.errors import AgentError, HandlerError, InvalidInputError, OutOfMemoryError, TensorError
+from agent.errors import (
+    AgentError,
+    HandlerError,
+    InvalidInputError,
+    OutOfMemoryError,
+    StreamUnsupportedError,
+    TensorError,
+    WorkerError,
+)
 from agent.tensors import DTYPE_NAMES, NUMPY_DTYPES, Array, as_array, dtype_name
 from agent.wire import (
     DTYPES,
@@ -43,9 +52,11 @@ from agent.worker import codecs
 from agent.worker.batcher import LEVEL_DEFAULT, LEVEL_FIRST, LEVEL_LAST
 from agent.worker.regions import Named, Region
 from agent.worker.signature import Signature
-from handlers.base import Handler, InputError, Prepared, Reply
+from handlers.base import TEXT, Handler, InputError, Prepared, Reply, StreamingHandler
 
 OIP_CONTENT_TYPE: Final = "application/vnd.oip+json"
+GENERATE_CONTENT_TYPE: Final = "application/vnd.triton.generate+json"
+_JSON: Final = "application/json"
 _LAYOUTS_MAX: Final = 256  # remembered per model
 _WINDOWED_BYTES_MIN: Final = 64 * 1024
 _SMALL_BYTES_MAX: Final = 64 * 1024  # of a batch's outputs
@@ -66,11 +77,12 @@ class Place(NamedTuple):
 class Asked:
     """What all requests with equal headers have in common, worked out once."""
 
-    __slots__ = ("form", "layout", "level")
+    __slots__ = ("form", "layout", "level", "streamed")
 
-    def __init__(self, form: Form, level: int) -> None:
+    def __init__(self, form: Form, level: int, *, streamed: bool = False) -> None:
         self.form = form
         self.level = level
+        self.streamed = streamed  # a handler's stream answers
         self.layout: Layout | None = None  # of its tensors, once they passed every check and if all of it is plain
 
 
@@ -99,8 +111,8 @@ class Request:
     """One ``infer`` frame on its way through the worker; what the batcher reads is set by ``prepare`` at the latest."""
 
     __slots__ = (
-        "arrived", "body", "deadline", "form", "header", "id", "inputs", "key", "layout", "level", "line", "places",
-        "regions", "rows", "state", "window",
+        "arrived", "body", "deadline", "echo", "form", "header", "id", "inputs", "key", "layout", "level", "line",
+        "places", "regions", "rows", "state", "streamed", "window",
     )  # fmt: skip
 
     def __init__(
@@ -121,12 +133,14 @@ class Request:
         self.arrived = now
         self.deadline = now + deadline_s
         self.level = asked.level
+        self.streamed = asked.streamed
         self.line = line  # whom to answer
         self.inputs: Mapping[str, Array] | None = None  # of a plain layout only when somebody needs them
         self.regions: Named | None = None  # shared memory the request names
         self.window: memoryview | None = None  # where the daemon takes a large answer from
         self.places: Mapping[str, Place] | None = None  # of inputs that are used where they lie
         self.state: Any = None  # whatever the form needs for the answer
+        self.echo: Any = None  # the caller's own name of the request, where its form repeats that in the answer
         layout = asked.layout
         if layout is not None and layout.body_bytes == len(body):
             self.layout: Layout | None = layout
@@ -171,6 +185,10 @@ class Form(Protocol):
 
     def encode(self, request: Request, outputs: Mapping[str, Array]) -> Answer: ...
 
+    def part(self, request: Request, item: Any) -> Answer:
+        """Return one item of a handler's stream as a part of the answer."""
+        ...
+
 
 class Forms:
     """The forms of one model."""
@@ -179,16 +197,32 @@ class Forms:
         self._tensors = TensorForm(signature)
         self.oip = OipForm(signature, model=model, version=version)
         self._raw = RawForm(signature, handler)
+        self._generate = GenerateForm(signature, handler, model=model, version=version)
+        self._streams = isinstance(handler, StreamingHandler)
 
     def asked(self, header: Header) -> Asked:
         """Return what ``header`` asks for, kept with it.
 
         Raises:
-            InvalidInputError: ``content_type`` or ``priority`` is malformed.
+            InvalidInputError: ``content_type``, ``priority`` or ``stream`` is malformed.
+            StreamUnsupportedError: it demands parts and the handler does not stream.
         """
-        asked = Asked(self._form(header.get("content_type")), _level(header))
+        form = self._form(header.get("content_type"))
+        asked = Asked(form, _level(header), streamed=self._streamed(header, form))
         header.digest = asked
         return asked
+
+    def _streamed(self, header: Header, form: Form) -> bool:
+        wanted = header.get("stream")
+        if not (wanted is None or isinstance(wanted, bool) or wanted == "auto"):
+            raise InvalidInputError("'stream' must be true, false or 'auto'")
+        if not self._streams:
+            if wanted is True:
+                raise StreamUnsupportedError("this model's handler does not stream; ask without 'stream'")
+            return False
+        if wanted and "reply" in header:
+            raise InvalidInputError("an answer in parts takes no 'reply' window")
+        return bool(wanted) or isinstance(form, RawForm)
 
     def _form(self, content_type: object) -> Form:
         if content_type is None:
@@ -197,7 +231,7 @@ class Forms:
             return self.oip
         if not isinstance(content_type, str):
             raise InvalidInputError("'content_type' must be a text")
-        return self._raw
+        return self._generate if content_type == GENERATE_CONTENT_TYPE else self._raw
 
 
 class TensorForm:
@@ -277,6 +311,10 @@ class TensorForm:
             buffers = _place(entries, buffers, *window)
         return {"tensors": entries}, buffers
 
+    def part(self, request: Request, item: Any) -> Answer:
+        """Return arrays as tensors, anything else as it is."""
+        return self.encode(request, item) if _are_arrays(item) else _packed_part(item)
+
     def _check_outputs(self, wanted: object) -> None:
         known = self._signature.output_names
         if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
@@ -311,12 +349,17 @@ class OipForm:
         """Return the decoded inputs; the request's own ``timeout`` only shortens its deadline."""
         params, body = request.header.get("params"), request.body
         json_bytes = params.get("oip_header_bytes") if isinstance(params, dict) else None
-        document = bytes(body[:json_bytes]) if type(json_bytes) is int and json_bytes > 0 else b""
+        streamed = request.header.get("stream") is True
+        document = b""
+        if type(json_bytes) is int and json_bytes > 0 and not streamed:
+            document = bytes(body[:json_bytes])
         plan = self._plans.get(document)
         if plan is not None and plan.layout.body_bytes == len(body):
             request.layout = plan.layout
             return None, plan.layout.rows, plan
         decoded = codecs.decode(body, json_bytes, self._signature)
+        if streamed:  # parts are events of text
+            decoded = codecs.as_json(decoded)
         sizes: dict[str, int] = {}
         for name, (dtype, array) in decoded.inputs.items():
             self._signature.check(name, dtype, array.shape, sizes)
@@ -350,6 +393,10 @@ class OipForm:
             return {"content_type": "application/json"}, buffers
         return {"content_type": "application/octet-stream", "params": {"oip_header_bytes": json_bytes}}, buffers
 
+    def part(self, request: Request, item: Any) -> Answer:
+        """Return arrays as an OIP answer, anything else as it is."""
+        return self.encode(request, item) if _are_arrays(item) else _packed_part(item)
+
 
 class RawForm:
     """Raw bytes through the bundle's handler."""
@@ -360,13 +407,16 @@ class RawForm:
 
     def decode(self, request: Request) -> tuple[Mapping[str, Array], int, Any]:
         """Return what the handler's ``preprocess`` makes of the body."""
+        return self._preprocessed(request, request.header["content_type"])
+
+    def _preprocessed(self, request: Request, content_type: str) -> tuple[Mapping[str, Array], int, Any]:
         handler = self._handler
         if handler is None:
             raise InvalidInputError("this model has no handler for raw requests: send tensors")
         try:
-            made = handler.preprocess(bytes(request.body), request.header["content_type"])
+            made = handler.preprocess(bytes(request.body), content_type)
         except BaseException as error:  # foreign code: anything may come out of it
-            raise _blamed(handler, "preprocess", error) from error
+            raise blamed(handler, "preprocess", error) from error
         prepared = made if isinstance(made, Prepared) else None
         given = made.tensors if isinstance(made, Prepared) else made
         if not isinstance(given, Mapping):
@@ -384,19 +434,91 @@ class RawForm:
 
     def encode(self, request: Request, outputs: Mapping[str, Array]) -> Answer:
         """Return what the handler's ``postprocess`` makes of the outputs."""
-        handler, prepared = self._handler, request.state
+        handler = self._handler
         assert handler is not None
         try:
-            if prepared is None:
-                made = handler.postprocess(outputs, request.rows)
-            else:
-                made = handler.postprocess_with(outputs, request.rows, prepared.state)
-            if isinstance(made, Reply):
-                return {"content_type": _text(made.content_type)}, [_bytes(made.body)]
-            text = json.dumps(made, separators=(",", ":"), allow_nan=False)
+            return self.pack(request, self._post(handler, request, outputs, request.rows))
         except BaseException as error:  # as above
-            raise _blamed(handler, "postprocess", error) from error
-        return {"content_type": "application/json"}, [text.encode()]
+            raise blamed(handler, "postprocess", error) from error
+
+    def part(self, request: Request, item: Any) -> Answer:
+        """Return what ``postprocess`` makes of arrays, anything else as it is."""
+        return self.pack(request, self.made_of(request, item), part=True)
+
+    def made_of(self, request: Request, item: Any) -> Any:
+        """Return an item of a stream as it is answered: arrays go through ``postprocess``."""
+        if not _are_arrays(item):
+            return item
+        handler = self._handler
+        assert handler is not None
+        first = next(iter(item.values()))
+        try:
+            return self._post(handler, request, item, len(first) if first.ndim else 1)
+        except BaseException as error:  # as above
+            raise blamed(handler, "postprocess", error) from error
+
+    def joined(self, request: Request, items: list[Any]) -> Answer:
+        """Return the whole answer of a stream whose caller did not ask for parts."""
+        handler = self._handler
+        assert isinstance(handler, StreamingHandler)
+        try:
+            return self.pack(request, handler.joined(items))
+        except BaseException as error:  # as above
+            raise blamed(handler, "joined", error) from error
+
+    def pack(self, request: Request, made: Any, *, part: bool = False) -> Answer:
+        """Return what a handler made, as content; raises whatever is wrong with it."""
+        del request
+        return _packed_part(made) if part else _packed(made)
+
+    @staticmethod
+    def _post(handler: Handler, request: Request, outputs: Mapping[str, Array], rows: int) -> Any:
+        prepared = request.state
+        if prepared is None:
+            return handler.postprocess(outputs, rows)
+        return handler.postprocess_with(outputs, rows, prepared.state)
+
+
+class GenerateForm(RawForm):
+    """A document of Triton's generate extension, which the handler gets as JSON, and answers in its shape."""
+
+    def __init__(self, signature: Signature, handler: Handler | None, *, model: str, version: str) -> None:
+        super().__init__(signature, handler)
+        self._about = {"model_name": model, "model_version": version}
+
+    def decode(self, request: Request) -> tuple[Mapping[str, Array], int, Any]:
+        """Return what ``preprocess`` makes of the document; its ``id`` is repeated in the answer."""
+        try:
+            document = json.loads(bytes(request.body))
+        except (ValueError, RecursionError) as error:
+            raise InvalidInputError(f"not JSON: {str(error)[:200]}") from error
+        if not isinstance(document, dict):
+            raise InvalidInputError("the request must be a JSON object")
+        request.echo = document.get("id")
+        return self._preprocessed(request, _JSON)
+
+    def pack(self, request: Request, made: Any, *, part: bool = False) -> Answer:
+        """Return an object: a text as ``text_output``, an object's own members, anything else as ``output``."""
+        if isinstance(made, Reply) and made.content_type.startswith("text/"):
+            made = _bytes(made.body).decode()
+        if isinstance(made, Reply):
+            raise TypeError(f"a reply of {made.content_type} does not fit into a JSON object")
+        own = made if isinstance(made, dict) else {"text_output" if isinstance(made, str) else "output": made}
+        about = self._about if request.echo is None else {"id": request.echo, **self._about}
+        return _packed({**about, **own})
+
+
+def checked(signature: Signature, given: Mapping[str, Any]) -> tuple[dict[str, Array], int]:
+    """Return arrays that fit the signature, and their rows.
+
+    Raises:
+        TensorError: they do not.
+    """
+    inputs = {name: np.asarray(array) for name, array in given.items()}
+    sizes: dict[str, int] = {}
+    for name, array in inputs.items():
+        signature.check(name, dtype_name(array), array.shape, sizes)
+    return inputs, signature.rows(len(inputs), sizes)
 
 
 def stacked(part: Sequence[Request], rows: int) -> dict[str, Array]:
@@ -577,6 +699,20 @@ def _place(entries: list[dict[str, Any]], buffers: list[Buffer], memory: memoryv
     return left
 
 
+def _are_arrays(item: object) -> bool:
+    return isinstance(item, dict) and bool(item) and all(isinstance(value, np.ndarray) for value in item.values())
+
+
+def _packed(made: Any) -> Answer:
+    if isinstance(made, Reply):
+        return {"content_type": _text(made.content_type)}, [_bytes(made.body)]
+    return {"content_type": _JSON}, [json.dumps(made, separators=(",", ":"), allow_nan=False).encode()]
+
+
+def _packed_part(made: Any) -> Answer:
+    return ({"content_type": TEXT}, [made.encode()]) if isinstance(made, str) else _packed(made)
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"a Reply's content_type must be a text, not {type(value).__name__}")
@@ -591,7 +727,10 @@ def _bytes(value: object) -> bytes:
     raise TypeError(f"a Reply's body must be bytes, not {type(value).__name__}")
 
 
-def _blamed(handler: Handler, step: str, error: BaseException) -> AgentError:
+def blamed(handler: Handler, step: str, error: BaseException) -> AgentError:
+    """Return what a handler's exception means; what the worker itself raised inside one stays as it is."""
+    if isinstance(error, WorkerError):
+        return error
     if isinstance(error, InputError):
         return InvalidInputError(str(error)[:500])
     if isinstance(error, MemoryError):

@@ -83,6 +83,7 @@ class FakeEngine:
         self.waiting: list[InferRequest] = []
         self.seen: list[InferRequest] = []
         self.canceled: list[InferRequest] = []
+        self.paced: list[tuple[InferRequest, bool]] = []
         self.answers = 0
         self.gives_lanes = False
         self.lanes: list[FakeLane] = []
@@ -110,6 +111,9 @@ class FakeEngine:
             request.handle = "canceled"
             self.waiting = [other for other in self.waiting if other is not request]
             self.canceled.append(request)
+
+    def pace(self, request: InferRequest, *, paused: bool) -> None:
+        self.paced.append((request, paused))
 
     def release(self) -> None:
         """Answer everything that waits."""

@@ -23,6 +23,7 @@ from agent.errors import (
     UnknownModelError,
 )
 from agent.serving.listeners import bind_unix
+from agent.serving.ports import InferRequest
 from agent.wire import FIRST_ID, Decoder, encode
 from tests.fakes.edges import edges, run, until
 from tests.fakes.engine import FakeEngine
@@ -380,3 +381,42 @@ def test_a_socket_that_is_a_file_is_told(tmp_path: Path) -> None:
         stranger.bind(str(tmp_path / "dead.sock"))
     with pytest.raises(UnavailableError), Client(tmp_path / "dead.sock", connect_timeout_s=0.01) as client:
         client.status()
+
+
+@pytest.mark.parametrize("kind", ["blocking", "asynchronous"])
+def test_a_stream_is_asked_again_when_the_connection_breaks_before_its_first_part(tmp_path: Path, kind: str) -> None:
+    async def test() -> None:
+        engine = FakeEngine()
+        engine.holding = True
+        async with edges(tmp_path, engine=engine) as served:
+            if kind == "blocking":
+                asked = asyncio.ensure_future(
+                    blocking(served.frame_path, lambda client: list(client.stream("echo", b"x")))  # type: ignore[arg-type]
+                )
+            else:
+
+                async def follow() -> list[Any]:
+                    async with AsyncClient(served.frame_path) as client:
+                        return [part async for part in client.stream("echo", b"x")]
+
+                asked = asyncio.ensure_future(follow())
+            await until(lambda: bool(engine.waiting))
+            (first,) = engine.waiting
+            assert first.header["stream"] is True
+            assert first.part is not None
+            engine.holding = False
+            engine.reply = answer_in_parts
+            for connection in list(served.frames._connections):
+                connection.close("test")
+            assert [(part.seq, part.body, part.version) for part in await asked] == [(0, b"a", "1"), (1, b"b", "1")]
+            assert (len(engine.seen), engine.canceled) == (2, [first])
+
+    run(test)
+
+
+def answer_in_parts(request: InferRequest) -> tuple[dict[str, Any], tuple[bytes, ...]]:
+    assert request.part is not None
+    for seq, body in enumerate((b"a", b"b")):
+        about = {"model": "echo", "version": "1", "variant": "v"} if not seq else {}
+        request.part({"kind": "part", "seq": seq, "content_type": "text/plain", **about}, (body,))
+    return {"kind": "result", "model": "echo", "version": "1", "variant": "v"}, ()

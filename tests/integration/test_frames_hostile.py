@@ -140,7 +140,7 @@ junk = st.recursive(
     max_leaves=6,
 )
 names = st.sampled_from(["model", "version", "deadline_ms", "tensors", "params", "args", "method", "protocol", "id"])
-kinds = st.sampled_from(["infer", "cancel", "call", "hello", "result", "reply", "error", ""])
+kinds = st.sampled_from(["infer", "cancel", "call", "hello", "part", "pause", "resume", "result", "reply", "error", ""])
 
 
 @FUZZ

@@ -153,3 +153,18 @@ def test_a_zygote_that_hangs_is_replaced(tmp_path: Path) -> None:
         await zygote.stop()
 
     run(story)
+
+
+@pytest.mark.parametrize("lie", [{"content_type": "text/plain"}, {"tensors": 3, "seq": "x"}, {}])
+def test_parts_that_nobody_asked_for_end_the_worker_and_reach_nobody(tmp_path: Path, lie: dict[str, Any]) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            version = await box.engine.load(scale_version(tmp_path / "bundle", handler="liar"))
+            box.engine.activate(version)
+            answer = await box.say(json.dumps({"kind": "part", **lie}))  # its own, written before the worker was killed
+            assert answer["kind"] == "result" or answer["code"] == "worker_died"
+            await until(lambda: version.deaths > 0)
+            while (await box.ask(2.0)).get("y") != 4.0:
+                await asyncio.sleep(0.01)
+
+    run(story)

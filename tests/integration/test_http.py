@@ -45,7 +45,13 @@ def test_raw_bodies_are_predicted(tmp_path: Path, loop: str) -> None:
                 assert answer.headers["x-model-version"] == "1.0.0"
                 assert answer.headers["x-model-variant"] == "fp32"
             header = served.engine.seen[0].header
-            assert header == {"kind": "infer", "model": "echo", "content_type": "image/png", "accept": "a/b"}
+            assert header == {
+                "kind": "infer",
+                "model": "echo",
+                "content_type": "image/png",
+                "accept": "a/b",
+                "stream": "auto",
+            }
 
     run(test, loop=loop)
 

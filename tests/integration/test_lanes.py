@@ -21,6 +21,7 @@ from agent.engine.types import VersionSpec
 from agent.errors import DeadlineError, InvalidInputError, TensorError, UnavailableError, UnknownModelError, by_code
 from agent.tensors import pack
 from agent.wire import Decoder, Frame, encode, encode_head
+from tests.models import scale_version
 from tests.shared import SharedBox, descriptors, double_version, mapped, mean_version, shared_box, slow_version, until
 
 pytestmark = pytest.mark.integration
@@ -501,6 +502,114 @@ def test_large_bodies_under_way_are_bounded(tmp_path: Path) -> None:
             assert answer.header["code"] == "bad_tensor"
             for raw in (*raws, good):
                 raw.close()
+
+    run(story)
+
+
+def streaming_version(folder: Path, handler: str | None = None) -> VersionSpec:
+    """Return the scale model behind a handler that streams: the built-in one, or a test's."""
+    spec = scale_version(folder, handler=handler)
+    if handler is not None:
+        return spec
+    windows = {"id": "windows/v1", "params": {"samples": "int16"}}
+    variants = tuple(replace(one, worker={**one.worker, "handler": windows}) for one in spec.variants)
+    return replace(spec, variants=variants)
+
+
+def test_a_lane_gives_whole_answers_of_a_model_that_streams_and_the_daemon_its_parts(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with shared_box(tmp_path, streaming_version(tmp_path / "m")) as box:
+            samples = np.arange(10, dtype="<i2").tobytes()
+            x = {"x": np.ones((1, 4), np.float32)}
+
+            def work(client: Client) -> None:
+                whole = client.predict("scale", samples).json()
+                assert [window["start"] for window in whole] == [0, 4, 8]
+                assert client.infer("scale", x).outputs["y"].tolist() == [[2.0] * 4]
+                assert lanes(box, "scale") == 1
+                assert [part.json() for part in client.stream("scale", samples)] == whole
+                assert client.predict("scale", samples).json() == whole
+
+            await beside(box, work)
+            async with AsyncClient(box.path, lanes=True) as client:
+                whole = (await client.predict("scale", samples)).json()
+                assert [part.json() async for part in client.stream("scale", samples)] == whole
+            await until(lambda: counted(box, "scale", "ok") == 6)
+
+    run(story)
+
+
+@pytest.mark.parametrize("stream", [True, "auto"])
+def test_parts_are_refused_on_a_lane(tmp_path: Path, stream: Any) -> None:
+    async def story() -> None:
+        async with shared_box(tmp_path, streaming_version(tmp_path / "m")) as box:
+            raw = await asyncio.to_thread(RawLane, box.path, "scale")
+            header = {"kind": "infer", "model": "scale", "content_type": "audio/pcm"}
+            for number in (1, 2):
+                raw.send({**header, "id": number, "stream": stream}, [b"12345678"])
+                refused = await asyncio.to_thread(raw.receive)
+                assert refused is not None
+                assert (refused.id, refused.header["code"]) == (number, "stream_unsupported")
+                assert "daemon" in refused.header["message"]
+            raw.send({**header, "id": 3}, [b"12345678"])
+            whole = await asyncio.to_thread(raw.receive)
+            assert whole is not None
+            assert (whole.id, whole.header["kind"]) == (3, "result")
+            raw.close()
+
+    run(story)
+
+
+def test_streams_that_are_joined_on_a_lane_end_with_it_and_at_their_time(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with shared_box(tmp_path, streaming_version(tmp_path / "m", "steps"), hang_timeout_s=3.0) as box:
+            worker = box.worker_pid("scale")
+            header = {"kind": "infer", "model": "scale", "content_type": "application/json"}
+            endless = b'{"kind": "text", "count": 1000000, "sleep_s": 0.001}'
+
+            async def opened() -> dict[str, int]:
+                async with AsyncClient(box.path) as client:
+                    (counts,) = (await client.predict("scale", b'{"report": true}')).json()
+                return dict(counts)
+
+            raw = await asyncio.to_thread(RawLane, box.path, "scale")
+            raw.send({**header, "id": 1, "deadline_ms": 6000}, [endless])  # longer than a worker may be silent
+            raw.send({**header, "id": 2}, [endless])
+            raw.send({"kind": "cancel", "id": 2})
+            found = [await asyncio.to_thread(raw.receive) for _ in range(2)]
+            codes = {frame.id: frame.header["code"] for frame in found if frame is not None}
+            assert codes == {1: "deadline_exceeded", 2: "canceled"}
+            raw.send({**header, "id": 3, "deadline_ms": 600_000}, [endless])
+            before = (await opened())["opened"]
+            while (await opened())["opened"] == before and before < 2:
+                await asyncio.sleep(0.01)
+            raw.close()
+            await until(lambda: lanes(box, "scale") == 0, limit_s=HELD_S)
+            async with asyncio.timeout(HELD_S):
+                while (counts := await opened())["opened"] != counts["closed"]:
+                    await asyncio.sleep(0.01)
+            assert box.worker_pid("scale") == worker
+
+    run(story)
+
+
+def test_a_lane_that_is_revoked_answers_the_streams_it_took(tmp_path: Path) -> None:
+    async def story() -> None:
+        spec = streaming_version(tmp_path / "m", "steps")
+        async with shared_box(tmp_path, spec) as box:
+            raw = await asyncio.to_thread(RawLane, box.path, "scale")
+            header = {"kind": "infer", "model": "scale", "content_type": "application/json"}
+            raw.send({**header, "id": 1}, [b'{"kind": "text", "count": 40, "sleep_s": 0.02}'])
+            raw.send({**header, "id": 2}, [b'{"kind": "text"}'])
+            frame = await asyncio.to_thread(raw.receive)
+            assert frame is not None
+            assert (frame.id, bytes(frame.body)) == (2, b"2 4 8 ")
+            box.engine.activate(await box.engine.load(renamed(spec, "2.0.0")))
+            kinds = []
+            while (frame := await asyncio.to_thread(raw.receive)) is not None:
+                kinds.append((frame.id, frame.header["kind"]))
+            assert sorted(kinds, key=str) == [(1, "result"), (None, "bye")]
+            raw.close()
 
     run(story)
 

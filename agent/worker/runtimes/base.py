@@ -15,7 +15,7 @@ from agent.worker.spec import Spec
 
 
 class Runtime(Protocol):
-    """One loaded model. Not shared between threads."""
+    """One loaded model. ``run`` may be called from several threads at once: a stream goes on beside a batch."""
 
     inputs: tuple[TensorSpec, ...]  # as the model file has them
     outputs: tuple[TensorSpec, ...]

@@ -8,7 +8,18 @@ import sys
 import numpy as np
 import pytest
 
-from agent.client.messages import call_frame, cancel_frame, infer_frame, predict_frame, result_of, value_of
+from agent.client.messages import (
+    Part,
+    call_frame,
+    cancel_frame,
+    infer_frame,
+    pace_frame,
+    part_of,
+    predict_frame,
+    result_of,
+    stream_frame,
+    value_of,
+)
 from agent.errors import AgentError, FrameError, OverloadedError, TensorError
 from agent.tensors import pack
 from agent.wire import Buffer, Decoder, Frame
@@ -40,6 +51,34 @@ def test_raw_bodies_of_any_buffer_are_sent(body: Buffer) -> None:
     frame = decoded(predict_frame(1, "m", body, content_type="text/plain"))
     assert frame.header["content_type"] == "text/plain"
     assert bytes(frame.body) == b"raw"
+
+
+def test_a_wish_for_parts_is_a_request_of_either_kind() -> None:
+    tensors = decoded(stream_frame(1, "m", {"x": np.ones(2, np.float32)}, outputs=["y"]))
+    assert (tensors.header["stream"], tensors.header["outputs"]) == (True, ["y"])
+    assert tensors.header["tensors"][0]["name"] == "x"
+    raw = decoded(stream_frame(1, "m", b"raw", content_type="a/b", priority=1))
+    assert (raw.header["stream"], raw.header["content_type"], raw.header["priority"]) == (True, "a/b", 1)
+    assert bytes(raw.body) == b"raw"
+    kinds = [decoded(pace_frame(3, paused=paused)).header for paused in (True, False)]
+    assert kinds == [{"kind": "pause", "id": 3}, {"kind": "resume", "id": 3}]
+
+
+def test_parts_are_numbered_and_all_say_who_answers() -> None:
+    about = {"model": "m", "version": "2", "variant": "int8"}
+    entries, body = pack({"y": np.arange(3)})
+    first = part_of(Frame({"kind": "part", "id": 1, "content_type": "text/plain", **about}, b"a\xc3\xa9"), None)
+    assert first is not None
+    second = part_of(Frame({"kind": "part", "id": 1, "tensors": entries}, bytes(body[0])), first)
+    assert isinstance(second, Part)
+    assert (first.text(), first.seq, second.seq) == ("a\u00e9", 0, 1)
+    np.testing.assert_array_equal(second.outputs["y"], np.arange(3))
+    assert (second.model, second.version, second.variant) == ("m", "2", "int8")
+    assert part_of(Frame({"kind": "result", "id": 1}, b""), second) is None
+    with pytest.raises(OverloadedError, match="full"):
+        part_of(Frame({"kind": "error", "id": 1, "code": "overloaded", "message": "full"}, b""), None)
+    with pytest.raises(FrameError):
+        part_of(Frame({"kind": "reply", "id": 1}, b""), None)
 
 
 def test_calls_and_withdrawals() -> None:

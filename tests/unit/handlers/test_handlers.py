@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from handlers import registry, testing
-from handlers.base import Context, Handler, InputError, Prepared, Reply
+from handlers.base import Context, Handler, InputError, Prepared, Reply, StreamingHandler
 from handlers.tensors import TensorsHandler
+from handlers.windows import WindowsHandler
 from tests.fakes import models
 
 SIGNATURE = {
@@ -98,6 +101,78 @@ def test_a_context_gives_paths_inside_the_bundle_only(tmp_path: Path) -> None:
         context(bundle_dir=tmp_path).path("../x")
 
 
+# streaming
+
+
+class Streaming(StreamingHandler):
+    """Answers with what its body says."""
+
+    def preprocess(self, body: bytes, content_type: str) -> Any:
+        return {"x": np.ones((1, 4), np.float32)}
+
+    def stream(self, inputs: Any, rows: int, run: Any, state: Any) -> Any:
+        yield "a"
+        yield run(inputs)
+        if state is None:
+            run({"z": inputs["x"]})
+
+
+def test_items_are_joined_by_their_kind() -> None:
+    handler = Streaming(context())
+    assert handler.joined(["a", "b"]) == Reply(b"ab", "text/plain; charset=utf-8")
+    assert handler.joined([Reply(b"a", "x/y"), Reply(b"b", "x/y")]) == Reply(b"ab", "x/y")
+    assert handler.joined(["a", {"b": 1}]) == ["a", {"b": 1}]
+    mixed = [Reply(b"a", "x/y"), Reply(b"b", "x/z")]
+    assert handler.joined(mixed) == mixed
+    assert handler.joined([]) == []
+
+
+def test_arrays_become_lists_unless_the_handler_says_otherwise() -> None:
+    assert Streaming(context()).postprocess({"y": np.eye(2, dtype=np.int64)}, 2) == {"y": [[1, 0], [0, 1]]}
+
+
+# windows/v1
+
+MONO = {
+    "inputs": [{"name": "x", "dtype": "float32", "shape": ["N", 4]}],
+    "outputs": [{"name": "y", "dtype": "float32", "shape": ["N", 4]}],
+}
+
+
+def windows_of(body: bytes, **params: Any) -> list[tuple[int, list[float]]]:
+    handler = WindowsHandler(context(MONO, params=params))
+    parts = testing.parts(handler, lambda inputs: {"y": inputs["x"]}, body, "application/octet-stream")
+    return [(part["start"], part["outputs"]["y"]) for part in parts]
+
+
+def test_a_signal_is_answered_window_by_window() -> None:
+    signal = np.arange(1, 7, dtype=np.float32)
+    assert windows_of(signal.tobytes()) == [(0, [1, 2, 3, 4]), (4, [5, 6, 0, 0])]
+    assert windows_of(signal.tobytes(), hop=2) == [(0, [1, 2, 3, 4]), (2, [3, 4, 5, 6])]
+    assert windows_of(signal.astype("<i2").tobytes(), samples="int16", scale=0.5)[1] == (4, [2.5, 3, 0, 0])
+    assert windows_of(signal[:2].tobytes()) == [(0, [1, 2, 0, 0])]
+    assert windows_of(np.array([np.nan], np.float32).tobytes()) == [(0, [None, 0, 0, 0])]
+    for body in (b"", b"12345"):
+        with pytest.raises(InputError, match="expected float32 samples"):
+            windows_of(body)
+
+
+def test_rows_of_tensors_are_windows_too() -> None:
+    handler = WindowsHandler(context(MONO))
+    rows = np.eye(2, 4, dtype=np.float32)
+    items = list(handler.stream({"x": rows}, 2, lambda inputs: {"y": inputs["x"]}, None))
+    assert [(item["start"], item["outputs"]["y"]) for item in items] == [(0, [1, 0, 0, 0]), (1, [0, 1, 0, 0])]
+
+
+@pytest.mark.parametrize(
+    ("signature", "params"),
+    [(SIGNATURE, {}), (MONO | {"inputs": [MONO["inputs"][0] | {"shape": ["N", "T"]}]}, {}), (MONO, {"hop": 0})],
+)
+def test_what_has_no_windows_is_refused_when_it_is_loaded(signature: Any, params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        WindowsHandler(context(signature, params=params))
+
+
 # handlers.testing
 
 
@@ -135,6 +210,67 @@ def test_a_handler_can_be_tried_on_a_real_model(model: Path) -> None:
     for body in (b"list", b"names", b"rows"):
         with pytest.raises(ValueError, match="preprocess returned"):
             testing.answer(handler, run, body, "text/plain")
+
+
+def test_a_streaming_handler_can_be_tried_too(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, signature = testing.load_model(model)
+    parts = testing.parts(Streaming(context(signature)), run, b"", "text/plain")
+    assert next(parts) == "a"
+    assert len(next(parts)["y"][0]) == 3
+    with pytest.raises(ValueError, match=r"stream ran the model on inputs \['z'\]"):
+        next(parts)
+    file = model.parent / "steps.py"
+    file.write_text(STREAMER)
+    command = ["--model", str(model), "--handler", f"{file}:Counter", str(model.parent / "steps.py")]
+    assert testing.main(command) == 0
+    assert [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()] == ['[0]: "0"', '[1]: "1"']
+    handler = testing.load_handler(f"{file}:Counter", context(signature))
+    assert testing.answer(handler, run, b"", "a/b") == Reply(b"01", "text/plain; charset=utf-8")
+
+
+def next_byte() -> onnx.ModelProto:
+    """Scores for the byte after ``context``: the letter after its last one, and nothing after ``e``."""
+    table = np.eye(256, k=1, dtype=np.float32)
+    table[ord("e")] = np.eye(256, dtype=np.float32)[0]
+    nodes = [
+        helper.make_node("Gather", ["context", "last"], ["byte"], axis=1),
+        helper.make_node("Cast", ["byte"], ["index"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "index"], ["scores"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "next",
+        [helper.make_tensor_value_info("context", TensorProto.UINT8, ["N", 16])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 256])],
+        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array(15, dtype=np.int64), "last")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+def test_the_example_of_the_documentation_writes(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs/handlers.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Writer" in block)
+    (tmp_path / "writer.py").write_text(example)
+    onnx.save(next_byte(), str(tmp_path / "model.onnx"))
+    run, signature = testing.load_model(tmp_path / "model.onnx")
+    writer = testing.load_handler(f"{tmp_path / 'writer.py'}:Writer", context(signature))
+    assert isinstance(writer, StreamingHandler)
+    assert list(testing.parts(writer, run, b'{"text_input": "once a"}', "application/json")) == ["b", "c", "d", "e"]
+    asked = b'{"text_input": "a", "parameters": {"max_tokens": 2}}'
+    assert testing.answer(writer, run, asked, "application/json") == Reply(b"bc", "text/plain; charset=utf-8")
+    with pytest.raises(InputError, match="expected"):
+        testing.answer(writer, run, b"[]", "application/json")
+
+
+STREAMER = """
+import numpy as np
+from handlers.base import StreamingHandler
+class Counter(StreamingHandler):
+    def preprocess(self, body, content_type):
+        return {"x": np.ones((1, 4), np.float32)}
+    def stream(self, inputs, rows, run, state):
+        yield from "01"
+"""
 
 
 def test_the_command_answers_each_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent.errors import InvalidInputError, TooLargeError
 from agent.serving.budget import ReceiveBudget
-from agent.serving.http_inference import Target, inflate, parse_target, target_of
+from agent.serving.http_inference import Generate, Target, inflate, parse_target, target_of
 from agent.serving.replies import Dialect
 
 pytestmark = pytest.mark.unit
@@ -28,6 +28,10 @@ KIB = 1024
         (b"/v2/models/magika/infer", Target("magika", None, Dialect.INFERENCE)),
         (b"/v2/models/magika/versions/3/infer", Target("magika", "3", Dialect.INFERENCE)),
         (b"/v2/models/a%2Fb/infer", Target("a/b", None, Dialect.INFERENCE)),
+        (b"/v2/models/a/generate", Target("a", None, Dialect.INFERENCE, Generate.WHOLE)),
+        (b"/v2/models/a/generate_stream", Target("a", None, Dialect.INFERENCE, Generate.STREAM)),
+        (b"/v2/models/a/versions/1/generate_stream", Target("a", "1", Dialect.INFERENCE, Generate.STREAM)),
+        (b"/v2/models/a/generate_streams", None),
         (b"/predictions/", None),
         (b"/predictions", None),
         (b"/predictions/m/1/x", None),
