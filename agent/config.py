@@ -20,6 +20,7 @@ from agent.errors import ConfigError
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
+EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG, of the process: systemd need not try again at once
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _UNKNOWN_KEY: Final = re.compile(r"unknown field `(.+)`")
 _DEVICE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -7,7 +7,6 @@ answered, workers leave, and the last events reach the outbox.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import fcntl
 import os
@@ -15,8 +14,7 @@ import random
 import secrets
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -28,12 +26,13 @@ from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, S
 from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
-from agent.config import Config, ServingConfig, load
+from agent.config import EXIT_BAD_CONFIG, Config, ServingConfig
 from agent.control import Box, Control
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
 from agent.deploy.reconciler import Reconciler
 from agent.engine.engine import Engine
+from agent.engine.spawn import Spawned
 from agent.engine.zygote import become_subreaper
 from agent.errors import AgentError, ConfigError, StateError
 from agent.events import EventBus, Severity, Stream
@@ -60,8 +59,6 @@ from agent.telemetry.topics import Topics
 from agent.wire import Limits
 
 _log = get_logger("daemon")
-_CONFIG: Final = Path("/etc/inferd/inferd.toml")
-_EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG: systemd need not try again at once
 _PROGRESS_TIMEOUT_S: Final = 10.0
 _BOOT_GRACE_S: Final = 10.0
 
@@ -85,31 +82,31 @@ class Watchdog:
             await asyncio.sleep(self._interval_s)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the daemon; return the process's exit status."""
-    parser = argparse.ArgumentParser(prog="inferd", description="Edge inference daemon.")
-    parser.add_argument("--config", type=Path, default=_CONFIG, help=f"TOML file (default: {_CONFIG})")
-    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
-    parser.add_argument("--version", action="version", version=f"inferd {__version__}")
-    arguments = parser.parse_args(argv)
-    try:
-        config = load(arguments.config)
-        choose(config.device.profile, probe(), load_profiles())
-    except ConfigError as error:
-        print(f"inferd: {error.code}: {error}", file=sys.stderr)
-        return _EXIT_BAD_CONFIG
-    if arguments.check:
-        print(f"{arguments.config}: ok")
-        return 0
+def check(config: Config) -> None:
+    """Check what a configuration refers to on this machine.
+
+    Raises:
+        ConfigError: something that is not there.
+    """
+    choose(config.device.profile, probe(), load_profiles())
+
+
+def run(config: Config, early: Mapping[str, Spawned]) -> int:
+    """Run the daemon until it is told to stop; return the process's exit status.
+
+    Args:
+        config: Checked.
+        early: Zygotes that were started already, by runtime.
+    """
     setup(level=config.log.level, style=config.log.style)
     try:
-        uvloop.run(serve(config, Path(os.path.abspath(config.device.state_dir))))
+        uvloop.run(serve(config, Path(os.path.abspath(config.device.state_dir)), early))
     except (AgentError, BaseExceptionGroup) as error:
         return _explain(error)
     return 0
 
 
-async def serve(config: Config, state_dir: Path) -> None:
+async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | None = None) -> None:
     """Run on ``state_dir`` (absolute) until SIGTERM or SIGINT, then stop in order.
 
     Raises:
@@ -184,6 +181,7 @@ async def serve(config: Config, state_dir: Path) -> None:
             limits=config.limits,
             cores=sorted(os.sched_getaffinity(0)) if _binds(config, profile) else (),
             memory_bytes_max=int(profile.memory_share * hardware.memory_bytes),
+            spawned=early or {},
         )
         await stack.enter_async_context(engine.running())
         puller = Puller(config.store, config.policy, state_dir, hardware, profile)
@@ -383,7 +381,7 @@ def _explain(error: BaseException) -> int:
         raise error
     for leaf in leaves:
         _log.error("cannot run", code=getattr(leaf, "code", "internal"), reason=str(leaf))
-    return _EXIT_BAD_CONFIG if any(isinstance(leaf, ConfigError) for leaf in leaves) else 1
+    return EXIT_BAD_CONFIG if any(isinstance(leaf, ConfigError) for leaf in leaves) else 1
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import shutil
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
 from agent.engine.orphans import kill_left
 from agent.engine.pool import Pool, PoolOwner
+from agent.engine.spawn import Spawned
 from agent.engine.streams import StreamCounts
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
 from agent.engine.version import Version
@@ -67,6 +68,7 @@ class Engine:
         metrics: Metrics,
         arena: Arena | None = None,
         limits: Iterable[ClientLimitConfig] = (),
+        spawned: Mapping[str, Spawned] | None = None,
         cores: Iterable[int] = (),
         memory_bytes_max: int = 0,
     ) -> None:
@@ -80,7 +82,7 @@ class Engine:
         self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
         self._events = events
         self._metrics = metrics
-        self._zygotes: dict[str, Zygote] = {}
+        self._zygotes = {runtime: Zygote(runtime, spawned=one) for runtime, one in (spawned or {}).items()}
         self._active: dict[str, Version] = {}
         self._loaded: set[Version] = set()
         self._expected: dict[str, str] = {}  # slots that are known and have nothing to serve yet: why

@@ -12,28 +12,18 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any, Final
 
 import msgpack
 
+from agent.engine.spawn import Spawned, spawn
 from agent.errors import LoadError, WorkerDiedError
 from agent.log import get_logger
 
 _log = get_logger("zygote")
 _PACKET_BYTES_MAX: Final = 64 * 1024
 _CHANNEL_BUFFER_BYTES: Final = 1 << 20
-_ENVIRONMENT_KEPT: Final = (
-    "PATH",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "PYTHONPATH",
-    "PYTHONPYCACHEPREFIX",
-    "PYTHONDONTWRITEBYTECODE",
-    "CUDA_VISIBLE_DEVICES",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +65,17 @@ class WorkerProcess:
 class Zygote:
     """One runtime's zygote process."""
 
-    def __init__(self, runtime: str, *, start_timeout_s: float = 60.0, fork_timeout_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        runtime: str,
+        *,
+        start_timeout_s: float = 60.0,
+        fork_timeout_s: float = 20.0,
+        spawned: Spawned | None = None,
+    ) -> None:
+        """``spawned`` is its process, if that was started already."""
         self.runtime = runtime
+        self._spawned = spawned
         self.runtime_version = ""
         self._start_timeout_s = start_timeout_s
         self._fork_timeout_s = fork_timeout_s
@@ -147,6 +146,9 @@ class Zygote:
     async def stop(self) -> None:
         """Close the control channel, upon which the zygote leaves, and collect it."""
         process, self._process = self._process, None
+        if self._spawned is not None:  # never needed
+            process, control = self._spawned
+            control.close()
         self._lose(WorkerDiedError("the zygote was stopped"))
         if process is not None:
             await _collect(process)
@@ -162,22 +164,14 @@ class Zygote:
                 return
             if self._process is not None:
                 await _collect(self._process)
-            try:
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            except OSError as error:
-                raise LoadError(f"zygote {self.runtime} cannot start: {error}") from error
-            ours.setblocking(False)
             loop = asyncio.get_running_loop()
             self._ready = loop.create_future()
             try:
-                self._process = _start_process(self.runtime, theirs.fileno())
+                self._process, self._control = self._spawned or spawn(self.runtime)
             except OSError as error:
-                ours.close()
                 raise LoadError(f"zygote {self.runtime} cannot start: {error}") from error
-            finally:
-                theirs.close()
-            self._control = ours
-            loop.add_reader(ours.fileno(), self._on_packet)
+            self._spawned = None
+            loop.add_reader(self._control.fileno(), self._on_packet)
             try:
                 await asyncio.wait_for(self._ready, self._start_timeout_s)
             except TimeoutError as error:
@@ -244,17 +238,6 @@ class Zygote:
                 waiting.set_exception(LoadError(str(error)))
         if self._process is not None:
             _log.warning("zygote lost; the next fork starts another", runtime=self.runtime)
-
-
-def _start_process(runtime: str, control: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "agent.worker.zygote", "--runtime", runtime, "--control-fd", str(control)],
-        pass_fds=[control],
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr,
-        env={name: os.environ[name] for name in _ENVIRONMENT_KEPT if name in os.environ},
-        start_new_session=True,
-    )
 
 
 def _memory_file(data: bytes) -> int:
