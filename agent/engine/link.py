@@ -24,7 +24,7 @@ from agent.engine.job import Job
 from agent.engine.lanes import Lane, too_many
 from agent.engine.streams import Paused
 from agent.engine.zygote import WorkerProcess
-from agent.errors import AgentError, CanceledError, DeadlineError, FrameError, TooLargeError
+from agent.errors import AgentError, CanceledError, DeadlineError, FrameError, OverloadedError, TooLargeError
 from agent.log import get_logger
 from agent.regions import Region
 from agent.wire import (
@@ -230,9 +230,9 @@ class WorkerLink:
         """Keep a region attached until a matching ``unpin``.
 
         Raises:
-            OverloadedError: all that may be attached are pinned.
+            OverloadedError: half of what may be attached is pinned; the rest is for requests of the daemon.
         """
-        if region not in self._pinned and len(self._pinned) >= self._regions_max - 1:
+        if region not in self._pinned and len(self._pinned) >= self._regions_max // 2:
             raise too_many(len(self._pinned))
         region.hold()
         self._pinned[region] = self._pinned.get(region, 0) + 1
@@ -297,26 +297,28 @@ class WorkerLink:
                 lent.append(window)
         if lent:
             for region in lent:
-                self._use(region)
+                self._use(region, beside=lent)
             header["shared"] = shared
             self._lent[job.number] = (lent, window)
         return body
 
-    def _use(self, region: Region) -> None:
-        """Make sure the worker has the region mapped."""
+    def _use(self, region: Region, *, beside: Sequence[Region] = ()) -> None:
+        """Make sure the worker has the region mapped, together with those ``beside`` it."""
         if region in self._attached:
             del self._attached[region]
         else:
-            self._attach(region)
+            self._attach(region, beside)
         self._attached[region] = None
 
-    def _attach(self, region: Region) -> None:
+    def _attach(self, region: Region, beside: Sequence[Region]) -> None:
         if len(self._attached) >= self._regions_max:
             # requests that use it keep it mapped in the worker until they end
-            oldest = next(region for region in self._attached if region not in self._pinned)
-            del self._attached[oldest]
-            oldest.users.discard(self)
-            self.post({"kind": "detach", "region": oldest.number})
+            kept = {*beside, *self._pinned}
+            oldest = next((one for one in self._attached if one not in kept), None)  # none: one request needs so many
+            if oldest is not None:
+                del self._attached[oldest]
+                oldest.users.discard(self)
+                self.post({"kind": "detach", "region": oldest.number})
         region.users.add(self)
         region.hold()  # until its descriptor is sent
         header = {"kind": "attach", "region": region.number, "nbytes": region.nbytes}
@@ -409,7 +411,7 @@ class WorkerLink:
             return
         except OSError:
             count, frames = 0, []
-        except (FrameError, TooLargeError) as error:
+        except (FrameError, TooLargeError, OverloadedError) as error:
             self._kill_for(error)
             count, frames = 0, []
         if count == 0:
@@ -518,7 +520,7 @@ class WorkerLink:
                     if not data:
                         return
                     frames = self._decoder.feed(data)
-            except (OSError, FrameError, TooLargeError):
+            except (OSError, FrameError, TooLargeError, OverloadedError):
                 return
             for frame in frames:
                 self._take(frame)
