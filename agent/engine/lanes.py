@@ -104,7 +104,6 @@ class Lane:
         regions, self._regions = self._regions, {}
         for region in regions.values():
             self._link.unpin(region)
-        self.socket.close()
         self.on_end(self)
 
 
