@@ -96,6 +96,7 @@ class WorkerLink:
         self._on_answer = on_answer
         self._on_part = on_part
         self._paused = Paused()
+        self._wishes: dict[int, bool] = {}  # to pause or not, by job number, until the worker takes more
         self._on_frame = on_frame
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
@@ -162,11 +163,28 @@ class WorkerLink:
             del self._paused[job.number]
 
     def pace(self, job: Job, *, paused: bool) -> None:
-        """Ask the worker to hold a stream, or to go on with it; nothing is sent unless that is new."""
+        """Ask the worker to hold a stream, or to go on with it; nothing is sent unless that is new.
+
+        Of what is asked while the worker takes nothing only the last counts.
+        """
+        if not self._writing:
+            self._tell_pace(job.number, paused=paused)
+            return
+        if not self._wishes:
+            self._sent_all.append(self._tell_wishes)
+        self._wishes[job.number] = paused
+
+    def _tell_wishes(self) -> None:
+        wishes, self._wishes = self._wishes, {}
+        for number, paused in wishes.items():
+            if number in self.jobs:
+                self._tell_pace(number, paused=paused)
+
+    def _tell_pace(self, number: int, *, paused: bool) -> None:
         if not paused:
             self._expect_word()
-        if self._paused.ask(job.number, paused=paused):
-            self.post({"kind": "pause" if paused else "resume", "id": job.number})
+        if self._paused.ask(number, paused=paused):
+            self.post({"kind": "pause" if paused else "resume", "id": number})
 
     def region_gone(self, region: Region) -> None:
         """Let the worker unmap a region that ends, see ``regions.RegionUser``."""
@@ -192,6 +210,11 @@ class WorkerLink:
             if job.dispatched >= since and not job.begun:
                 return max(0.0, self._answered_at - job.dispatched)
         return 0.0
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What the worker has not taken yet."""
+        return self._out_bytes
 
     def lanes_in_use(self, now: float) -> bool:
         """Whether the worker has just answered on its direct lanes."""
@@ -373,10 +396,10 @@ class WorkerLink:
             out.clear()  # the worker is dying; its pidfd tells
             self._out_bytes = 0
             self._drop_passing()
-        self._tell_sent()
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self.process.channel.fileno())
+        self._tell_sent()
 
     def _tell_sent(self) -> None:
         told, self._sent_all = self._sent_all, []

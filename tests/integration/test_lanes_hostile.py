@@ -17,7 +17,7 @@ from agent.config import SharedMemoryConfig
 from agent.engine.types import VersionSpec
 from agent.tensors import pack
 from agent.wire import Decoder, Frame, encode, encode_head
-from tests.integration.test_lanes import HELD_S, RawLane, counted, lanes, renamed, run
+from tests.integration.test_lanes import HELD_S, RawLane, counted, lanes, renamed, run, streaming_version
 from tests.integration.test_shared_memory_hostile import memfd, stopped
 from tests.shared import SharedBox, double_version, mean_version, shared_box, slow_version, until
 
@@ -341,5 +341,33 @@ def test_large_documents_are_not_remembered(tmp_path: Path) -> None:
                 assert await asyncio.to_thread(ask, number) == "result"
             assert resident_bytes() - before < 64 << 20
             peer.close()
+
+    run(story)
+
+
+def test_what_is_asked_of_a_worker_that_takes_nothing_does_not_pile_up(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with shared_box(tmp_path, streaming_version(tmp_path / "m")) as box:
+            (peer,) = await peers(box.path, "scale", 1)
+            pool = box.version("scale").pool
+            assert pool is not None
+            samples = np.arange(400_000, dtype="<i2").tobytes()
+            header = {"kind": "infer", "id": 5, "model": "scale", "content_type": "audio/pcm", "stream": True}
+            await asyncio.to_thread(peer.tell, header, body=samples)
+            await asyncio.to_thread(peer.home.recv, 1000)
+            paces = b"".join(bytes(part) for kind in ("resume", "pause") for part in encode({"kind": kind, "id": 5}))
+            with stopped(box.worker_pid("scale")):
+
+                def flood() -> None:
+                    for _ in range(200):
+                        peer.home.sendall(paces * 200)
+
+                peer.home.settimeout(HELD_S)
+                await asyncio.to_thread(flood)
+                (link,) = pool.links
+                assert link.unsent_bytes < 1 << 18
+            peer.close()
+            await until(lambda: outstanding(box, "scale") == 0)
+            assert box.version("scale").deaths == 0
 
     run(story)
