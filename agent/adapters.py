@@ -25,7 +25,7 @@ from agent.deploy.ports import Bundle, Evidence, Loaded, Progress
 from agent.deploy.reconciler import Reconciler
 from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
-from agent.engine.types import FORWARDED_BYTES, VariantSpec, VersionSpec
+from agent.engine.types import VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.errors import PolicyError, SelfTestError, StateError
 from agent.events import EventBus
@@ -107,7 +107,7 @@ class SpecMaker:
             "sandbox": self._policy.sandbox,
             "share_weights": workers.share_weights,
             "wire": {
-                "header_bytes_max": self._serving.header_bytes_max + FORWARDED_BYTES,
+                "header_bytes_max": forwarded_header_bytes(self._serving.header_bytes_max),
                 "body_bytes_max": self._serving.body_bytes_max,
             },
         }

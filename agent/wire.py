@@ -61,7 +61,7 @@ from typing import Any, Final, NamedTuple
 
 import msgpack
 
-from agent.errors import FrameError, TensorError, TooLargeError
+from agent.errors import FrameError, OverloadedError, TensorError, TooLargeError
 
 MAGIC: Final = b"IFD1"
 PREFIX: Final = struct.Struct("<4sIQ")
@@ -296,12 +296,13 @@ class Decoder:
         Raises:
             FrameError: bad magic, malformed header. Close the connection.
             TooLargeError: a length above its limit. Close the connection.
+            OverloadedError: there is no memory for a body. Close the connection.
         """
         if self._broken:
             raise FrameError("the stream already broke the protocol")
         try:
             return self._feed(data)
-        except (FrameError, TooLargeError):
+        except (FrameError, TooLargeError, OverloadedError):
             self._broken = True
             raise
 
@@ -374,7 +375,10 @@ class Decoder:
         self._frame = frame
         place = self._place(frame.header, body_bytes) if self._place is not None else None
         if place is None:
-            place = memoryview(bytearray(body_bytes) if body_bytes <= _MAPPED else mmap(-1, body_bytes))
+            try:
+                place = memoryview(bytearray(body_bytes) if body_bytes <= _MAPPED else mmap(-1, body_bytes))
+            except (MemoryError, OSError) as error:
+                raise OverloadedError(f"no memory for a body of {body_bytes} bytes") from error
         self._body = place
         self._body[: len(first)] = first
         self._filled = len(first)

@@ -22,7 +22,7 @@ from agent.arena import Arena
 from agent.clock import SystemClock
 from agent.config import AuthConfig, ClientLimitConfig, EngineConfig, ServingConfig, SharedMemoryConfig
 from agent.engine.engine import Engine
-from agent.engine.types import VersionSpec
+from agent.engine.types import VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.engine.zygote import become_subreaper
 from agent.events import EventBus
@@ -182,7 +182,7 @@ def _version(
         "model": name,
         "signature": {**signature, "dims": {}},
         "batching": {"max_batch": rows_max, "max_delay_ms": delay_ms, "axis": "N"},
-        "wire": {"header_bytes_max": 65536, "body_bytes_max": 1 << 26},
+        "wire": {"header_bytes_max": forwarded_header_bytes(65536), "body_bytes_max": 1 << 26},
         "limits": {"memory_bytes": 0, "open_files": open_files},
     }
     return replace(spec, model=name, variants=(replace(variant, worker=worker),))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -21,6 +22,7 @@ from agent.errors import LaneRefusedError, OverloadedError
 from agent.regions import Region
 
 _BUFFER_BYTES: Final = 1 << 20
+_LENDING_MAX: Final = 256  # at once on one lane: its worker has not been told yet
 
 
 class _Link(Protocol):
@@ -60,6 +62,7 @@ class Lane:
         self.on_end: Callable[[Lane], None] = _nobody
         self._link = link
         self._regions: dict[int, Region] = {}  # by the application's numbers
+        self._lending = 0
         self._ended = False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         for side in (ours, theirs):
@@ -72,16 +75,23 @@ class Lane:
         """Let the worker know a region as the application calls it; ``done`` is called when it has been told.
 
         Raises:
-            OverloadedError: the worker has as many regions as it may.
+            OverloadedError: the worker has as many regions as it may, or has not been told of the last ones.
             LaneRefusedError: the lane has ended.
         """
         if self._ended:
             raise LaneRefusedError("the lane has ended")
+        if self._lending >= _LENDING_MAX:
+            raise OverloadedError("the worker has not been told yet of what was lent before")
         if number not in self._regions:
             self._link.pin(region)
             self._regions[number] = region
             self._link.post({"kind": "lend", "lane": self.number, "as": number, "region": region.number})
-        self._link.when_sent(done)
+        self._lending += 1
+        self._link.when_sent(partial(self._lent, done))
+
+    def _lent(self, done: Callable[[], None]) -> None:
+        self._lending -= 1
+        done()
 
     def unlend(self, number: int) -> None:
         """Take a region back; requests that look at it keep it mapped until they are answered."""
@@ -104,7 +114,6 @@ class Lane:
         regions, self._regions = self._regions, {}
         for region in regions.values():
             self._link.unpin(region)
-        self.socket.close()
         self.on_end(self)
 
 

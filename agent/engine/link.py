@@ -24,7 +24,7 @@ from agent.engine.job import Job
 from agent.engine.lanes import Lane, too_many
 from agent.engine.streams import Paused
 from agent.engine.zygote import WorkerProcess
-from agent.errors import AgentError, CanceledError, DeadlineError, FrameError, TooLargeError
+from agent.errors import AgentError, CanceledError, DeadlineError, FrameError, OverloadedError, TooLargeError
 from agent.log import get_logger
 from agent.regions import Region
 from agent.wire import (
@@ -96,6 +96,7 @@ class WorkerLink:
         self._on_answer = on_answer
         self._on_part = on_part
         self._paused = Paused()
+        self._wishes: dict[int, bool] = {}  # to pause or not, by job number, until the worker takes more
         self._on_frame = on_frame
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
@@ -162,11 +163,28 @@ class WorkerLink:
             del self._paused[job.number]
 
     def pace(self, job: Job, *, paused: bool) -> None:
-        """Ask the worker to hold a stream, or to go on with it; nothing is sent unless that is new."""
+        """Ask the worker to hold a stream, or to go on with it; nothing is sent unless that is new.
+
+        Of what is asked while the worker takes nothing only the last counts.
+        """
+        if not self._writing:
+            self._tell_pace(job.number, paused=paused)
+            return
+        if not self._wishes:
+            self._sent_all.append(self._tell_wishes)
+        self._wishes[job.number] = paused
+
+    def _tell_wishes(self) -> None:
+        wishes, self._wishes = self._wishes, {}
+        for number, paused in wishes.items():
+            if number in self.jobs:
+                self._tell_pace(number, paused=paused)
+
+    def _tell_pace(self, number: int, *, paused: bool) -> None:
         if not paused:
             self._expect_word()
-        if self._paused.ask(job.number, paused=paused):
-            self.post({"kind": "pause" if paused else "resume", "id": job.number})
+        if self._paused.ask(number, paused=paused):
+            self.post({"kind": "pause" if paused else "resume", "id": number})
 
     def region_gone(self, region: Region) -> None:
         """Let the worker unmap a region that ends, see ``regions.RegionUser``."""
@@ -192,6 +210,11 @@ class WorkerLink:
             if job.dispatched >= since and not job.begun:
                 return max(0.0, self._answered_at - job.dispatched)
         return 0.0
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What the worker has not taken yet."""
+        return self._out_bytes
 
     def lanes_in_use(self, now: float) -> bool:
         """Whether the worker has just answered on its direct lanes."""
@@ -230,9 +253,9 @@ class WorkerLink:
         """Keep a region attached until a matching ``unpin``.
 
         Raises:
-            OverloadedError: all that may be attached are pinned.
+            OverloadedError: half of what may be attached is pinned; the rest is for requests of the daemon.
         """
-        if region not in self._pinned and len(self._pinned) >= self._regions_max - 1:
+        if region not in self._pinned and len(self._pinned) >= self._regions_max // 2:
             raise too_many(len(self._pinned))
         region.hold()
         self._pinned[region] = self._pinned.get(region, 0) + 1
@@ -297,26 +320,28 @@ class WorkerLink:
                 lent.append(window)
         if lent:
             for region in lent:
-                self._use(region)
+                self._use(region, beside=lent)
             header["shared"] = shared
             self._lent[job.number] = (lent, window)
         return body
 
-    def _use(self, region: Region) -> None:
-        """Make sure the worker has the region mapped."""
+    def _use(self, region: Region, *, beside: Sequence[Region] = ()) -> None:
+        """Make sure the worker has the region mapped, together with those ``beside`` it."""
         if region in self._attached:
             del self._attached[region]
         else:
-            self._attach(region)
+            self._attach(region, beside)
         self._attached[region] = None
 
-    def _attach(self, region: Region) -> None:
+    def _attach(self, region: Region, beside: Sequence[Region]) -> None:
         if len(self._attached) >= self._regions_max:
             # requests that use it keep it mapped in the worker until they end
-            oldest = next(region for region in self._attached if region not in self._pinned)
-            del self._attached[oldest]
-            oldest.users.discard(self)
-            self.post({"kind": "detach", "region": oldest.number})
+            kept = {*beside, *self._pinned}
+            oldest = next((one for one in self._attached if one not in kept), None)  # none: one request needs so many
+            if oldest is not None:
+                del self._attached[oldest]
+                oldest.users.discard(self)
+                self.post({"kind": "detach", "region": oldest.number})
         region.users.add(self)
         region.hold()  # until its descriptor is sent
         header = {"kind": "attach", "region": region.number, "nbytes": region.nbytes}
@@ -371,10 +396,10 @@ class WorkerLink:
             out.clear()  # the worker is dying; its pidfd tells
             self._out_bytes = 0
             self._drop_passing()
-        self._tell_sent()
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self.process.channel.fileno())
+        self._tell_sent()
 
     def _tell_sent(self) -> None:
         told, self._sent_all = self._sent_all, []
@@ -409,7 +434,7 @@ class WorkerLink:
             return
         except OSError:
             count, frames = 0, []
-        except (FrameError, TooLargeError) as error:
+        except (FrameError, TooLargeError, OverloadedError) as error:
             self._kill_for(error)
             count, frames = 0, []
         if count == 0:
@@ -518,7 +543,7 @@ class WorkerLink:
                     if not data:
                         return
                     frames = self._decoder.feed(data)
-            except (OSError, FrameError, TooLargeError):
+            except (OSError, FrameError, TooLargeError, OverloadedError):
                 return
             for frame in frames:
                 self._take(frame)

@@ -13,8 +13,7 @@ from agent.engine.growth import Bounds
 from agent.regions import Region
 from agent.wire import Buffer, Header
 
-# What a forwarded header may grow by: the daemon adds a deadline and its own number.
-FORWARDED_BYTES: Final = 256
+_FORWARDED_BYTES: Final = 4096  # what the daemon adds to a forwarded header: deadline, its own number, regions
 
 # The Open Inference Protocol's names of the wire's dtypes.
 OIP_DATATYPES: Final[Mapping[str, str]] = {
@@ -57,6 +56,14 @@ class InferRequest(Protocol):
     part: Callable[[dict[str, Any], Sequence[Buffer]], None] | None
 
     def answer(self, header: Header, body: Sequence[Buffer], /) -> None: ...
+
+
+def forwarded_header_bytes(header_bytes_max: int) -> int:
+    """Return what a worker must take for a header of so many bytes, which grows on its way.
+
+    The daemon packs it anew: a float of 32 bits leaves as one of 64, 9 bytes for 5.
+    """
+    return 2 * header_bytes_max + _FORWARDED_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

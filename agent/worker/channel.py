@@ -26,8 +26,10 @@ _BUFFERS_MAX: Final = 512  # below IOV_MAX
 _JOIN_BYTES_MAX: Final = 1 << 16  # below it one copy is cheaper than many buffers
 _OUTGOING_BYTES_MAX: Final = 32 * 1024 * 1024
 _REPEATS_MAX: Final = 256  # kinds of headers the daemon forwards again and again
+_LANE_REPEATS_MAX: Final = 32  # of one application
 # As plain integers: the enum's own arithmetic costs more than the system call.
 _RECEIVE_FLAGS: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_CMSG_CLOEXEC)
+_LOST: Final = int(socket.MSG_CTRUNC)  # of a descriptor that found no place: the kernel has closed it
 _SEND_FLAGS: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_NOSIGNAL)
 
 
@@ -41,10 +43,13 @@ class Channel:
         sock.setblocking(False)
         self.descriptor_number = sock.fileno()
         self.closed = False  # the peer will send nothing more
+        self.drained = False  # the last read found nothing
+        self.sent_bytes = 0
         self._socket = sock
         self._limits = limits
         self._takes_descriptors = place is None
-        self._decoder = Decoder(limits, place=place, repeats=INFER_LEAD, repeats_max=_REPEATS_MAX)
+        repeats_max = _REPEATS_MAX if place is None else _LANE_REPEATS_MAX
+        self._decoder = Decoder(limits, place=place, repeats=INFER_LEAD, repeats_max=repeats_max)
         self._outgoing: list[Buffer] = []
         self._outgoing_bytes = 0
         self._descriptors: deque[int] = deque()  # received, their frames not handled yet
@@ -78,6 +83,7 @@ class Channel:
             FrameError, TooLargeError: the peer broke the protocol; leave.
         """
         place = self._decoder.body_buffer()
+        self.drained = False
         try:
             if place is not None:
                 count = self._socket.recv_into(place, 0, _RECEIVE_FLAGS)
@@ -88,12 +94,15 @@ class Channel:
                 count = len(data)
                 frames = self._decoder.feed(data) if count else []
             else:
-                data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES, _RECEIVE_FLAGS)
+                data, ancillary, flags, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES, _RECEIVE_FLAGS)
                 if ancillary:
                     self._keep(ancillary)
+                elif flags & _LOST:
+                    self._descriptors.append(-1)
                 count = len(data)
                 frames = self._decoder.feed(data) if count else []
         except BlockingIOError:
+            self.drained = True
             return []
         except ConnectionError:
             count, frames = 0, []
@@ -102,7 +111,7 @@ class Channel:
         return frames
 
     def descriptor(self) -> int:
-        """Return the descriptor that came with an ``attach`` frame; the caller closes it.
+        """Return the descriptor that came with a frame; the caller closes it. -1: this process may have no more.
 
         Raises:
             FrameError: none came.
@@ -149,6 +158,7 @@ class Channel:
                 self._outgoing_bytes = 0
                 return
             self._outgoing_bytes -= sent
+            self.sent_bytes += sent
             if not self._outgoing_bytes:
                 outgoing.clear()
                 return
@@ -161,8 +171,10 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket and every descriptor that nobody took."""
-        while self._descriptors:
-            os.close(self._descriptors.popleft())
+        for descriptor in self._descriptors:
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptors.clear()
         self._decoder.drop()  # which may know its owner
         self._socket.close()
 

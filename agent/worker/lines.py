@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import socket
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from agent.errors import AgentError, CanceledError, FrameError, OverloadedError, StreamUnsupportedError
 from agent.shares import Shares
-from agent.wire import Buffer, Limits, error_header
+from agent.wire import Buffer, Frame, Limits, error_header
 from agent.worker.channel import Channel
 from agent.worker.regions import Region
 from agent.worker.requests import Request
@@ -35,6 +36,7 @@ class Line:
 
     def __init__(self, channel: Channel, names: Mapping[str, str] | None = None) -> None:
         self.channel = channel
+        self.arrived: deque[Frame] = deque()  # and not handled yet
         self.interest = 0  # what the loop's poll is told of it
         self.gone = False  # closed: nobody is there to answer
         self._names = dict(names or {})
@@ -111,6 +113,7 @@ class Lane(Line):
         self.regions: dict[int, Region] = {}
         self._book = book
         self._arriving_bytes = 0  # of a large body under way
+        self._taken_bytes = 0  # by the application, when that was last looked at
 
     def admit(self, request: Request) -> None:
         """See ``Line.admit``.
@@ -118,7 +121,6 @@ class Lane(Line):
         Raises:
             StreamUnsupportedError: it asks for parts, which the daemon passes on and paces.
         """
-        self.forget_arriving()
         if request.streamed and request.header.get("stream"):
             raise StreamUnsupportedError("a direct lane carries whole answers: ask the daemon for parts")
         self._book.admit(self.grant, len(request.body))
@@ -133,6 +135,15 @@ class Lane(Line):
         """See ``Line.post_alive``; an application is told nothing, but the end of a revoked lane shows only here."""
         if self.channel.abandoned:
             raise CanceledError("nobody waits for it")
+
+    def watch(self, now: float) -> None:
+        """Note since when answers wait of which the application has taken nothing."""
+        taken_bytes, before = self.channel.sent_bytes, self._taken_bytes
+        self._taken_bytes = taken_bytes
+        if not self.channel.pending:
+            self.blocked_since = 0.0
+        elif not self.blocked_since or taken_bytes != before:
+            self.blocked_since = now
 
     def forget_arriving(self) -> None:
         """The large body under way is here, or never will be."""

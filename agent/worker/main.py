@@ -135,8 +135,10 @@ class Server:
                 select.select((execution.descriptor,), (), ())  # the rest would be told again and again
             for descriptor, events in self._poll.poll(self._pause_s()):
                 line = lines.get(descriptor)
-                if line is None:
+                if descriptor == execution.descriptor:
                     self._finish_batch()
+                elif line is None:
+                    continue  # it was closed in this very turn
                 elif events & ~select.EPOLLOUT:
                     self._receive(line)
                 else:
@@ -163,7 +165,7 @@ class Server:
                 self._report(now)
             until_report_s = max(0.0, self._report_at - now)
             wait_s = until_report_s if wait_s < 0 else min(wait_s, until_report_s)
-        return wait_s
+        return 0.0 if self._posted else wait_s
 
     def _full(self) -> bool:
         """Whether nothing more is taken until a batch has been."""
@@ -219,18 +221,23 @@ class Server:
         line.interest = interest
 
     def _receive(self, line: Line) -> bool:
-        """Take what has arrived with one read; return whether that was anything."""
-        if self._full():
+        """Take what has arrived with one read; return whether there may be more.
+
+        The daemon is always heard: it bounds what it hands over, and what it says of lanes may not wait for them.
+        Handling one frame may receive more of them; each line's are handled in their order all the same.
+        """
+        if line is not self._home and self._full():
             return False
+        arrived = line.arrived
         try:
-            frames = line.channel.receive()
+            arrived.extend(line.channel.receive())
             now = time.monotonic()
             if isinstance(line, Lane):
-                for frame in frames:
-                    self._take_from_lane(line, frame, now)
+                while arrived:
+                    self._take_from_lane(line, arrived.popleft(), now)
             else:
-                for frame in frames:
-                    self._take(frame, now)
+                while arrived:
+                    self._take(arrived.popleft(), now)
         except (FrameError, TooLargeError, OverloadedError, MemoryError) as error:
             if not isinstance(line, Lane):
                 raise
@@ -242,12 +249,17 @@ class Server:
             if line is self._home:
                 for lane in list(self._lanes.values()):
                     self._revoke(lane)
-        return bool(frames)
+        return not line.channel.drained and not line.channel.closed
 
     # Lanes
 
     def _grant(self, header: Mapping[str, Any]) -> None:
-        sock = socket.socket(fileno=self._home.channel.descriptor())
+        descriptor = self._home.channel.descriptor()
+        if descriptor < 0:
+            self._home.channel.post({"kind": "lane_closed", "lane": header.get("lane")})
+            self._posted.add(self._home)
+            return
+        sock = socket.socket(fileno=descriptor)
         try:
             grant = Grant.parse(header)
             bounds_s = [float(bound) for bound in header["bounds_s"]]
@@ -273,10 +285,9 @@ class Server:
 
     def _look_after(self, lane: Lane) -> None:
         """Close a lane that is done with; note one that takes no answers."""
+        lane.watch(time.monotonic())
         if lane.channel.pending:
-            lane.blocked_since = lane.blocked_since or time.monotonic()
             return
-        lane.blocked_since = 0.0
         if lane.channel.closed and not (lane.leaving and lane.outstanding):
             self._drop(lane)
 
@@ -289,6 +300,7 @@ class Server:
             return
         lane.channel.flush()
         lane.forget_arriving()
+        lane.arrived.clear()
         lane.regions.clear()
         lane.gone = True
         now = time.monotonic()
@@ -318,6 +330,7 @@ class Server:
 
     def _take_from_lane(self, lane: Lane, frame: Frame, now: float) -> None:
         header, kind = frame.header, frame.header["kind"]
+        lane.forget_arriving()
         if frame.id is None:
             raise FrameError(f"{kind[:32]!r} needs an 'id'")
         if kind == "infer":
@@ -389,7 +402,13 @@ class Server:
         if lane is None:  # it has left
             return
         if kind == "lend":
-            lane.name(int(header["as"]), self._regions.find(header["region"]))
+            try:
+                region = self._regions.find(header["region"])
+            except FrameError:
+                raise
+            except AgentError:  # it could not be mapped: who names it is refused
+                return
+            lane.name(int(header["as"]), region)
         elif kind == "unlend":
             lane.regions.pop(header.get("as", -1), None)
         else:

@@ -52,7 +52,7 @@ class Regions:
         return len(self._regions)
 
     def attach(self, header: Mapping[str, Any], descriptor: int) -> None:
-        """Map a region; the descriptor is closed.
+        """Map a region; the descriptor is closed (-1: it was lost on its way).
 
         Raises:
             FrameError: the header is malformed.
@@ -62,11 +62,14 @@ class Regions:
             if type(number) is not int or type(nbytes) is not int:
                 raise FrameError("'attach' needs region and nbytes")
             try:
+                if descriptor < 0:
+                    raise OutOfMemoryError("no descriptor is left for the region")
                 self._regions[number] = _map(descriptor, nbytes)
             except AgentError as error:
                 self._regions[number] = error
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def detach(self, header: Mapping[str, Any]) -> None:
         """Forget a region; requests that look at it keep it mapped until they end."""

@@ -58,6 +58,7 @@ OIP_CONTENT_TYPE: Final = "application/vnd.oip+json"
 GENERATE_CONTENT_TYPE: Final = "application/vnd.triton.generate+json"
 _JSON: Final = "application/json"
 _LAYOUTS_MAX: Final = 256  # remembered per model
+_DOCUMENT_BYTES_MAX: Final = 4096  # of a JSON part that is remembered
 _WINDOWED_BYTES_MIN: Final = 64 * 1024
 _SMALL_BYTES_MAX: Final = 64 * 1024  # of a batch's outputs
 _CONVERTED: Final = frozenset({"bytes", "bfloat16"})  # dtypes whose array is not the bytes as they came
@@ -351,7 +352,7 @@ class OipForm:
         json_bytes = params.get("oip_header_bytes") if isinstance(params, dict) else None
         streamed = request.header.get("stream") is True
         document = b""
-        if type(json_bytes) is int and json_bytes > 0 and not streamed:
+        if type(json_bytes) is int and 0 < json_bytes <= _DOCUMENT_BYTES_MAX and not streamed:
             document = bytes(body[:json_bytes])
         plan = self._plans.get(document)
         if plan is not None and plan.layout.body_bytes == len(body):
