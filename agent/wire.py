@@ -17,14 +17,14 @@ infer  id, model, version?, deadline_ms?, priority?, params?, content_type?,    
 part   id, seq, tensors? | content_type, params?; of seq 0 also model, version,       tensors or raw bytes
        variant
 result id, model, version, variant, tensors? | content_type, params?                 tensors or raw answer
-error  id?, code, message, retryable                                                 –
+error  id?, code, message, retryable, retry_after_s?                                 –
 cancel id                                                                            –
 pause  id: no more parts for now                                                     –
 resume id                                                                            –
-call   id, method, args                                                              –
+call   id, method, args, deadline_ms?                                                –
 reply  id, value                                                                     –
 hello  client or server, protocol, limits?                                           –
-alive  id: of a worker that works on an answer                                        –
+alive  id: of a worker that works on an answer                                       –
 attach id, region, nbytes; one descriptor travels with the frame                     –
 detach id, region                                                                    –
 lane   id, model; one descriptor travels with the reply                              –
