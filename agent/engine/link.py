@@ -84,6 +84,7 @@ class WorkerLink:
         self.held_bytes = 0  # bodies of all that is owed
         self.lanes: dict[int, Lane] = {}
         self.lanes_told_at = -math.inf  # loop seconds of when the worker last told of answers on them
+        self.lanes_waiting = 0  # requests that waited on them then
         self.running_s = 0.0  # how long its batch had been running at the last ping
         self.owed: dict[int, int] = {}  # jobs handed over and not answered, forgotten ones included: their body's bytes
         self.ready_at = 0.0  # loop seconds

@@ -225,6 +225,8 @@ class Server:
             frames = line.channel.receive()
             now = time.monotonic()
             if isinstance(line, Lane):
+                if not line.channel.filling:
+                    line.forget_arriving()
                 for frame in frames:
                     self._take_from_lane(line, frame, now)
             else:
@@ -405,6 +407,7 @@ class Server:
             request = Request(header, frame.body, request_id, deadline_s, now, asked=asked, line=line)
             line.admit(request)
         except AgentError as error:
+            line.refused(error.code)
             line.post_error(request_id, error)
             self._posted.add(line)
             return None
