@@ -2,8 +2,10 @@
 
 One loop: receive what has arrived on any line, decide a batch, run it, answer everything in one write for each line.
 Batches of a slow model run beside the loop (``execution.py``). Once in each turn one stream takes one step
-(``streams.py``). Promises: each ``infer`` gets exactly one ``result`` or ``error``; one bad request fails alone; when the
-daemon closes its side, what was received is still answered before the process leaves.
+(``streams.py``).
+
+Promises: each ``infer`` gets exactly one ``result`` or ``error``; one bad request fails alone; when the daemon closes
+its side, what was received is still answered before the process leaves.
 Leaves out: every decision (``batcher.py``), every byte (``channel.py``, ``requests.py``), and who may ask what
 (``lines.py``).
 """
