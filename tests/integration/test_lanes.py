@@ -481,6 +481,24 @@ def test_descriptors_that_come_on_a_lane_are_not_kept(tmp_path: Path) -> None:
     run(story)
 
 
+@pytest.mark.parametrize("other", [{"model": "another"}, {"version": "2.0.0"}])
+def test_a_lane_answers_for_its_own_model_and_version_only(tmp_path: Path, other: dict[str, str]) -> None:
+    async def story() -> None:
+        async with shared_box(tmp_path, double_version(tmp_path / "m")) as box:
+            raw = await asyncio.to_thread(RawLane, box.path, "double")
+            raw.ask(1, **other)
+            raw.ask(2, version="1.0.0")
+            refused = await asyncio.to_thread(raw.receive)
+            answered = await asyncio.to_thread(raw.receive)
+            assert refused is not None
+            assert answered is not None
+            assert (refused.header["id"], refused.header["code"]) == (1, "unknown_model")
+            assert (answered.header["id"], answered.header["kind"]) == (2, "result")
+            raw.close()
+
+    run(story)
+
+
 @pytest.mark.parametrize("after_a_small_one", [False, True])
 def test_large_bodies_under_way_are_bounded(tmp_path: Path, after_a_small_one: bool) -> None:
     entries, buffers = pack(X)
