@@ -1,8 +1,8 @@
 """Running batches: at once while that is quick, beside the loop when it is slow.
 
-A slow model would keep the loop from receiving and answering, so its batches run in a thread of their own while the
-next one is received and the last one's answers are made and leave. Runtimes let go of the interpreter's lock while they
-compute. For a quick model the two hand-overs would cost more than they save.
+A slow model would keep the loop from receiving, decoding and answering, so its batches run in a thread of their own
+while the next one is received and decoded and the last one's answers are made and leave. Runtimes let go of the
+interpreter's lock while they compute. For a quick model the two hand-overs would cost more than they save.
 
 Promises: one batch runs at a time, in the order given; its outcomes come back once. Leaves out: what a batch is.
 """

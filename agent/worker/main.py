@@ -1,8 +1,8 @@
 """The life of a worker: load, say hello, serve until the daemon's channel closes.
 
 One loop: receive what has arrived on any line, decide a batch, run it, answer everything in one write for each line.
-Batches of a slow model run beside the loop (``execution.py``). Once in each turn one stream takes one step
-(``streams.py``).
+Batches of a slow model run beside the loop (``execution.py``), while the next one is decoded. Once in each turn one
+stream takes one step (``streams.py``).
 
 Promises: each ``infer`` gets exactly one ``result`` or ``error``; one bad request fails alone; when the daemon closes
 its side, what was received is still answered before the process leaves.
@@ -102,6 +102,7 @@ class Server:
         self._held_bytes = 0
         self._batcher: Batcher[Request] = Batcher(rows_max=loaded.signature.rows_max, delay_max_s=spec.batch_delay_s)
         self._wait_s = 0.0  # how long the batcher wants to wait for company
+        self._undecoded = False  # there may be more to decode while a batch runs
         self._streams = Streams(loaded.handler, loaded.signature, loaded.runtime.run)
         self._execution: Execution[list[Request], list[Part]] = Execution(self._run)
         self._home = Line(channel)
@@ -146,6 +147,8 @@ class Server:
                 self._turn()
             elif self._lanes and (batcher or self._streams.count):
                 self._expire()
+            if execution.running is not None:
+                self._undecoded = batcher.prepare_next(time.monotonic(), self._prepare)
             if self._may_step():
                 self._step()
 
@@ -156,7 +159,7 @@ class Server:
             wait_s, self._wait_s = self._wait_s, 0.0
         if self._lanes and (self._batcher or self._streams.count) and self._execution.running is not None:
             wait_s = _EXPIRE_S
-        if self._may_step():
+        if self._may_step() or (self._undecoded and self._execution.running is not None):
             wait_s = 0.0
         if self._book is not None and (self._book.changed or self._blocked()):
             now = time.monotonic()
