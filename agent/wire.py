@@ -82,7 +82,7 @@ SHARED_ALIGN: Final = 64  # bytes; where tensors begin that we place in shared m
 INFER_LEAD: Final = b"\xa4kind\xa5infer\xa2id\xcf"
 RESULT_LEAD: Final = b"\xa4kind\xa6result\xa2id\xcf"
 _DEADLINE_LEAD: Final = b"\xabdeadline_ms\xce"  # the four bytes of its milliseconds follow
-DEADLINE_MS_MAX: Final = 0xFFFF_FFFF
+DEADLINE_MS_MAX: Final = 3_600_000  # what a client may ask for
 FIRST_ID: Final = 1 << 32  # from here on MessagePack itself writes an id as uint 64
 
 _FIXMAP: Final = 0x80

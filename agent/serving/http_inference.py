@@ -25,9 +25,9 @@ from agent.errors import AgentError, InvalidInputError, OverloadedError, TooLarg
 from agent.serving.budget import ReceiveBudget
 from agent.serving.http_stream import PartsReply, Style, accepts_events
 from agent.serving.identity import Caller, require
-from agent.serving.ports import DEADLINE_MS_MAX, Engine, InferRequest
+from agent.serving.ports import Engine, InferRequest
 from agent.serving.replies import Dialect, Reply, engine_reply, error_reply, response_bytes
-from agent.wire import Buffer, Header
+from agent.wire import DEADLINE_MS_MAX, Buffer, Header
 
 OIP_CONTENT_TYPE: Final = "application/vnd.oip+json"
 GENERATE_CONTENT_TYPE: Final = "application/vnd.triton.generate+json"

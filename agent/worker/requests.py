@@ -36,6 +36,7 @@ from agent.errors import (
 )
 from agent.tensors import DTYPE_NAMES, NUMPY_DTYPES, Array, as_array, dtype_name
 from agent.wire import (
+    DEADLINE_MS_MAX,
     DTYPES,
     RESULT_LEAD,
     SHARED_ALIGN,
@@ -749,12 +750,12 @@ def budget_s(deadline_ms: Any, default_s: float = float("inf")) -> float:
     """Return a request's time in seconds.
 
     Raises:
-        InvalidInputError: not a number.
+        InvalidInputError: not a number, or out of range.
     """
     if deadline_ms is None:
         return default_s
-    if isinstance(deadline_ms, bool) or not isinstance(deadline_ms, int | float) or deadline_ms != deadline_ms:
-        raise InvalidInputError("'deadline_ms' must be a number of milliseconds")
+    if type(deadline_ms) not in (int, float) or not 0 < deadline_ms <= DEADLINE_MS_MAX:
+        raise InvalidInputError(f"'deadline_ms' must be a number above 0, at most {DEADLINE_MS_MAX}")
     return float(deadline_ms) / 1000
 
 

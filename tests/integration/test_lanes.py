@@ -157,11 +157,13 @@ def test_bad_requests_are_refused_one_by_one(tmp_path: Path) -> None:
                     assert client.infer("double", X).outputs["y"].tolist() == [[2.0, 4.0]]
                 with pytest.raises(InvalidInputError, match="priority"):
                     client.infer("double", X, priority=99)
+                with pytest.raises(InvalidInputError, match="deadline_ms"):
+                    client.infer("double", X, deadline_ms=1e12)
                 with pytest.raises(UnknownModelError):
                     client.infer("absent", X)
 
             await beside(box, work)
-            await until(lambda: counted(box, "double", "invalid_input") == 4)
+            await until(lambda: counted(box, "double", "invalid_input") == 5)
             await until(lambda: counted(box, "double", "bad_tensor") == 3)
 
     run(story)
