@@ -17,14 +17,14 @@ infer  id, model, version?, deadline_ms?, priority?, params?, content_type?,    
 part   id, seq, tensors? | content_type, params?; of seq 0 also model, version,       tensors or raw bytes
        variant
 result id, model, version, variant, tensors? | content_type, params?                 tensors or raw answer
-error  id?, code, message, retryable                                                 –
+error  id?, code, message, retryable, retry_after_s?                                 –
 cancel id                                                                            –
 pause  id: no more parts for now                                                     –
 resume id                                                                            –
-call   id, method, args                                                              –
+call   id, method, args, deadline_ms?                                                –
 reply  id, value                                                                     –
 hello  client or server, protocol, limits?                                           –
-alive  id: of a worker that works on an answer                                        –
+alive  id: of a worker that works on an answer                                       –
 attach id, region, nbytes; one descriptor travels with the frame                     –
 detach id, region                                                                    –
 lane   id, model; one descriptor travels with the reply                              –
@@ -82,7 +82,7 @@ SHARED_ALIGN: Final = 64  # bytes; where tensors begin that we place in shared m
 INFER_LEAD: Final = b"\xa4kind\xa5infer\xa2id\xcf"
 RESULT_LEAD: Final = b"\xa4kind\xa6result\xa2id\xcf"
 _DEADLINE_LEAD: Final = b"\xabdeadline_ms\xce"  # the four bytes of its milliseconds follow
-DEADLINE_MS_MAX: Final = 0xFFFF_FFFF
+DEADLINE_MS_MAX: Final = 3_600_000  # what a client may ask for
 FIRST_ID: Final = 1 << 32  # from here on MessagePack itself writes an id as uint 64
 
 _FIXMAP: Final = 0x80

@@ -14,9 +14,9 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, Final, Self
 
-from agent.backoff import Backoff
+from agent.client.bounds import READ_BYTES, SEND_BUFFER_BYTES, lane_wait_s, reconnects, restarting, wait_s
 from agent.client.inbox import Inbox
-from agent.client.lanes import WAIT_MARGIN_S, Lanes
+from agent.client.lanes import Lanes
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
@@ -37,17 +37,12 @@ from agent.client.messages import (
     tensors_of,
     value_of,
 )
-from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory
+from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory, StagingRefusedError
 from agent.errors import AgentError, DeadlineError, FrameError, TooLargeError, UnavailableError
 from agent.tensors import Array
 from agent.wire import FIRST_ID, RESULT_LEAD, Buffer, Decoder, Frame
 
-_READ_BYTES: Final = 64 * 1024
-_GRACE_S: Final = 5.0  # beyond a request's deadline: the daemon answers late requests too
-_RETRY_FIRST_S: Final = 0.01
-_RETRY_CAP_S: Final = 0.25
 _JOIN_BYTES_MAX: Final = 64 * 1024
-_SEND_BUFFER_BYTES: Final = 1 << 20
 _UNSENT_BYTES_MAX: Final = 256 * 1024  # above it new requests wait
 _IOVECS_MAX: Final = 512  # of the kernel's 1024
 
@@ -127,7 +122,7 @@ class AsyncClient:
             if plan is None and len(frame.body) <= STAGED_BYTES_MIN:
                 return result_of(frame)
             return tensors_of(frame, model, plan, self._memory)
-        except _StagingRefusedError:
+        except StagingRefusedError:
             self._memory.refused()
         except BaseException:
             self._memory.failed(plan)
@@ -213,16 +208,16 @@ class AsyncClient:
             priority=priority,
             params=params,
         )
-        wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
+        patience_s = wait_s(deadline_ms, self._timeout_s)
         part: Part | None = None
         retries = self._retries
         while True:
             line = await self._connected()
             try:
-                async with asyncio.timeout(wait_s):
+                async with asyncio.timeout(patience_s):
                     inbox = await line.open(request_id, frame)
                 while True:
-                    async with asyncio.timeout(wait_s):
+                    async with asyncio.timeout(patience_s):
                         answer = await inbox.take()
                     if answer.header["kind"] != "part":
                         line.close(request_id)
@@ -231,7 +226,7 @@ class AsyncClient:
                         return
                     yield part
             except TimeoutError as error:
-                raise DeadlineError(f"nothing came for {wait_s} s") from error
+                raise DeadlineError(f"nothing came for {patience_s} s") from error
             except _BrokenError as error:
                 if part is not None or not retries:
                     raise UnavailableError(f"the connection to {self._path} broke: {error}") from error
@@ -285,7 +280,7 @@ class AsyncClient:
         model: str | None = None,
     ) -> Frame:
         """Return the answer to the frame that ``build`` makes; ``model`` may be asked on its direct lane."""
-        wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
+        patience_s = wait_s(deadline_ms, self._timeout_s)
         request_id = next(self._ids)
         frame = build(request_id)
         broken: _BrokenError | None = None
@@ -293,8 +288,8 @@ class AsyncClient:
         lane = await self._lane(model) if model is not None else None
         if lane is not None:
             try:
-                lane_wait_s = wait_s if deadline_ms is None else deadline_ms / 1000 + WAIT_MARGIN_S
-                return await self._ask_on_lane(lane, request_id, frame, lane_wait_s, plan)
+                lane_patience_s = lane_wait_s(deadline_ms, self._timeout_s)
+                return await self._ask_on_lane(lane, request_id, frame, lane_patience_s, plan)
             except _UnsentError:
                 pass  # nobody took it, so no try is used up
             except _BrokenError as error:
@@ -303,12 +298,12 @@ class AsyncClient:
         for _ in range(tries):
             line = await self._connected()
             try:
-                async with asyncio.timeout(wait_s):
+                async with asyncio.timeout(patience_s):
                     if plan is not None:
                         await self._attach_all(line, plan)
                     return await line.ask(request_id, frame)
             except TimeoutError as error:
-                raise DeadlineError(f"no answer within {wait_s} s") from error
+                raise DeadlineError(f"no answer within {patience_s} s") from error
             except _BrokenError as error:
                 broken = error
         raise UnavailableError(f"the connection to {self._path} broke {retries + 1} times: {broken}")
@@ -327,8 +322,9 @@ class AsyncClient:
             if lane is not None or not self._lanes.wanted(model, time.monotonic()):
                 return lane
             try:
-                return await self._open_lane(model)
-            except (AgentError, _BrokenError):  # refused; or no daemon, which the request itself will find out
+                async with asyncio.timeout(self._timeout_s):
+                    return await self._open_lane(model)
+            except (AgentError, _BrokenError, TimeoutError):  # refused; or no daemon, which the request will find out
                 self._lanes.refused(model, time.monotonic())
                 return None
 
@@ -336,21 +332,21 @@ class AsyncClient:
         line = await self._connected()
         request_id = next(self._ids)
         value = value_of(await line.ask(request_id, lane_frame(request_id, model)))
-        lane = _Lane(_Line(line.take_socket(), is_lane=True), int(value["lane"]), line)
+        lane = _Lane(_Line(line.take_socket(request_id), is_lane=True), int(value["lane"]), line)
         self._lanes.add(model, lane)
         return lane
 
     async def _ask_on_lane(
-        self, lane: _Lane, request_id: int, frame: list[Buffer], wait_s: float, plan: Plan | None
+        self, lane: _Lane, request_id: int, frame: list[Buffer], patience_s: float, plan: Plan | None
     ) -> Frame:
         """Return the answer of a model's worker; ``_BrokenError`` if the lane has ended."""
         try:
-            async with asyncio.timeout(wait_s):
+            async with asyncio.timeout(patience_s):
                 if plan is not None:
                     await self._lend_all(lane, plan)
                 return await lane.line.ask(request_id, frame)
         except TimeoutError as error:
-            raise DeadlineError(f"no answer within {wait_s} s") from error
+            raise DeadlineError(f"no answer within {patience_s} s") from error
 
     async def _lend_all(self, lane: _Lane, plan: Plan) -> None:
         """Let the lane's worker know the regions of a request."""
@@ -372,7 +368,7 @@ class AsyncClient:
                 await self._attach(line, region)
             except AgentError as error:
                 if region is plan.staging:
-                    raise _StagingRefusedError from error
+                    raise StagingRefusedError from error
                 raise
 
     async def _attach(self, line: _Line, region: Region) -> None:
@@ -409,10 +405,6 @@ class _UnsentError(_BrokenError):
     """The connection ended before the whole request had left: nobody took it."""
 
 
-class _StagingRefusedError(Exception):
-    """The daemon does not take our staging region; the same request can be sent as bytes."""
-
-
 class _Lane:
     """A connection straight to a model's worker."""
 
@@ -436,7 +428,8 @@ class _Line:
         self._ends: dict[int, int] = {}  # of those who wait: at which byte of all that was written their frame ends
         self._written = 0
         self._left = 0  # bytes the kernel has taken
-        self._sockets: deque[int] = deque()  # descriptors that came with replies
+        self._received: deque[int] = deque()  # descriptors whose frames are not complete yet
+        self._sockets: dict[int, int] = {}  # descriptors that came with replies, until their askers take them
         self.leaving = False  # the other side takes nothing more
         self._unsent: deque[Buffer] = deque()
         self._unsent_bytes = 0
@@ -469,20 +462,22 @@ class _Line:
         except asyncio.CancelledError:
             if self.broken is None and request_id in self._waiting:
                 self._write(cancel_frame(request_id))
+            if request_id in self._sockets:
+                os.close(self._sockets.pop(request_id))
             raise
         finally:
             self._waiting.pop(request_id, None)
             self._ends.pop(request_id, None)
 
-    def take_socket(self) -> socket.socket:
-        """Return the socket that came with a reply.
+    def take_socket(self, request_id: int) -> socket.socket:
+        """Return the socket that came with the reply to ``request_id``.
 
         Raises:
             FrameError: none came.
         """
-        if not self._sockets:
+        if request_id not in self._sockets:
             raise FrameError("a lane came without its socket")
-        sock = socket.socket(fileno=self._sockets.popleft())
+        sock = socket.socket(fileno=self._sockets.pop(request_id))
         sock.setblocking(False)
         return sock
 
@@ -515,8 +510,10 @@ class _Line:
                     future.set_exception(type(error)(*error.args))  # each waiter raises its own
             for inbox in self._inboxes.values():
                 inbox.fail(type(error)(*error.args))
-            while self._sockets:
-                os.close(self._sockets.popleft())
+            for descriptor in (*self._received, *self._sockets.values()):
+                os.close(descriptor)
+            self._received.clear()
+            self._sockets.clear()
             self._writable.set()
             self._loop.remove_reader(self._sock.fileno())
             self._loop.remove_writer(self._sock.fileno())
@@ -622,8 +619,8 @@ class _Line:
                 raise ConnectionResetError("closed by the daemon")
             frame = self._decoder.body_filled(received)
             return () if frame is None else (frame,)
-        data, descriptors, _, _ = socket.recv_fds(self._sock, _READ_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-        self._sockets.extend(descriptors)
+        data, descriptors, _, _ = socket.recv_fds(self._sock, READ_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        self._received.extend(descriptors)
         if not data:
             raise ConnectionResetError("closed by the daemon")
         return self._decoder.feed(data)
@@ -652,27 +649,37 @@ class _Line:
             inbox.put(frame)
             return
         future = self._waiting.get(request_id)
-        if future is not None and not future.done():
+        waits = future is not None and not future.done()
+        if self._received and _brings_socket(frame):
+            descriptor = self._received.popleft()
+            if waits:
+                self._sockets[request_id] = descriptor
+            else:  # its asker was canceled: it must not pass for another's
+                os.close(descriptor)
+        if future is not None and waits:
             future.set_result(frame)
+
+
+def _brings_socket(frame: Frame) -> bool:
+    """Whether a reply is the one that a lane's socket comes with."""
+    value = frame.header.get("value") if frame.header["kind"] == "reply" else None
+    return isinstance(value, dict) and "lane" in value and "region" not in value
 
 
 async def _connect(path: str, timeout_s: float) -> _Line:
     """Return a connection, waiting for a daemon that is (re)starting."""
     loop = asyncio.get_running_loop()
     give_up = loop.time() + timeout_s
-    backoff = Backoff(first_s=_RETRY_FIRST_S, cap_s=_RETRY_CAP_S)
+    backoff = reconnects()
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             await loop.sock_connect(sock, path)
         except OSError as error:
             sock.close()
-            gone = isinstance(
-                error, FileNotFoundError | ConnectionRefusedError | BlockingIOError | ConnectionResetError
-            )
-            if not gone or loop.time() >= give_up:
+            if not restarting(error) or loop.time() >= give_up:
                 raise UnavailableError(f"cannot reach inferd at {path}: {error.strerror or error}") from error
         except BaseException:
             sock.close()

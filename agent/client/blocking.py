@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import errno
 import socket
 import struct
 import threading
@@ -15,8 +14,8 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, Final, Self
 
-from agent.backoff import Backoff
-from agent.client.lanes import WAIT_MARGIN_S, Lanes
+from agent.client.bounds import READ_BYTES, SEND_BUFFER_BYTES, lane_wait_s, reconnects, restarting, wait_s
+from agent.client.lanes import Lanes
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
@@ -36,18 +35,12 @@ from agent.client.messages import (
     tensors_of,
     value_of,
 )
-from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory
+from agent.client.regions import STAGED_BYTES_MIN, Plan, Region, SharedMemory, StagingRefusedError
 from agent.errors import AgentError, DeadlineError, FrameError, UnavailableError
 from agent.tensors import Array
 from agent.wire import FIRST_ID, RESULT_LEAD, Buffer, Decoder, Frame
 
 _TIMEVAL: Final = struct.Struct("ll")
-_READ_BYTES: Final = 64 * 1024
-_GRACE_S: Final = 5.0  # beyond a request's deadline: the daemon answers late requests too
-_SEND_BUFFER_BYTES: Final = 1 << 20
-_RETRY_FIRST_S: Final = 0.01
-_RETRY_CAP_S: Final = 0.25
-_NOT_THERE: Final = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.ECONNRESET})
 
 
 class Client:
@@ -146,7 +139,7 @@ class Client:
             if plan is None and len(frame.body) <= STAGED_BYTES_MIN:
                 return result_of(frame)
             return tensors_of(frame, model, plan, self._memory)
-        except _StagingRefusedError:
+        except StagingRefusedError:
             self._memory.refused()
         except BaseException:
             self._memory.failed(plan)
@@ -250,9 +243,8 @@ class Client:
             priority=priority,
             params=params,
         )
-        wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
         own = Client(self._path, connect_timeout_s=self._connect_timeout_s, retries=self._retries)
-        return own._parts(frame, request_id, wait_s)
+        return own._parts(frame, request_id, wait_s(deadline_ms, self._timeout_s))
 
     def call(self, method: str, args: Mapping[str, Any] | None = None, *, deadline_ms: float | None = None) -> Any:
         """Return the value of a management verb. It is not repeated when the connection breaks.
@@ -291,14 +283,14 @@ class Client:
         model: str | None = None,
     ) -> Frame:
         """Return the answer to the frame that ``build`` makes; ``model`` may be asked on its direct lane."""
-        wait_s = self._timeout_s if deadline_ms is None else deadline_ms / 1000 + _GRACE_S
+        patience_s = wait_s(deadline_ms, self._timeout_s)
         request_id = next(self._ids)
         frame = build(request_id)
         with self._lock:
             lane = self._lane(model) if model is not None else None
             if lane is not None:
-                lane_wait_s = wait_s if deadline_ms is None else deadline_ms / 1000 + WAIT_MARGIN_S
-                answer = self._ask_on_lane(lane, frame, request_id, lane_wait_s, plan)
+                lane_patience_s = lane_wait_s(deadline_ms, self._timeout_s)
+                answer = self._ask_on_lane(lane, frame, request_id, lane_patience_s, plan)
                 if answer is not None:
                     return answer
                 if not lane.unsent:
@@ -307,14 +299,14 @@ class Client:
                     retries -= 1
             while True:
                 reused = self._sock is not None
-                sock = self._connected(wait_s)
+                sock = self._connected(patience_s)
                 try:
                     if plan is not None:
                         self._attach_all(sock, plan)
                     return self._exchange(sock, frame, request_id)
                 except BlockingIOError as error:  # the socket's timeout
                     self._disconnect()
-                    raise DeadlineError(f"no answer within {wait_s} s") from error
+                    raise DeadlineError(f"no answer within {patience_s} s") from error
                 except OSError as error:
                     self._disconnect()
                     if reused and isinstance(error, _UnsentError):
@@ -326,20 +318,20 @@ class Client:
                     self._disconnect()
                     raise
 
-    def _parts(self, request: list[Buffer], request_id: int, wait_s: float) -> Generator[Part, None, None]:
+    def _parts(self, request: list[Buffer], request_id: int, patience_s: float) -> Generator[Part, None, None]:
         """Yield the parts of one answer; the connection belongs to it alone, and its end withdraws the request."""
         part: Part | None = None
         retries = self._retries
         try:
             while True:
                 try:
-                    for frame in self._answers(self._connected(wait_s), request, request_id):
+                    for frame in self._answers(self._connected(patience_s), request, request_id):
                         part = part_of(frame, part)
                         if part is None:
                             return
                         yield part
                 except BlockingIOError as error:  # the socket's timeout
-                    raise DeadlineError(f"nothing came for {wait_s} s") from error
+                    raise DeadlineError(f"nothing came for {patience_s} s") from error
                 except OSError as error:
                     self._disconnect()
                     if part is not None or not retries:
@@ -372,8 +364,10 @@ class Client:
         except AgentError:  # refused; or no daemon, which the request itself will find out
             self._lanes.refused(model, time.monotonic())
             return None
-        except OSError:
+        except OSError as error:
             self._disconnect()
+            if isinstance(error, BlockingIOError):  # the socket's timeout
+                self._lanes.refused(model, time.monotonic())
             return None
         except BaseException:
             self._disconnect()
@@ -386,7 +380,7 @@ class Client:
         """Return the value of a reply and the socket that came with it."""
         passed: list[int] = []
         while True:
-            data, descriptors, _, _ = socket.recv_fds(sock, _READ_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            data, descriptors, _, _ = socket.recv_fds(sock, READ_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             passed += descriptors
             if not data:
                 raise ConnectionResetError("closed by the daemon")
@@ -399,16 +393,16 @@ class Client:
                 return value, socket.socket(fileno=passed[0])
 
     def _ask_on_lane(
-        self, lane: _Lane, frame: list[Buffer], request_id: int, wait_s: float, plan: Plan | None
+        self, lane: _Lane, frame: list[Buffer], request_id: int, patience_s: float, plan: Plan | None
     ) -> Frame | None:
         """Return the answer of a model's worker; ``None`` if the lane has ended, ``lane.unsent`` says how."""
         try:
             if plan is not None:
                 self._lend_all(lane, plan)
-            return lane.ask(frame, request_id, wait_s)
+            return lane.ask(frame, request_id, patience_s)
         except BlockingIOError as error:  # the socket's timeout
             self._drop_lane(lane)
-            raise DeadlineError(f"no answer within {wait_s} s") from error
+            raise DeadlineError(f"no answer within {patience_s} s") from error
         except OSError:
             self._drop_lane(lane)
             return None
@@ -447,7 +441,7 @@ class Client:
                 self._attach(sock, region)
             except AgentError as error:
                 if region is plan.staging:
-                    raise _StagingRefusedError from error
+                    raise StagingRefusedError from error
                 raise
 
     def _attach_first(self, region: Region) -> None:
@@ -512,14 +506,14 @@ class Client:
                     self._disconnect()
                     raise error_of(frame)
 
-    def _connected(self, wait_s: float) -> socket.socket:
+    def _connected(self, patience_s: float) -> socket.socket:
         if self._sock is None:
             self._sock = _connect(self._path, self._connect_timeout_s)
             self._decoder = Decoder(ANSWER_LIMITS, repeats=RESULT_LEAD)
             self._wait_s = 0.0
-        if wait_s != self._wait_s:
-            _set_timeout(self._sock, wait_s)
-            self._wait_s = wait_s
+        if patience_s != self._wait_s:
+            _set_timeout(self._sock, patience_s)
+            self._wait_s = patience_s
         return self._sock
 
     def _disconnect(self) -> None:
@@ -544,11 +538,11 @@ class _Lane:
         self._decoder = Decoder(ANSWER_LIMITS, repeats=RESULT_LEAD)
         self._wait_s = 0.0
 
-    def ask(self, frame: list[Buffer], request_id: int, wait_s: float) -> Frame:
+    def ask(self, frame: list[Buffer], request_id: int, patience_s: float) -> Frame:
         """Return the answer; ``OSError`` if the lane has ended, and ``unsent`` is set if nobody took the request."""
-        if wait_s != self._wait_s:
-            _set_timeout(self._sock, wait_s)
-            self._wait_s = wait_s
+        if patience_s != self._wait_s:
+            _set_timeout(self._sock, patience_s)
+            self._wait_s = patience_s
         self.unsent = True
         try:
             _send_all(self._sock, frame)
@@ -571,10 +565,6 @@ class _Lane:
         self._sock.close()
 
 
-class _StagingRefusedError(Exception):
-    """The daemon does not take our staging region; the same request can be sent as bytes."""
-
-
 class _UnsentError(OSError):
     """The connection ended before the whole request had left: the daemon never saw it."""
 
@@ -588,7 +578,7 @@ def _read(sock: socket.socket, decoder: Decoder) -> Sequence[Frame]:
             raise ConnectionResetError("closed by the daemon")
         frame = decoder.body_filled(received)
         return () if frame is None else (frame,)
-    data = sock.recv(_READ_BYTES)
+    data = sock.recv(READ_BYTES)
     if not data:
         raise ConnectionResetError("closed by the daemon")
     return decoder.feed(data)
@@ -597,16 +587,16 @@ def _read(sock: socket.socket, decoder: Decoder) -> Sequence[Frame]:
 def _connect(path: str, timeout_s: float) -> socket.socket:
     """Return a connected socket, waiting for a daemon that is (re)starting."""
     give_up = time.monotonic() + timeout_s
-    backoff = Backoff(first_s=_RETRY_FIRST_S, cap_s=_RETRY_CAP_S)
+    backoff = reconnects()
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             _set_timeout(sock, max(0.001, timeout_s))
             sock.connect(path)
         except OSError as error:
             sock.close()
-            if error.errno not in _NOT_THERE or time.monotonic() >= give_up:
+            if not restarting(error) or time.monotonic() >= give_up:
                 raise UnavailableError(f"cannot reach inferd at {path}: {error.strerror or error}") from error
         else:
             return sock

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Final, Generic, TypeVar
 
 REFUSED_PAUSE_S: Final = 5.0  # after the daemon gave no lane, and after one broke without a farewell
-WAIT_MARGIN_S: Final = 0.05  # beyond a request's deadline: the daemon too is about so late
 _REFUSED_MAX: Final = 256  # models remembered
 
 L = TypeVar("L")

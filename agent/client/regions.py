@@ -36,6 +36,10 @@ _LEARNED_MAX: Final = 256  # models whose answer's size is remembered
 _REFUSED_PAUSE_S: Final = 10.0  # after the daemon refused a staging region arrays are sent for so long
 
 
+class StagingRefusedError(Exception):
+    """The daemon does not take our staging region; the same request can be sent as bytes."""
+
+
 class Region:
     """Memory that this process and the daemon's workers share. Made by ``Client.region``.
 

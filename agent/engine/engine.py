@@ -390,7 +390,8 @@ class Engine:
         task.add_done_callback(self._tasks.discard)
 
     def _outstanding(self) -> list[tuple[tuple[str, ...], float]]:
-        return [((name,), version.pool.outstanding if version.pool else 0) for name, version in self._active.items()]
+        pools = [(name, version.pool) for name, version in self._active.items()]
+        return [((name,), pool.outstanding + pool.lanes_waiting if pool else 0) for name, pool in pools]
 
     def _lanes(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), version.pool.lanes if version.pool else 0) for name, version in self._active.items()]

@@ -2,7 +2,7 @@
 
 The daemon makes the socket, says to the worker for whom it is and what its bounds are, and hears once a second what
 was asked on it. Who is limited by rate or quota gets none, nor does a model whose worker runs its bundle's own code
-(it is not trusted to count), nor one whose traffic is split.
+(it is not trusted to count).
 
 Promises: a lane ends with the connection that asked for it, with its worker, and when its model's version changes; it
 holds the shared memory that its application uses there until it ends. Leaves out: the worker's side (``worker/``).

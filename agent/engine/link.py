@@ -45,7 +45,7 @@ _RECEIVE_BYTES: Final = 1 << 18
 _BUFFERS_MAX: Final = 512  # below IOV_MAX
 _JOIN_BYTES_MAX: Final = 1 << 16  # below it one copy is cheaper than many buffers
 _REPEATS_MAX: Final = 256  # kinds of answers that come again and again
-_FORWARDED: Final = ("content_type", "accept", "params", "priority", "outputs", "tensors", "reply", "stream")
+_FORWARDED: Final = ("content_type", "params", "priority", "outputs", "tensors", "reply", "stream")
 # A lone request for an idle worker is sent at once. Where there are more, those of a turn of the loop leave together: a
 # send costs as much as three requests, and the worker makes one batch of them.
 _ALONE_MAX: Final = 1.5
@@ -84,6 +84,7 @@ class WorkerLink:
         self.held_bytes = 0  # bodies of all that is owed
         self.lanes: dict[int, Lane] = {}
         self.lanes_told_at = -math.inf  # loop seconds of when the worker last told of answers on them
+        self.lanes_waiting = 0  # requests that waited on them then
         self.running_s = 0.0  # how long its batch had been running at the last ping
         self.owed: dict[int, int] = {}  # jobs handed over and not answered, forgotten ones included: their body's bytes
         self.ready_at = 0.0  # loop seconds

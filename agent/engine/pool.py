@@ -224,6 +224,11 @@ class Pool:
         """How many are open."""
         return sum(len(link.lanes) for link in self.links)
 
+    @property
+    def lanes_waiting(self) -> int:
+        """How many requests waited on them when the workers last told."""
+        return sum(link.lanes_waiting for link in self.links)
+
     # Work
 
     @property
@@ -476,6 +481,7 @@ class Pool:
             counts = counts_of(header)
             if counts is not None:
                 link.lanes_told_at = self._loop.time()
+                link.lanes_waiting = counts.waiting
                 self._owner.lanes_counted(counts)
         elif kind == "error":
             _log.warning("worker reports an error", pid=link.process.pid, error=header.get("message"))

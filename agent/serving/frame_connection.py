@@ -35,8 +35,9 @@ from agent.serving.budget import ReceiveBudget
 from agent.serving.identity import Caller, require
 from agent.serving.outbound import Outbound
 from agent.serving.pacing import Pacing
-from agent.serving.ports import DEADLINE_MS_MAX, Control, Engine, InferRequest, Lane
+from agent.serving.ports import Control, Engine, InferRequest, Lane
 from agent.wire import (
+    DEADLINE_MS_MAX,
     INFER_LEAD,
     PROTOCOL,
     RESULT_LEAD,

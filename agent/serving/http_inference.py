@@ -25,9 +25,9 @@ from agent.errors import AgentError, InvalidInputError, OverloadedError, TooLarg
 from agent.serving.budget import ReceiveBudget
 from agent.serving.http_stream import PartsReply, Style, accepts_events
 from agent.serving.identity import Caller, require
-from agent.serving.ports import DEADLINE_MS_MAX, Engine, InferRequest
+from agent.serving.ports import Engine, InferRequest
 from agent.serving.replies import Dialect, Reply, engine_reply, error_reply, response_bytes
-from agent.wire import Buffer, Header
+from agent.wire import DEADLINE_MS_MAX, Buffer, Header
 
 OIP_CONTENT_TYPE: Final = "application/vnd.oip+json"
 GENERATE_CONTENT_TYPE: Final = "application/vnd.triton.generate+json"
@@ -43,7 +43,7 @@ HEADERS: Final = frozenset(
         b"x-request-id",
     }
 )
-_TEXT_BYTES_MAX: Final = 1024  # of Content-Type and Accept
+_TEXT_BYTES_MAX: Final = 1024  # of Content-Type
 _INFLATE_STEP_BYTES: Final = 256 * 1024  # of output between two turns of the loop: under a millisecond
 _WINDOW_BITS: Final = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -368,19 +368,16 @@ _cached_target = lru_cache(maxsize=256)(_target)  # a box serves few models, and
 
 
 def _engine_header(target: Target, asked: Mapping[bytes, bytes], body_bytes: int, style: Style | None = None) -> Header:
-    accept = _text(asked, b"accept")
     if target.generate:
-        return _known_header(target, GENERATE_CONTENT_TYPE, accept, None, style)
+        return _known_header(target, GENERATE_CONTENT_TYPE, None, style)
     if target.dialect is Dialect.INFERENCE:
         json_bytes = _integer(asked, b"inference-header-content-length", 0, body_bytes)
-        return _known_header(target, OIP_CONTENT_TYPE, accept, json_bytes, style)
-    return _known_header(target, _text(asked, b"content-type") or "application/octet-stream", accept, None, style)
+        return _known_header(target, OIP_CONTENT_TYPE, json_bytes, style)
+    return _known_header(target, _text(asked, b"content-type") or "application/octet-stream", None, style)
 
 
 @lru_cache(maxsize=256)
-def _known_header(
-    target: Target, content_type: str, accept: str | None, json_bytes: int | None, style: Style | None
-) -> Header:
+def _known_header(target: Target, content_type: str, json_bytes: int | None, style: Style | None) -> Header:
     header: dict[str, Any] = {"kind": "infer", "model": target.model, "content_type": content_type}
     if target.version is not None:
         header["version"] = target.version
@@ -388,8 +385,6 @@ def _known_header(
         header["stream"] = "auto" if style is Style.PLAIN else True
     if json_bytes is not None:
         header["params"] = {"oip_header_bytes": json_bytes}
-    if accept is not None:
-        header["accept"] = accept
     return Header(header)
 
 

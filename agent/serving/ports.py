@@ -8,12 +8,10 @@ from __future__ import annotations
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from agent.regions import Region
 from agent.wire import Buffer, Header
-
-DEADLINE_MS_MAX: Final = 3_600_000  # what a client may ask for
 
 Answer = Callable[[Header, Sequence[Buffer]], None]
 PartAnswer = Callable[[dict[str, Any], Sequence[Buffer]], None]

@@ -7,7 +7,8 @@ The rules:
   that stack). If that does not fill the batch it may hold on until ``delay_max_s`` after the oldest arrival.
 - Order: priority level first (1 before 2 …), then arrival; none overtakes another of its level and key.
 - Deadlines are looked at when a batch is made: a request whose time has passed is handed back, not run.
-- Requests are decoded when a batch needs them (``prepare``), so what expires or is withdrawn costs nothing.
+- Requests are decoded when a batch needs them (``prepare``), so what expires or is withdrawn costs nothing. While a
+  batch runs elsewhere the next one may be decoded (``prepare_next``), and no more than that.
 
 Promises: a request added is handed out exactly once: in a batch, as expired, by ``withdraw``, or dropped because
 ``prepare`` refused it (and answered it). No batch exceeds ``rows_max`` rows.
@@ -114,6 +115,24 @@ class Batcher(Generic[W]):
         self._waiting = passed
         self._idle = False
         return Turn(batch, expired)
+
+    def prepare_next(self, now: float, prepare: Callable[[W], bool]) -> bool:
+        """Prepare one request that the next batch may take; ``False`` if there is none left to prepare.
+
+        Args:
+            now: The caller's monotonic clock, seconds; what has expired is left to ``take``.
+            prepare: As for ``take``.
+        """
+        rows = 0
+        for index, request in enumerate(self._waiting):
+            if rows >= self._rows_max:
+                return False
+            if not request.rows and request.deadline > now:
+                if not prepare(request):
+                    del self._waiting[index]
+                return True
+            rows += request.rows
+        return False
 
     def due(self) -> float | None:
         """Return when the next ``take`` is wanted if nothing arrives (same clock); ``None`` if nothing waits."""

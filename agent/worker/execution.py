@@ -1,8 +1,8 @@
 """Running batches: at once while that is quick, beside the loop when it is slow.
 
 A slow model would keep the loop from receiving, decoding and answering, so its batches run in a thread of their own
-while the next one is received and decoded and the last one's answers leave. Runtimes let go of the interpreter's lock
-while they compute. For a quick model the two hand-overs would cost more than they save.
+while the next one is received and decoded and the last one's answers are made and leave. Runtimes let go of the
+interpreter's lock while they compute. For a quick model the two hand-overs would cost more than they save.
 
 Promises: one batch runs at a time, in the order given; its outcomes come back once. Leaves out: what a batch is.
 """
@@ -41,7 +41,7 @@ class Execution(Generic[B, R]):
         self._slow_s = slow_s
         self._typical_s = 0.0
         self._orders: SimpleQueue[B] = SimpleQueue()
-        self._done: R | BaseException | None = None
+        self._done: tuple[R] | BaseException | None = None  # set before the descriptor becomes readable
         self._thread: threading.Thread | None = None
 
     def start(self, batch: B) -> R | None:
@@ -64,11 +64,12 @@ class Execution(Generic[B, R]):
         os.eventfd_read(self.descriptor)
         batch, done = self.running, self._done
         assert batch is not None
+        assert done is not None
         self.running = self._done = None
         if isinstance(done, BaseException):
             raise done
         self._learn(time.monotonic() - self.since)
-        return batch, done  # type: ignore[return-value]  # set before the descriptor became readable
+        return batch, done[0]
 
     def _learn(self, took_s: float) -> None:
         self._typical_s += _WEIGHT * (took_s - self._typical_s)
@@ -77,7 +78,7 @@ class Execution(Generic[B, R]):
         while True:
             batch = self._orders.get()
             try:
-                self._done = self._work(batch)
+                self._done = (self._work(batch),)
             except BaseException as error:  # noqa: BLE001  the loop raises it
                 self._done = error
             os.eventfd_write(self.descriptor, 1)

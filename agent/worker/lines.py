@@ -48,6 +48,9 @@ class Line:
             OverloadedError: it is not.
         """
 
+    def refused(self, code: str) -> None:
+        """Count a request that was not accepted, under its error's code."""
+
     def settled(self, request: Request, code: str, now: float) -> None:
         """Count its answer, under ``ok`` or its error's code."""
 
@@ -126,6 +129,10 @@ class Lane(Line):
         self._book.admit(self.grant, len(request.body))
         self.outstanding += 1
 
+    def refused(self, code: str) -> None:
+        """See ``Line.refused``."""
+        self._book.count(code)
+
     def settled(self, request: Request, code: str, now: float) -> None:
         """See ``Line.settled``."""
         self.outstanding -= 1
@@ -193,13 +200,9 @@ class LaneBook:
         Raises:
             OverloadedError: the lanes' queue is full, or crowded and this client holds its part.
         """
-        full = grant.queue_requests_max if self.waiting_bytes + nbytes <= grant.queue_bytes_max else self.waiting
-        try:
-            self._shares.check(grant.client, outstanding=self.waiting, bound=full)
-        except AgentError as error:
-            self._codes[error.code] = self._codes.get(error.code, 0) + 1
-            self.changed = True
-            raise
+        if self.waiting_bytes + nbytes > grant.queue_bytes_max:
+            raise OverloadedError(f"waiting requests hold {grant.queue_bytes_max} bytes; try again later")
+        self._shares.check(grant.client, outstanding=self.waiting, bound=grant.queue_requests_max)
         self._shares.add(grant.client)
         self.waiting += 1
         self.waiting_bytes += nbytes
@@ -209,10 +212,14 @@ class LaneBook:
         self._shares.remove(client)
         self.waiting -= 1
         self.waiting_bytes -= nbytes
-        self._codes[code] = self._codes.get(code, 0) + 1
+        self.count(code)
         if code == "ok":
             self._buckets[bisect_left(self._bounds_s, took_s)] += 1
             self._sum_s += took_s
+
+    def count(self, code: str) -> None:
+        """Count an answer by its code alone: of a request that was never admitted."""
+        self._codes[code] = self._codes.get(code, 0) + 1
         self.changed = True
 
     def report(self) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """The life of a worker: load, say hello, serve until the daemon's channel closes.
 
 One loop: receive what has arrived on any line, decide a batch, run it, answer everything in one write for each line.
-Batches of a slow model run beside the loop (``execution.py``). Once in each turn one stream takes one step
-(``streams.py``). Promises: each ``infer`` gets exactly one ``result`` or
-``error``; one bad request fails alone; when the daemon closes its side, what was received is still answered before
-the process leaves.
+Batches of a slow model run beside the loop (``execution.py``), while the next one is decoded. Once in each turn one
+stream takes one step (``streams.py``).
+
+Promises: each ``infer`` gets exactly one ``result`` or ``error``; one bad request fails alone; when the daemon closes
+its side, what was received is still answered before the process leaves.
 Leaves out: every decision (``batcher.py``), every byte (``channel.py``, ``requests.py``), and who may ask what
 (``lines.py``).
 """
@@ -101,6 +102,7 @@ class Server:
         self._held_bytes = 0
         self._batcher: Batcher[Request] = Batcher(rows_max=loaded.signature.rows_max, delay_max_s=spec.batch_delay_s)
         self._wait_s = 0.0  # how long the batcher wants to wait for company
+        self._undecoded = False  # there may be more to decode while a batch runs
         self._streams = Streams(loaded.handler, loaded.signature, loaded.runtime.run)
         self._execution: Execution[list[Request], list[Part]] = Execution(self._run)
         self._home = Line(channel)
@@ -147,6 +149,8 @@ class Server:
                 self._turn()
             elif self._lanes and (batcher or self._streams.count):
                 self._expire()
+            if execution.running is not None:
+                self._undecoded = batcher.prepare_next(time.monotonic(), self._prepare)
             if self._may_step():
                 self._step()
 
@@ -157,7 +161,7 @@ class Server:
             wait_s, self._wait_s = self._wait_s, 0.0
         if self._lanes and (self._batcher or self._streams.count) and self._execution.running is not None:
             wait_s = _EXPIRE_S
-        if self._may_step():
+        if self._may_step() or (self._undecoded and self._execution.running is not None):
             wait_s = 0.0
         if self._book is not None and (self._book.changed or self._blocked()):
             now = time.monotonic()
@@ -233,6 +237,8 @@ class Server:
             arrived.extend(line.channel.receive())
             now = time.monotonic()
             if isinstance(line, Lane):
+                if not line.channel.filling:
+                    line.forget_arriving()
                 while arrived:
                     self._take_from_lane(line, arrived.popleft(), now)
             else:
@@ -425,6 +431,7 @@ class Server:
             request = Request(header, frame.body, request_id, deadline_s, now, asked=asked, line=line)
             line.admit(request)
         except AgentError as error:
+            line.refused(error.code)
             line.post_error(request_id, error)
             self._posted.add(line)
             return None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -31,10 +31,12 @@ from agent.errors import (
     OutOfMemoryError,
     StreamUnsupportedError,
     TensorError,
+    UnknownModelError,
     WorkerError,
 )
 from agent.tensors import DTYPE_NAMES, NUMPY_DTYPES, Array, as_array, dtype_name
 from agent.wire import (
+    DEADLINE_MS_MAX,
     DTYPES,
     RESULT_LEAD,
     SHARED_ALIGN,
@@ -200,14 +202,19 @@ class Forms:
         self._raw = RawForm(signature, handler)
         self._generate = GenerateForm(signature, handler, model=model, version=version)
         self._streams = isinstance(handler, StreamingHandler)
+        self._model = model
+        self._version = version
 
     def asked(self, header: Header) -> Asked:
         """Return what ``header`` asks for, kept with it.
 
         Raises:
             InvalidInputError: ``content_type``, ``priority`` or ``stream`` is malformed.
+            UnknownModelError: it names another model or version: only the daemon, which leaves both out, finds those.
             StreamUnsupportedError: it demands parts and the handler does not stream.
         """
+        if header.get("model", self._model) != self._model or (header.get("version") or self._version) != self._version:
+            raise UnknownModelError(f"this is {self._model!r}, version {self._version!r}; ask the daemon for others")
         form = self._form(header.get("content_type"))
         asked = Asked(form, _level(header), streamed=self._streamed(header, form))
         header.digest = asked
@@ -598,12 +605,13 @@ class Answers:
                 return None
             rows = 1 if single else layout.rows
             kind = (rows, single, *kinds)
-            head, chosen = b"", cuts.values()
+            head = b""
+            chosen: Collection[tuple[bytes, int]] = cuts.values()
             if type(request.state) is OipPlan:
                 plan = request.state
                 pairs, head = plan.heads.get(kind) or self._pack_oip(plan, kind)
                 if plan.request.outputs is not None:
-                    chosen = [cuts[name] for name, _ in plan.request.outputs]  # type: ignore[assignment]
+                    chosen = [cuts[name] for name, _ in plan.request.outputs]
             else:
                 pairs = self._known.get(kind) or self._pack(kind)
             parts = [data[row * width : (row + rows) * width] for data, width in chosen]
@@ -743,12 +751,12 @@ def budget_s(deadline_ms: Any, default_s: float = float("inf")) -> float:
     """Return a request's time in seconds.
 
     Raises:
-        InvalidInputError: not a number.
+        InvalidInputError: not a number, or out of range.
     """
     if deadline_ms is None:
         return default_s
-    if isinstance(deadline_ms, bool) or not isinstance(deadline_ms, int | float) or deadline_ms != deadline_ms:
-        raise InvalidInputError("'deadline_ms' must be a number of milliseconds")
+    if type(deadline_ms) not in (int, float) or not 0 < deadline_ms <= DEADLINE_MS_MAX:
+        raise InvalidInputError(f"'deadline_ms' must be a number above 0, at most {DEADLINE_MS_MAX}")
     return float(deadline_ms) / 1000
 
 

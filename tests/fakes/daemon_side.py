@@ -160,13 +160,13 @@ class WorkerProcess:
         """Send an infer frame of tensors; return its id."""
         entries, buffers = tensors.pack({name: np.asarray(value) for name, value in inputs.items()})
         number = self.next_id()
-        self.send({"kind": "infer", "id": number, "model": "m", "tensors": entries, **fields}, buffers)
+        self.send({"kind": "infer", "id": number, "tensors": entries, **fields}, buffers)
         return number
 
     def post_raw(self, body: bytes, content_type: str, **fields: Any) -> int:
         """Send an infer frame of raw bytes; return its id."""
         number = self.next_id()
-        self.send({"kind": "infer", "id": number, "model": "m", "content_type": content_type, **fields}, [body])
+        self.send({"kind": "infer", "id": number, "content_type": content_type, **fields}, [body])
         return number
 
     def infer(self, inputs: Mapping[str, Any], **fields: Any) -> dict[str, np.ndarray]:

@@ -19,13 +19,16 @@ class LaneServer:
 
     path: Path
     grants: bool = True
+    silent_for: str = ""  # a model whose wish for a lane gets no answer until the next model's
     revoke_after: int = 0  # answers on a lane before it says ``bye``; 0: never
     answered: dict[str, int] = field(default_factory=lambda: {"frames": 0, "lane": 0})
     lanes: int = 0
+    asked_by: dict[str, set[str]] = field(default_factory=dict)  # which models were asked for on whose lane
+    unanswered: list[dict[str, Any]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def serve(self, sock: socket.socket, where: str) -> None:
-        """Answer one connection until it ends."""
+    def serve(self, sock: socket.socket, where: str, of: str = "") -> None:
+        """Answer one connection until it ends; a lane is that ``of`` a model."""
         decoder, here = Decoder(), 0
         with sock, suppress(OSError):
             while data := sock.recv(1 << 16):
@@ -34,10 +37,13 @@ class LaneServer:
                     if header["kind"] == "lane" and where == "frames":
                         self._lane(sock, header)
                         continue
+                    if header["kind"] == "cancel":
+                        continue
                     _send(sock, {"kind": "result", "id": header["id"], "model": header["model"], "tensors": []})
                     here += 1
                     with self._lock:
                         self.answered[where] += 1
+                        self.asked_by.setdefault(of, set()).add(header["model"])
                     if where == "lane" and here == self.revoke_after:
                         _send(sock, {"kind": "bye"})
 
@@ -46,10 +52,18 @@ class LaneServer:
             refusal = {"kind": "error", "id": header["id"], "code": "forbidden", "message": "no lanes here"}
             _send(sock, {**refusal, "retryable": False})
             return
+        if header["model"] == self.silent_for:
+            self.unanswered.append(header)
+            return
+        late, self.unanswered = self.unanswered, []
+        for one in (*late, header):
+            self._grant(sock, one)
+
+    def _grant(self, sock: socket.socket, header: dict[str, Any]) -> None:
         ours, theirs = socket.socketpair()
         with self._lock:
             self.lanes += 1
-        threading.Thread(target=self.serve, args=(ours, "lane"), daemon=True).start()
+        threading.Thread(target=self.serve, args=(ours, "lane", header["model"]), daemon=True).start()
         reply = {"kind": "reply", "id": header["id"], "value": {"lane": self.lanes}}
         socket.send_fds(sock, [b"".join(bytes(part) for part in encode(reply))], [theirs.fileno()])
         theirs.close()

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from agent.serving.ports import InferRequest
 from agent.wire import FIRST_ID, Decoder, encode
 from tests.fakes.edges import edges, run, until
 from tests.fakes.engine import FakeEngine
+from tests.fakes.lanes import lane_server
 
 pytestmark = pytest.mark.integration
 
@@ -420,3 +421,36 @@ def answer_in_parts(request: InferRequest) -> tuple[dict[str, Any], tuple[bytes,
         about = {"model": "echo", "version": "1", "variant": "v"} if not seq else {}
         request.part({"kind": "part", "seq": seq, "content_type": "text/plain", **about}, (body,))
     return {"kind": "result", "model": "echo", "version": "1", "variant": "v"}, ()
+
+
+@pytest.mark.parametrize("kind", ["blocking", "asyncio"])
+def test_a_wish_for_a_lane_that_is_not_answered_in_time_costs_no_request(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "inferd.sock"
+    with lane_server(path, silent_for="slow") as server:
+        if kind == "blocking":
+            with Client(path, lanes=True, timeout_s=0.2) as client:
+                assert client.infer("slow", {}, deadline_ms=60_000).model == "slow"
+        else:
+
+            async def test() -> None:
+                async with AsyncClient(path, lanes=True, timeout_s=0.2) as client:
+                    assert (await client.infer("slow", {}, deadline_ms=60_000)).model == "slow"
+
+            run(test)
+        assert server.answered["lane"] == 0
+
+
+def test_a_lane_that_comes_too_late_is_not_taken_for_another_models(tmp_path: Path) -> None:
+    async def test() -> None:
+        path = tmp_path / "inferd.sock"
+        with lane_server(path, silent_for="slow") as server:
+            async with AsyncClient(path, lanes=True) as client:
+                canceled = asyncio.create_task(client.infer("slow", {}))
+                await until(lambda: bool(server.unanswered))
+                canceled.cancel()
+                with suppress(asyncio.CancelledError):
+                    await canceled
+                assert (await client.infer("double", {})).model == "double"
+                await until(lambda: server.asked_by == {"double": {"double"}})
+
+    run(test)

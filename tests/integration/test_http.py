@@ -49,7 +49,6 @@ def test_raw_bodies_are_predicted(tmp_path: Path, loop: str) -> None:
                 "kind": "infer",
                 "model": "echo",
                 "content_type": "image/png",
-                "accept": "a/b",
                 "stream": "auto",
             }
 

@@ -155,10 +155,15 @@ def test_bad_requests_are_refused_one_by_one(tmp_path: Path) -> None:
                     with pytest.raises(InvalidInputError, match="unknown output"):
                         client.infer("double", X, outputs=["w"])
                     assert client.infer("double", X).outputs["y"].tolist() == [[2.0, 4.0]]
+                with pytest.raises(InvalidInputError, match="priority"):
+                    client.infer("double", X, priority=99)
+                with pytest.raises(InvalidInputError, match="deadline_ms"):
+                    client.infer("double", X, deadline_ms=1e12)
                 with pytest.raises(UnknownModelError):
                     client.infer("absent", X)
 
             await beside(box, work)
+            await until(lambda: counted(box, "double", "invalid_input") == 5)
             await until(lambda: counted(box, "double", "bad_tensor") == 3)
 
     run(story)
@@ -478,14 +483,36 @@ def test_descriptors_that_come_on_a_lane_are_not_kept(tmp_path: Path) -> None:
     run(story)
 
 
-def test_large_bodies_under_way_are_bounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [{"model": "another"}, {"version": "2.0.0"}])
+def test_a_lane_answers_for_its_own_model_and_version_only(tmp_path: Path, other: dict[str, str]) -> None:
+    async def story() -> None:
+        async with shared_box(tmp_path, double_version(tmp_path / "m")) as box:
+            raw = await asyncio.to_thread(RawLane, box.path, "double")
+            raw.ask(1, **other)
+            raw.ask(2, version="1.0.0")
+            refused = await asyncio.to_thread(raw.receive)
+            answered = await asyncio.to_thread(raw.receive)
+            assert refused is not None
+            assert answered is not None
+            assert (refused.header["id"], refused.header["code"]) == (1, "unknown_model")
+            assert (answered.header["id"], answered.header["kind"]) == (2, "result")
+            raw.close()
+
+    run(story)
+
+
+@pytest.mark.parametrize("after_a_small_one", [False, True])
+def test_large_bodies_under_way_are_bounded(tmp_path: Path, after_a_small_one: bool) -> None:
+    entries, buffers = pack(X)
+    small = b"".join(encode({"kind": "infer", "id": 2, "model": "double", "tensors": entries}, buffers))
+
     async def story() -> None:
         async with shared_box(tmp_path, double_version(tmp_path / "m"), queue_bytes_max=1 << 20) as box:
             raws = [await asyncio.to_thread(RawLane, box.path, "double") for _ in range(3)]
             head = encode_head({"kind": "infer", "id": 1, "model": "double", "tensors": []}, 600_000)
             for raw in raws:
                 assert raw.lane is not None
-                raw.lane.sendall(head + bytes(300_000))
+                raw.lane.sendall((small if after_a_small_one else b"") + head + bytes(300_000))
             refused = 0
             for raw in raws[1:]:
                 answer = await asyncio.to_thread(raw.receive)

@@ -1,4 +1,4 @@
-"""Streams beside batches that take long, in a worker's own loop around a model that the test holds."""
+"""Streams and decoding beside batches that take long, in a worker's own loop around a model that the test holds."""
 
 from __future__ import annotations
 
@@ -172,3 +172,16 @@ def test_a_stream_is_withdrawn_while_a_batch_hangs(worker: Worker) -> None:
     worker.until_still()
     worker.send({"kind": "cancel", "id": 11})
     worker.until(11, "error")
+
+
+def test_the_next_batch_is_decoded_while_a_slow_one_runs(worker: Worker) -> None:
+    worker.ask(10, HELD)
+    assert worker.model.entered.wait(HELD_S)
+    for number in (11, 12, 14):
+        worker.ask(number, X)
+    worker.ask(13, np.ones((1, 5), np.float32))
+    refused = worker.receive().header  # decoding has found what is wrong with it
+    assert (refused["id"], refused["code"]) == (13, "bad_tensor")
+    worker.model.let_go.set()
+    for number in (10, 11, 12, 14):
+        worker.until(number, "result")

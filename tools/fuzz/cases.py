@@ -34,7 +34,6 @@ _ODD: Final[tuple[Any, ...]] = (
     b"\xff", [], {}, [[]], [None], {"a": {"b": []}}, {"region": 1, "offset": 0, "nbytes": 64}, {1: 2},
     msgpack.Timestamp(1, 2),
 )  # fmt: skip
-_NAMES: Final = ("region", "offset", "reply", "nbytes", "shared", "limits", "value", "trace", 7, None)
 _DTYPES: Final = ("float32", "float64", "uint8", "int64", "bool", "bytes", "bfloat16", "complex64", "")
 
 

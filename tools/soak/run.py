@@ -22,7 +22,6 @@ from tools.rig.line import MODEL
 from tools.rig.watch import ARENA_IDLE_BYTES_MAX, Holding, alive, crashes, descendants, look, not_settled
 from tools.soak import chaos
 
-_CHANNELS: Final = {"1.0.0": "stable"}  # the other version is deployed by name only
 _PEERS: Final = ("frames", "frames", "http", "library", "lanes")
 _ACTS_AT_ONCE: Final = 2  # beside the swaps
 _SETTLE_TIMEOUT_S: Final = 90.0

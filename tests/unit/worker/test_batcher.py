@@ -221,3 +221,14 @@ def test_one_poisoned_request_costs_a_logarithm_of_runs(size: int) -> None:
 
     list(isolate(range(size), attempt))
     assert runs <= 2 * size.bit_length() + 1
+
+
+def test_one_batch_ahead_is_prepared_and_no_more() -> None:
+    asks = [Ask(1, rows_made=2), Ask(2, deadline=0.5), Ask(3, bad=True), Ask(4, rows_made=2), Ask(5)]
+    queue = batcher(*asks)
+    assert [queue.prepare_next(1.0, prepare) for _ in range(4)] == [True, True, True, False]
+    assert [ask.prepared for ask in asks] == [1, 0, 1, 1, 0]
+    turn = queue.take(1.0, prepare)
+    assert (ids(turn.batch), ids(turn.expired)) == ([1, 4], [2])
+    assert ids(queue.take(1.0, prepare).batch) == [5]
+    assert all(ask.prepared <= 1 for ask in asks)
