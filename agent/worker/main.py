@@ -336,7 +336,6 @@ class Server:
 
     def _take_from_lane(self, lane: Lane, frame: Frame, now: float) -> None:
         header, kind = frame.header, frame.header["kind"]
-        lane.forget_arriving()
         if frame.id is None:
             raise FrameError(f"{kind[:32]!r} needs an 'id'")
         if kind == "infer":
