@@ -390,11 +390,10 @@ def test_many_small_bodies_that_inflate_to_large_ones_are_bounded_together(tmp_p
     run(test)
 
 
-@pytest.mark.parametrize("name", ["Content_Type", "Accept"])
-def test_a_header_that_would_outgrow_the_workers_frame_is_refused_at_the_edge(tmp_path: Path, name: str) -> None:
+def test_a_header_that_would_outgrow_the_workers_frame_is_refused_at_the_edge(tmp_path: Path) -> None:
     async def test() -> None:
         async with edges(tmp_path) as served:
-            answer = await ask(served.port, "POST", PREDICT, b"abc", **{name: "\xe9" * 40_000})
+            answer = await ask(served.port, "POST", PREDICT, b"abc", Content_Type="\xe9" * 40_000)
             assert (answer.status, answer.json()["error"]) == (400, "invalid_input")
             assert not served.engine.seen
             await still_serves(served)
