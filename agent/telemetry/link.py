@@ -64,6 +64,7 @@ class _Drain:
     epoch: str = ""
     credit: float = 0.0  # messages that the rate allows now
     credit_at: float = 0.0
+    held_until: float | None = None  # when the first topic that the last exchange left out may be tried again
 
     @property
     def unsettled(self) -> bool:
@@ -213,6 +214,7 @@ class MqttLink:
         refused, drain.refused = drain.refused, []
         room = self._window(session) - len(drain.in_flight)
         limit = min(room, self._credit(drain))
+        held, drain.held_until = self._held()
         if limit <= 0 and not delivered and not refused:
             return 0
         rows = await self._outbox.exchange(
@@ -220,7 +222,7 @@ class MqttLink:
             delivered=delivered,
             refused=refused,
             limit=limit,
-            held=self._held(),
+            held=held,
         )
         for row in rows:
             drain.epoch = row.epoch
@@ -270,9 +272,11 @@ class MqttLink:
         if hold.until <= now:  # several rows of one window come back together
             hold.until = now + hold.backoff.next()
 
-    def _held(self) -> frozenset[str]:
+    def _held(self) -> tuple[frozenset[str], float | None]:
+        """Return the topics to leave alone now, and when the first of them may be tried again."""
         now = self._clock.monotonic()
-        return frozenset(topic for topic, hold in self._holds.items() if hold.until > now)
+        holds = {topic: hold.until for topic, hold in self._holds.items() if hold.until > now}
+        return frozenset(holds), min(holds.values(), default=None)
 
     def _credit(self, drain: _Drain) -> int:
         now, rate = self._clock.monotonic(), self._config.outbox.drain_rows_per_s_max
@@ -285,8 +289,8 @@ class MqttLink:
 
         Acknowledgements are settled several at a time: each settling is a trip to the outbox's thread.
         """
-        now = self._clock.monotonic()
-        waits = [hold.until - now for hold in self._holds.values() if hold.until > now]
+        # By what the exchange left out, not by what is held now: a hold that ran out meanwhile is due at once.
+        waits = [] if drain.held_until is None else [max(0.0, drain.held_until - self._clock.monotonic())]
         if drain.credit < 1:
             waits.append((1 - drain.credit) / self._config.outbox.drain_rows_per_s_max)
         half = self._window(session) // 2

@@ -152,7 +152,7 @@ def test_tls_is_spoken_and_another_authority_is_refused(run: Any, tmp_path: Path
             await until(lambda: device.link.connected)
             await device.outbox.append(DEPLOY, {"fill": "x" * 30_000})
             answers = device.metrics.counter("inferd_mqtt_acknowledged", "", ("answer",)).values
-            await until(lambda: answers.get(("no_subscribers",), 0) >= 2)
+            await until(lambda: answers.get(("no_subscribers",), 0) >= 3)
         device = Device(tmp_path, settings(broker.port, tls_ca_file=str(other)))
         async with device.running():
             await until(lambda: "CERTIFICATE_VERIFY_FAILED" in device.link.last_error)
@@ -174,6 +174,26 @@ def test_a_message_without_subscribers_is_kept(run: Any, broker: Mosquitto, tmp_
             with Receiver(broker.host, broker.port) as receiver:
                 await until(lambda: sum(device.outbox.stats.rows) == 0)
                 await until(lambda: receiver.report()["arrived"] == 1)
+
+    run(main())
+
+
+@needs_mosquitto
+def test_a_hold_that_runs_out_while_the_disk_is_slow_is_not_forgotten(run: Any, broker: Mosquitto, tmp_path: Path) -> None:
+    async def main() -> None:
+        device = Device(tmp_path, settings(broker.port))
+        quick = device.outbox.exchange
+
+        async def slow(**arguments: Any) -> Any:
+            rows = await quick(**arguments)
+            await asyncio.sleep(0.7)  # longer than the first hold
+            return rows
+
+        device.outbox.exchange = slow  # type: ignore[method-assign]
+        async with device.running():
+            await device.outbox.append(DEPLOY, {"type": "x"})
+            answers = device.metrics.counter("inferd_mqtt_acknowledged", "", ("answer",)).values
+            await until(lambda: answers.get(("no_subscribers",), 0) >= 3)
 
     run(main())
 
