@@ -6,7 +6,7 @@ Each section has a box of its own over the same store, so that nothing else is s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -15,8 +15,10 @@ import numpy as np
 from rich.progress import Progress
 
 from tools.bench_load import closed_blocking
+from tools.bench_native import over_unix
 from tools.bench_processes import Processes
-from tools.bench_targets import CNN, IN_PROCESS
+from tools.bench_relay import relay
+from tools.bench_targets import BARE_RELAY, BARE_WORKER, CNN, IN_PROCESS
 from tools.bench_ways import Http, InProcess, Unix, Way, Work
 from tools.loadgen import Plan, Runs, floors, loads, measure, natives
 from tools.rig import models
@@ -40,12 +42,15 @@ class Served:
 def tiny(rig: Rig, progress: Progress, *, seconds: float, repetitions: int, rate_s: float) -> Served:
     """The tiny MLP: one request at a time, many outstanding, and an open loop."""
     model, left_out = models.tiny(), list[str]()
-    with _Serving(rig, model) as (file, work, url):
+    with _Serving(rig, model) as (file, work, url), relay(file, rig.folder / "relay") as bare:
         plan = Plan(
             concurrencies=(1, 32), rate_s=rate_s, connections=_CONNECTIONS, seconds=seconds, repetitions=repetitions
         )
         yardsticks = [InProcess(file, work, IN_PROCESS), *floors(Unix(rig.socket, work).request_bytes)]
         native = natives(rig.folder / "build", rig.socket, url, work, left_out)
+        if native:
+            ways = {BARE_RELAY: bare.through, BARE_WORKER: bare.worker}
+            native += [replace(over_unix(native[0].program, ways[name], work), name=name) for name in ways]
         served: list[Way] = [Unix(rig.socket, work, lanes=True), Unix(rig.socket, work), Http(url, work)]
         runs = loads(plan, yardsticks, served, native, title="tiny MLP, ")
         return _measured(rig, progress, runs, plan, left_out)
@@ -105,5 +110,5 @@ class _Serving:
 
 def _measured(rig: Rig, progress: Progress, runs: Mapping[str, Runs], plan: Plan, left_out: list[str]) -> Served:
     processes = Processes(rig.daemon_pid)
-    rows = measure(runs, plan, processes, progress, yardsticks=(_CNN_BATCHED,))
+    rows = measure(runs, plan, processes, progress, yardsticks=(_CNN_BATCHED, BARE_RELAY, BARE_WORKER))
     return Served(rows=rows, processes=processes.memory(), left_out=left_out)

@@ -12,6 +12,8 @@ from typing import Any, Final
 IN_PROCESS: Final = "in-process"
 FLOOR: Final = "echo floor"  # across two cores
 FLOOR_ONE_CORE: Final = "echo, one core"
+BARE_RELAY: Final = "bare relay"  # bench_relay.py: the mechanism without a feature
+BARE_WORKER: Final = "bare worker"
 TINY_ONE: Final = "tiny MLP, closed loop, 1 outstanding"
 TINY_MANY: Final = "tiny MLP, closed loop, 32 outstanding"
 FRAME: Final = "6 MB frame, closed loop, 1 outstanding"

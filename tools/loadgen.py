@@ -151,11 +151,10 @@ def loads(
             way.name: partial(closed_blocking, way, seconds=plan.seconds) for way in yardsticks
         }
         runs |= {way.name: _closed(way, callers, plan) for way in served}
-        if callers > 1:
-            for generator in native:
-                runs[generator.name] = partial(
-                    generator.closed, callers=callers, connections=plan.connections, seconds=plan.seconds
-                )
+        for generator in native:
+            runs[generator.name] = partial(
+                generator.closed, callers=callers, connections=plan.connections, seconds=plan.seconds
+            )
         found[f"{title}closed loop, {callers} outstanding"] = runs
     if plan.rate_s:
         found[f"{title}open loop, {plan.rate_s:g}/s"] = {way.name: _open(way, plan) for way in served}
