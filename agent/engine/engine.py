@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import itertools
 import shutil
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,7 @@ class Engine:
         self._numbers = itertools.count(FIRST_ID)
         self._work = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
+        self._now: Callable[[], float] = time.monotonic  # the loop's once it runs; to find the loop costs a system call
         self._tasks: set[asyncio.Task[None]] = set()
         self._latency = metrics.histogram(
             "inferd_request_duration_seconds", "Arrival to answer of successful requests", ("model", "version")
@@ -109,6 +111,7 @@ class Engine:
             _log.warning("workers of a killed daemon were left; killed them", pids=killed)
         for folder in left:
             shutil.rmtree(folder, ignore_errors=True)
+        self._now = asyncio.get_running_loop().time
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
@@ -147,7 +150,7 @@ class Engine:
     def submit(self, request: InferRequest) -> None:
         """Answer ``request`` once, sooner or later; never blocks, never raises for expected failures."""
         number = next(self._numbers)
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         job = Job(request, number, now)
         try:
             job.version = self._route(request)
@@ -242,7 +245,7 @@ class Engine:
             latency=self._latency.series((spec.model, spec.version)),
             answers=self._answers,
             streams=StreamCounts(self._metrics, (spec.model, spec.version)),
-            now=asyncio.get_running_loop().time,
+            now=self._now,
             revive_s=self._config.restart_cap_s,
         )
         try:

@@ -59,7 +59,9 @@ _PAUSE_BYTES: Final = 1024 * 1024  # answers not taken yet; above it no new requ
 _CALLS_MAX: Final = 16  # at once per connection
 _LANES_MAX: Final = 16  # per connection: one for each model it asks
 _NAME_CHARS_MAX: Final = 128
-_CLOSE_ON_EXEC: Final = socket.MSG_CMSG_CLOEXEC
+# As plain integers: the enumeration's own operators cost a microsecond each.
+_CLOSE_ON_EXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
+_CUT_OFF: Final = int(socket.MSG_CTRUNC)
 
 
 class Owner(Protocol):
@@ -196,7 +198,7 @@ class FrameConnection:
         body = self._decoder.body_buffer()
         if body is not None:
             count, ancillary, flags, _ = self._sock.recvmsg_into((body,), ANCILLARY_BYTES, _CLOSE_ON_EXEC)
-            if ancillary or flags & socket.MSG_CTRUNC:
+            if ancillary or flags & _CUT_OFF:
                 self._attachments().receive(ancillary, flags)
             if not count:
                 raise ConnectionResetError("the peer closed")
@@ -206,7 +208,7 @@ class FrameConnection:
             self._release_budget()
             return (frame,)
         data, ancillary, flags, _ = self._sock.recvmsg(_READ_BYTES, ANCILLARY_BYTES, _CLOSE_ON_EXEC)
-        if ancillary or flags & socket.MSG_CTRUNC:
+        if ancillary or flags & _CUT_OFF:
             self._attachments().receive(ancillary, flags)
         if not data:
             raise ConnectionResetError("the peer closed")
