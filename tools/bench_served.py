@@ -14,11 +14,12 @@ from typing import Any, Final
 import numpy as np
 from rich.progress import Progress
 
+from tools.bench_beside import Beside
 from tools.bench_load import closed_blocking
 from tools.bench_native import over_unix
 from tools.bench_processes import Processes
 from tools.bench_relay import relay
-from tools.bench_targets import BARE_RELAY, BARE_WORKER, CNN, IN_PROCESS
+from tools.bench_targets import BARE, BARE_RELAY, BARE_SHARED, BARE_TCP, BARE_WORKER, CNN, IN_PROCESS
 from tools.bench_ways import Http, InProcess, Unix, Way, Work
 from tools.loadgen import Plan, Runs, floors, loads, measure, natives
 from tools.rig import models
@@ -63,6 +64,7 @@ def frame(rig: Rig, progress: Progress, *, seconds: float, repetitions: int) -> 
         plan = Plan(concurrencies=(1,), rate_s=0.0, connections=_CONNECTIONS, seconds=seconds, repetitions=repetitions)
         by_region = Unix(rig.socket, work, region=True)
         yardsticks = [InProcess(file, work, IN_PROCESS), *floors(by_region.request_bytes)]
+        yardsticks += [Beside(file, work, BARE_SHARED), Beside(file, work, BARE_TCP, tcp=True)]
         served: list[Way] = [Unix(rig.socket, work, region=True, lanes=True), by_region]
         served += [Unix(rig.socket, work), Http(url, work)]
         return _measured(rig, progress, loads(plan, yardsticks, served, (), title="6 MB frame, "), plan, [])
@@ -110,5 +112,5 @@ class _Serving:
 
 def _measured(rig: Rig, progress: Progress, runs: Mapping[str, Runs], plan: Plan, left_out: list[str]) -> Served:
     processes = Processes(rig.daemon_pid)
-    rows = measure(runs, plan, processes, progress, yardsticks=(_CNN_BATCHED, BARE_RELAY, BARE_WORKER))
+    rows = measure(runs, plan, processes, progress, yardsticks=(_CNN_BATCHED, *BARE))
     return Served(rows=rows, processes=processes.memory(), left_out=left_out)

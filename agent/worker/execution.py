@@ -9,6 +9,7 @@ Promises: one batch runs at a time, in the order given; its outcomes come back o
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -40,6 +41,7 @@ class Execution(Generic[B, R]):
         self._work = work
         self._slow_s = slow_s
         self._typical_s = 0.0
+        self._took_s = math.inf  # the last run
         self._orders: SimpleQueue[B] = SimpleQueue()
         self._done: tuple[R] | BaseException | None = None  # set before the descriptor becomes readable
         self._thread: threading.Thread | None = None
@@ -72,7 +74,9 @@ class Execution(Generic[B, R]):
         return batch, done[0]
 
     def _learn(self, took_s: float) -> None:
-        self._typical_s += _WEIGHT * (took_s - self._typical_s)
+        """Follow the typical duration. Of two runs the shorter counts: one that was interrupted tells nothing."""
+        self._typical_s += _WEIGHT * (min(took_s, self._took_s) - self._typical_s)
+        self._took_s = took_s
 
     def _serve(self) -> None:
         while True:
