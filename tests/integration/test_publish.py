@@ -127,6 +127,8 @@ def test_each_verb_speaks_to_a_person_too(centre: Path) -> None:
         ("publish", "bundle", "--store", "store", *SIGNING),
         ("promote", "vision/linear@1.0.0", "--store", "store", *SIGNING, "--channel", "stable"),
         ("refresh-timestamp", "--store", "store", "--online-key", "keys/online"),
+        ("export", "vision/linear", "--to", "usb", "--store", "store", "--online-key", "keys/online"),
+        ("deprecate", "vision/linear@1.0.0", "--store", "store", *SIGNING),
         ("verify", "--store", "store"),
         ("ls", "--store", "store"),
         ("show", "vision/linear", "--store", "store"),
@@ -172,6 +174,49 @@ def test_a_password_file_and_unencrypted_keys_work_without_a_prompt(centre: Path
     hub("refresh-timestamp", "--store", "store", "--online-key", "keys/online", "--password-file", "password",
         password=None)  # fmt: skip
     assert not hub("keygen", "--role", "team", "--out", "keys/open", "--unencrypted", password=None)["encrypted"]
+
+
+def test_a_version_is_withdrawn_and_a_device_hears_of_it(centre: Path) -> None:
+    hub("pack", "source", "--out", "bundle")
+    hub("publish", "bundle", "--store", "store", *SIGNING, "--channel", "stable")
+    toml = (centre / "source/model.toml").read_text().replace('"1.0.0"', '"1.1.0"').replace("seq = 1", "seq = 2")
+    (centre / "source/model.toml").write_text(toml)
+    hub("pack", "source", "--out", "next")
+    hub("publish", "next", "--store", "store", *SIGNING, "--channel", "stable")
+
+    one = ("vision/linear@1.0.0", "--store", "store", *SIGNING)
+    assert hub("deprecate", *one, "--reason", "use 1.1")["status"] == "deprecated"
+    assert hub("deprecate", *one, "--undo")["status"] == "active"
+    two = ("vision/linear@1.1.0", "--store", "store", *SIGNING, "--reason", "wrong labels")
+    refused = hub("revoke", *two, fails="version_conflict")
+    assert "--to VERSION" in refused["error"]["hint"]
+    done = hub("revoke", *two, "--to", "1.0.0")
+    assert (done["status"], done["channels"], done["changed"]) == ("revoked", {"stable": "1.0.0"}, True)
+    assert not hub("revoke", *two, "--to", "1.0.0")["changed"]
+    hub("publish", "next", "--store", "store", *SIGNING, "--channel", "stable", fails="version_conflict")
+    hub("promote", "vision/linear@1.1.0", "--store", "store", *SIGNING, "--channel", "canary", fails="version_conflict")
+
+    anchor, store = centre / "anchor/root.json", f"file://{centre}/store"
+    assert pull(store, anchor, centre / "state", version="1.1.0")[-1]["code"] == "policy_refused"
+    assert pull(store, anchor, centre / "state", channel="stable")[-1]["version"] == "1.0.0"
+
+
+def test_a_stick_feeds_a_device_that_has_no_network(centre: Path) -> None:
+    hub("pack", "source", "--out", "bundle")
+    hub("publish", "bundle", "--store", "store", *SIGNING, "--channel", "stable")
+    done = hub("export", "vision/linear", "--to", "usb", "--store", "store", "--online-key", "keys/online")
+    assert (done["blobs_new"], done["models"][0]["version"]) == (done["blobs"], "1.0.0")
+    assert hub("verify", "--store", "usb", "--model", "vision/linear@1.0.0", "--deep")["timestamp"] == done["issued"]
+    (centre / "store").rename(centre / "away")
+    lines = pull(f"file://{centre}/usb", centre / "anchor/root.json", centre / "state")
+    assert lines[-1]["event"] == "done", lines[-1]
+    again = hub(
+        "export", "vision/linear@1.0.0", "--have", lines[-1]["path"], "--to", "usb-2", "--store", "away",
+        "--online-key", "keys/online",
+    )  # fmt: skip
+    assert again["blobs_new"] < done["blobs_new"]
+    hub("export", "vision/linear", "--to", "away", "--store", "away", "--online-key", "keys/online",
+        fails="invalid_input")  # fmt: skip
 
 
 WRONG_GOLDEN = safetensors.dump({"y": X[:, :3] + 1})

@@ -151,8 +151,10 @@ class Edition:
         self._renew(top, "targets", TARGETS_DAYS, signer)
         require_signed(self._state.root, "targets", top)
 
-    def seal(self, signer: Signer) -> None:
-        """Sign the timestamp, and before it the snapshot if a role changed or the snapshot grows old.
+    def seal(self, signer: Signer, *, covers_days: int = SNAPSHOT_RENEW_DAYS, later_s: int = 0) -> None:
+        """Sign the timestamp, and before it the snapshot if a role changed or it expires within ``covers_days``.
+
+        ``later_s`` dates the timestamp so many seconds later, which leaves versions before it for ``aside``.
 
         Raises:
             KeyNotAllowedError: ``signer`` is not the online key.
@@ -162,18 +164,31 @@ class Edition:
         if self._top is not None:
             changed["targets"] = self._top
         timestamp = deepcopy(self._state.timestamp)
-        if changed or self._state.snapshot.signed.expires < expiry(self._now(), SNAPSHOT_RENEW_DAYS):
+        if changed or self._state.snapshot.signed.expires < expiry(self._now(), covers_days):
             self._snapshot = deepcopy(self._state.snapshot)
             for role, metadata in changed.items():
                 self._snapshot.signed.meta[f"{role}.json"] = _meta(metadata)
             self._renew(self._snapshot, "snapshot", SNAPSHOT_DAYS, signer)
             require_signed(self._state.root, "snapshot", self._snapshot)
             timestamp.signed.snapshot_meta = _meta(self._snapshot)
-        timestamp.signed.version = self._timestamp_version(timestamp.signed.version)
+        timestamp.signed.version = self._timestamp_version(timestamp.signed.version) + later_s
         timestamp.signed.expires = expiry(self._now(), TIMESTAMP_DAYS)
         sign(timestamp, [signer])
         require_signed(self._state.root, "timestamp", timestamp)
         self._timestamp = timestamp
+
+    def aside(self, signer: Signer, *, valid_days: int) -> Metadata[Timestamp]:
+        """Return a timestamp for a copy of the sealed state: one second older than its own, valid for other days.
+
+        A box that has seen the copy takes the store's own timestamp as newer, never the other way round.
+        """
+        if self._timestamp is None:
+            raise AssertionError("an edition is sealed before it is copied")
+        timestamp = deepcopy(self._timestamp)
+        timestamp.signed.version -= 1
+        timestamp.signed.expires = expiry(self._now(), valid_days)
+        sign(timestamp, [signer])
+        return timestamp
 
     def write(self) -> int:
         """Store everything, the timestamp last; return its version.
@@ -240,6 +255,14 @@ def unsigned(signed: Signed) -> Metadata[Signed]:
 def metadata_object(role: str, version: int) -> str:
     """Return where a version of a role is stored (the timestamp has a place of its own)."""
     return f"metadata/{version}.{role}.json"
+
+
+def root_versions(objects: Objects) -> range:
+    """Return the versions of the root that the store holds, the first to the newest."""
+    version = 1
+    while objects.size(metadata_object("root", version + 1)) is not None:
+        version += 1
+    return range(1, version + 1)
 
 
 def delegations(teams: Mapping[str, Key]) -> Delegations:

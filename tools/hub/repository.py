@@ -27,6 +27,7 @@ from tools.hub.edition import (
     expiry,
     metadata_object,
     require_signed,
+    root_versions,
     serialise,
     sign,
     target_object,
@@ -162,10 +163,8 @@ class Repository:
         return earlier
 
     def _newest_root(self) -> Metadata[Root]:
-        version = 1
-        while self._objects.size(metadata_object("root", version + 1)) is not None:
-            version += 1
-        root = Metadata[Root].from_bytes(self._objects.read(metadata_object("root", version)))
+        newest = root_versions(self._objects)[-1]
+        root = Metadata[Root].from_bytes(self._objects.read(metadata_object("root", newest)))
         root.signed.verify_delegate("root", root.signed_bytes, root.signatures)
         return root
 
