@@ -129,6 +129,11 @@ def test_each_verb_speaks_to_a_person_too(centre: Path) -> None:
         ("refresh-timestamp", "--store", "store", "--online-key", "keys/online"),
         ("export", "vision/linear", "--to", "usb", "--store", "store", "--online-key", "keys/online"),
         ("deprecate", "vision/linear@1.0.0", "--store", "store", *SIGNING),
+        ("renew", "--role", "team:vision", "--store", "store", "--sign-with", "keys/team",
+         "--sign-with", "keys/online"),
+        ("rotate-keys", "--role", "operator", "--add", "keys/team.pub", "--store", "store", "--sign-with",
+         "keys/targets"),
+        ("show-keys", "--store", "store"),
         ("verify", "--store", "store"),
         ("ls", "--store", "store"),
         ("show", "vision/linear", "--store", "store"),
@@ -217,6 +222,69 @@ def test_a_stick_feeds_a_device_that_has_no_network(centre: Path) -> None:
     assert again["blobs_new"] < done["blobs_new"]
     hub("export", "vision/linear", "--to", "away", "--store", "away", "--online-key", "keys/online",
         fails="invalid_input")  # fmt: skip
+
+
+def test_a_root_ceremony_on_three_machines(centre: Path) -> None:
+    hub("keygen", "--role", "root", "--out", "keys/root-d")
+    hub("keygen", "--role", "online", "--out", "keys/online-2")
+    change = ("--role", "root", "--add", "keys/root-d.pub", "--remove", "keys/root-a.pub")
+    begun = hub("rotate-keys", *change, "--store", "store", "--sign-with", "keys/root-b")
+    assert (begun["complete"], begun["published"], begun["pending"]) == (False, False, "root.pending.json")
+    assert [(len(need["signed"]), need["threshold"]) for need in begun["needs"]] == [(1, 2), (1, 2)]
+
+    carried = centre / "elsewhere/pending.json"  # another machine, without a store
+    carried.parent.mkdir()
+    (centre / "root.pending.json").rename(carried)
+    told = run("rotate-keys", "--pending", str(carried), "--sign-with", "keys/root-d").stdout
+    assert "root: 1 of 2 signatures by the keys of root 1, still needed: 1 of " in told
+    assert "root: 2 of 2 signatures by the keys of root 2" in told
+    hub("rotate-keys", "--pending", str(carried), "--sign-with", "keys/operator", fails="key_not_allowed")
+    assert hub("rotate-keys", "--pending", str(carried), "--sign-with", "keys/root-c")["complete"]
+
+    done = hub("rotate-keys", "--pending", str(carried), "--store", "store")
+    assert (done["published"], done["changed"], done["versions"]) == (True, True, {"root": 2})
+    assert not carried.exists()
+    assert not hub("rotate-keys", *change, "--store", "store")["changed"]
+
+    online = ("--role", "online", "--add", "keys/online-2.pub", "--remove", "keys/online.pub", "--store", "store")
+    roots = ("--sign-with", "keys/root-c", "--sign-with", "keys/root-d")
+    assert not hub("rotate-keys", *online, *roots)["published"]  # an online key has to be there
+    changed = hub("rotate-keys", *online, "--sign-with", "keys/online", "--sign-with", "keys/online-2")
+    assert changed["versions"] == {"root": 3}
+    assert hub("renew", "--role", "root", "--store", "store", *roots)["versions"] == {"root": 4}
+    seen = hub("verify", "--store", "store", "--anchor", "anchor/root.json")
+    assert seen["root"] == 4
+    shown = {row["role"]: row for row in hub("show-keys", "--store", "store")["roles"]}
+    assert (shown["root"]["threshold"], len(shown["root"]["keys"]), shown["root"]["renew"]) == (2, 3, False)
+    hub("refresh-timestamp", "--store", "store", "--online-key", "keys/online", fails="key_not_allowed")
+
+    hub("pack", "source", "--out", "bundle")
+    hub("publish", "bundle", "--store", "store", "--team-key", "keys/team", "--online-key", "keys/online-2",
+        "--channel", "stable")  # fmt: skip
+    lines = pull(f"file://{centre}/store", centre / "anchor/root.json", centre / "state")
+    assert lines[-1]["event"] == "done", lines[-1]
+
+
+def test_a_retired_team_is_gone_and_may_come_back(centre: Path) -> None:
+    hub("pack", "source", "--out", "bundle")
+    hub("publish", "bundle", "--store", "store", *SIGNING, "--channel", "stable")
+    retire = (
+        "retire-team",
+        "vision",
+        "--store",
+        "store",
+        "--targets-key",
+        "keys/targets",
+        "--online-key",
+        "keys/online",
+    )
+    assert hub(*retire)["changed"]
+    assert not hub(*retire)["changed"]
+    assert hub("ls", "--store", "store")["models"] == []
+    hub("publish", "bundle", "--store", "store", *SIGNING, fails="key_not_allowed")
+    hub("rotate-keys", "--role", "team:vision", "--add", "keys/team.pub", "--remove", "keys/targets.pub", "--store",
+        "store", "--sign-with", "keys/targets", "--sign-with", "keys/team", "--sign-with", "keys/online")  # fmt: skip
+    assert hub("publish", "bundle", "--store", "store", *SIGNING)["changed"]
 
 
 WRONG_GOLDEN = safetensors.dump({"y": X[:, :3] + 1})

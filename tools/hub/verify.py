@@ -46,6 +46,7 @@ class Verified:
     root: int
     timestamp: int
     expires: str
+    expires_by_role: dict[str, str] = field(default_factory=dict)  # RFC 3339
     teams: list[str] = field(default_factory=list)
     operators: int = 0
     models: list[dict[str, Any]] = field(default_factory=list)  # team, name, channels, versions
@@ -187,6 +188,8 @@ class _Client:
                 seen.teams.append(team)
                 self._walk_team(team, seen, blobs)
         self._require_parts(seen)
+        roles = ("root", "timestamp", "snapshot", "targets", *(f"team-{team}" for team in seen.teams))
+        seen.expires_by_role = {role: self._signed(role)["expires"] for role in roles}
         blobs = {blob: chunk for blob, chunk in blobs.items() if chunk.sha256 not in held}
         listener.stage("verify blobs", sum(chunk.blob_size for chunk in blobs.values()), "bytes")
         for chunk in blobs.values():

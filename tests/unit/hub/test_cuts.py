@@ -13,6 +13,8 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from securesystemslib.signer import CryptoSigner
+from tuf.api.exceptions import UnsignedMetadataError
 
 from agent.bundles.manifest import Index
 from tests.fakes import bundles
@@ -20,6 +22,8 @@ from tests.fakes.hub import Centre, Clock, Cut, FailingFolder, PowerCutError, Re
 from tools.hub.bundle import Bundle
 from tools.hub.edition import TIMESTAMP
 from tools.hub.objects import Folder
+from tools.hub.pending import Pending
+from tools.hub.rotation import Change, begin, keys_of, publish
 from tools.hub.verify import Part, verify
 
 pytestmark = pytest.mark.unit
@@ -122,3 +126,95 @@ def test_export(centre: Centre, tmp_path: Path, used_before: bool) -> None:
         sideloaded = Reader(centre.anchor, tmp_path / f"sideloaded-again-{cut}")
         assert sideloaded.look(stick) == sideloaded.look(centre.root) == old
     assert cut > 10
+
+
+def signed(centre: Centre, role: str, new: CryptoSigner, old: CryptoSigner, *others: CryptoSigner) -> Pending:
+    """Return the exchange of a role's key with all signatures it can have."""
+    repository = centre.repository()
+    change = Change(role=role, add=(new.public_key,), remove=(old.public_key.keyid,))
+    pending = begin(Folder(centre.root), repository, repository.state(), change, centre.clock)
+    assert pending is not None
+    pending.sign([*centre.root_signers, centre.targets, new, *others])
+    return pending
+
+
+@pytest.mark.parametrize(
+    ("role", "writes"), [("root", 1), ("online", 3), ("targets", 4), ("team:vision", 4), ("operator", 4)]
+)
+def test_rotate_keys(centre: Centre, tmp_path: Path, role: str, writes: int) -> None:
+    """With the old key at hand no reader notices, whichever write it was cut at."""
+    new = CryptoSigner.generate_ed25519()
+    old = {
+        "root": centre.root_signers[0], "online": centre.online, "targets": centre.targets,
+        "team:vision": centre.team_signer, "operator": centre.operator,
+    }[role]  # fmt: skip
+    pending = signed(centre, role, new, old, old)
+    online = [new, old] if role == "online" else [centre.online]
+    index = index_of(centre)
+    counted = cut_everywhere(
+        tmp_path,
+        centre,
+        lambda objects: publish(pending, objects, centre.repository(objects), online, centre.clock),
+        old=index,
+        new=lambda found: found == index,
+    )
+    assert counted == writes
+    repository = centre.repository()
+    held = [key.keyid for key in keys_of(repository, repository.state(), role)]
+    assert new.public_key.keyid in held
+    assert old.public_key.keyid not in held
+
+
+@pytest.mark.parametrize("role", ["online", "targets"])
+def test_rotate_a_lost_key(centre: Centre, tmp_path: Path, role: str) -> None:
+    """Without the old key readers wait between the root and the timestamp, and a repeat heals it."""
+    new = CryptoSigner.generate_ed25519()
+    pending = signed(centre, role, new, getattr(centre, role))
+    if role == "targets":
+        pending.next["targets"].signatures.pop(centre.targets.public_key.keyid)
+    online = [new] if role == "online" else [centre.online]
+    whole, device = centre.root, Reader(centre.anchor, tmp_path / "device")
+    old, waited = device.look(whole), 0
+    for cut in count():
+        centre.root = Path(shutil.copytree(whole, tmp_path / f"cut-{cut}"))
+        reader = device.copy(tmp_path / f"device-{cut}")
+        try:
+            objects = FailingFolder(centre.root, left=cut)
+            publish(pending, objects, centre.repository(objects), online, centre.clock)
+        except PowerCutError:
+            if (centre.root / "metadata/2.root.json").exists():
+                waited += 1
+                with pytest.raises(UnsignedMetadataError):
+                    reader.look(centre.root)
+            else:
+                assert reader.look(centre.root) == old
+        else:
+            break
+        centre.clock.seconds += 1
+        publish(pending, Folder(centre.root), centre.repository(), online, centre.clock)
+        assert reader.look(centre.root) == old
+        verify(str(centre.root), centre.anchor, deep=True)
+    assert waited == 1
+
+
+def test_retire_a_team(centre: Centre, tmp_path: Path) -> None:
+    def retire(objects: Folder) -> None:
+        repository = centre.repository(objects)
+        edition = repository.edition(repository.state())
+        edition.retire_team("vision", centre.targets)
+        edition.sign_top(centre.targets)
+        edition.seal(centre.online)
+        edition.write()
+
+    whole = centre.root
+    for cut in count():
+        centre.root = Path(shutil.copytree(whole, tmp_path / f"cut-{cut}"))
+        try:
+            retire(FailingFolder(centre.root, left=cut))
+        except PowerCutError:
+            assert verify(str(centre.root), centre.anchor, deep=True).manifests == 2
+        else:
+            break
+        retire(Folder(centre.root))
+        assert verify(str(centre.root), centre.anchor, deep=True).manifests == 0
+    assert cut == 4
