@@ -29,6 +29,7 @@ VERBS: Final = {
     "export": "tools.hub.cli_export:export",
     "verify": "tools.hub.cli_store:verify",
     "refresh-timestamp": "tools.hub.cli_store:refresh_timestamp",
+    "store": "tools.hub.cli_gc:store_group",
     "ls": "tools.hub.cli_store:list_models",
     "show": "tools.hub.cli_store:show",
     "deploy": "tools.hub.fleet_cli:deploy",

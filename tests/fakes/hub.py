@@ -96,6 +96,10 @@ class FailingFolder(Folder):
         self._step()
         super().replace(name, data)
 
+    def remove(self, name: str) -> None:
+        self._step()
+        super().remove(name)
+
 
 class Centre:
     """A store with fresh keys: root 2 of 3, one team."""

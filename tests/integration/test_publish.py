@@ -134,6 +134,7 @@ def test_each_verb_speaks_to_a_person_too(centre: Path) -> None:
         ("rotate-keys", "--role", "operator", "--add", "keys/team.pub", "--store", "store", "--sign-with",
          "keys/targets"),
         ("show-keys", "--store", "store"),
+        ("store", "gc", "--store", "store", "--grace", "30d", "--dry-run"),
         ("verify", "--store", "store"),
         ("ls", "--store", "store"),
         ("show", "vision/linear", "--store", "store"),
@@ -268,19 +269,13 @@ def test_a_root_ceremony_on_three_machines(centre: Path) -> None:
 def test_a_retired_team_is_gone_and_may_come_back(centre: Path) -> None:
     hub("pack", "source", "--out", "bundle")
     hub("publish", "bundle", "--store", "store", *SIGNING, "--channel", "stable")
-    retire = (
-        "retire-team",
-        "vision",
-        "--store",
-        "store",
-        "--targets-key",
-        "keys/targets",
-        "--online-key",
-        "keys/online",
-    )
+    retire = ("retire-team", "vision", "--store", "store", "--targets-key", "keys/targets", *SIGNING[2:])
     assert hub(*retire)["changed"]
     assert not hub(*retire)["changed"]
     assert hub("ls", "--store", "store")["models"] == []
+    collected = hub("store", "gc", "--store", "store")
+    assert (collected["names"], collected["blobs_kept"]) == ([], 3)  # not for 90 days
+    assert len(hub("store", "gc", "--store", "store", "--grace", "0d", "--dry-run")["names"]) > 0
     hub("publish", "bundle", "--store", "store", *SIGNING, fails="key_not_allowed")
     hub("rotate-keys", "--role", "team:vision", "--add", "keys/team.pub", "--remove", "keys/targets.pub", "--store",
         "store", "--sign-with", "keys/targets", "--sign-with", "keys/team", "--sign-with", "keys/online")  # fmt: skip
