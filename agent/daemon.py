@@ -31,6 +31,7 @@ from agent.control import Box, Control
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
 from agent.deploy.reconciler import Reconciler
+from agent.deploy.refusals import Refusals
 from agent.engine.engine import Engine
 from agent.engine.spawn import Spawned
 from agent.engine.zygote import become_subreaper
@@ -184,7 +185,15 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             spawned=early or {},
         )
         await stack.enter_async_context(engine.running())
-        puller = Puller(config.store, config.policy, state_dir, hardware, profile)
+        refusals = Refusals(events, clock)
+        puller = Puller(
+            config.store,
+            config.policy,
+            state_dir,
+            hardware,
+            profile,
+            on_refused=lambda source, error, about: refusals.source(error, source=source, **about),
+        )
         specs = SpecMaker(engine=config.engine, policy=config.policy, serving=config.serving, profile=profile)
         journal = Journal(state_dir / "journal.db")
         stack.push_async_callback(journal.close)
@@ -198,6 +207,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             state_dir=state_dir,
             configured=[_configured(model) for model in config.models],
             poll_interval_s=config.store.poll_interval_s,
+            refusals=refusals,
         )
         await reconciler.open()
         if not reconciler.booted.is_set():

@@ -2,8 +2,9 @@
 
 ``python -m agent.bundles.child`` reads one JSON request from standard input, writes JSON lines to standard output and
 exits. Operations: ``resolve``, ``fetch``, ``check``, ``verify_command``. The last line is the answer: ``resolved``,
-``done``, ``command`` or ``error`` (``code``, ``message``, ``retryable``); ``resolved``, ``progress`` and ``verifying``
-may come before. Exit status 0 means that the last line is an answer, an error included.
+``done``, ``command`` or ``error`` (``code``, ``message``, ``retryable``). Before it may come ``resolved``, ``progress``,
+``verifying`` and ``refused``: a mirror whose answer does not hold (``source``, ``code``, ``message``). Exit status 0
+means that the last line is an answer, an error included.
 
 Here untrusted bytes meet parsers, away from the daemon; the process dies with its parent.
 """
@@ -91,7 +92,7 @@ def handle(request: Request) -> dict[str, Any]:
     from agent.bundles.resolve import Resolver
 
     transport = Transport(stall_timeout_s=request.store.stall_timeout_s, connections=request.store.connections)
-    resolver = Resolver(layout, request.store, transport)
+    resolver = Resolver(layout, request.store, transport, on_refused=_tell_refused)
     match request.op:
         case "verify_command":
             return verify_command(request.envelope.encode(), resolver, layout)
@@ -136,6 +137,10 @@ def emit(line: dict[str, Any]) -> None:
     """Write one line to standard output."""
     sys.stdout.write(json.dumps(line, separators=(",", ":")) + "\n")
     sys.stdout.flush()
+
+
+def _tell_refused(source: str, error: AgentError) -> None:
+    emit({"event": "refused", "source": source, "code": error.code, "message": str(error)})
 
 
 def installed_runtimes() -> dict[str, Runtime]:

@@ -34,6 +34,7 @@ _SILENCE_S: Final = 600.0  # a child that says nothing for so long is stuck: eac
 _COMMAND_TIMEOUT_S: Final = 120.0
 
 OnProgress = Callable[[Mapping[str, Any]], None]
+OnRefused = Callable[[str, AgentError, Mapping[str, str]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,8 @@ class Puller:
         commands_per_s: Verifications that may be started per second, on average.
         commands_burst: How many may be started at once after a quiet time.
         now: Monotonic seconds.
+        on_refused: Told of each source whose answer was refused: its address and why, and the request's team, name
+            and version as far as it has them.
     """
 
     def __init__(
@@ -90,7 +93,9 @@ class Puller:
         commands_per_s: float = 0.5,
         commands_burst: int = 8,
         now: Callable[[], float] = time.monotonic,
+        on_refused: OnRefused = lambda source, error, request: None,
     ) -> None:
+        self._on_refused = on_refused
         self._request: dict[str, Any] = {
             "state_dir": str(state_dir.absolute()),
             "store": msgspec.to_builtins(config),
@@ -179,8 +184,15 @@ class Puller:
                     return answer
                 if answer.get("event") == "error":
                     raise by_code(str(answer.get("code")), str(answer.get("message")))
-                on_line(answer)
+                if answer.get("event") == "refused":
+                    self._tell_refused(answer, request)
+                else:
+                    on_line(answer)
             raise AgentError(f"the trust child ended with {await process.wait()} and no answer; its log says why")
+
+    def _tell_refused(self, line: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+        about = {name: str(request.get(name, "")) for name in ("team", "name", "version")}
+        self._on_refused(str(line.get("source")), by_code(str(line.get("code")), str(line.get("message"))), about)
 
 
 class _TokenBucket:

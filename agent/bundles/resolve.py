@@ -47,6 +47,7 @@ from agent.errors import (
 _LOCK_WAIT_S: Final = 60.0
 _OPERATORS_BYTES_MAX: Final = 256 * 1024
 
+OnRefused = Callable[[str, BundleError], None]
 T = TypeVar("T")
 
 
@@ -67,15 +68,23 @@ class Resolver:
     Args:
         transport: How to reach it.
         wall: Unix seconds as the system clock has them.
+        on_refused: Told of each mirror whose answer was refused, also when another one's holds.
     """
 
     def __init__(
-        self, layout: Layout, store: StoreConfig, transport: Transport, *, wall: Callable[[], float] = time.time
+        self,
+        layout: Layout,
+        store: StoreConfig,
+        transport: Transport,
+        *,
+        wall: Callable[[], float] = time.time,
+        on_refused: OnRefused = lambda url, error: None,
     ) -> None:
         self._layout = layout
         self._store = store
         self._transport = transport
         self._wall = wall
+        self._on_refused = on_refused
 
     def version(self, team: str, name: str, version: str, channel: str) -> Resolved:
         """Return the version asked for, or the one ``channel`` points to if ``version`` is empty.
@@ -176,6 +185,8 @@ class Resolver:
                 except PolicyError:
                     raise
                 except (BundleError, StoreError) as error:
+                    if isinstance(error, BundleError):
+                        self._on_refused(url, error)
                     if number == 0 or (isinstance(error, BundleError) and not isinstance(failure, BundleError)):
                         failure = error
         raise failure

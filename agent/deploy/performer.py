@@ -22,6 +22,7 @@ from agent.deploy.journal import Journal
 from agent.deploy.pointer import Pointer, Pointers, Target
 from agent.deploy.ports import Bundle, Host, Loaded, Progress, Store
 from agent.deploy.probation import Verdict, judge
+from agent.deploy.refusals import Refusals
 from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State, advance
 from agent.errors import AgentError, BundleError, SelfTestError, StateError, StoreError, UntrustedError
 from agent.events import EventBus, Severity, Stream
@@ -48,6 +49,7 @@ class Performer:
         pointers: Pointers,
         journal: Journal,
         events: EventBus,
+        refusals: Refusals,
         clock: Clock,
         state_dir: Path,
         superseded: Callable[[Record], bool],
@@ -64,6 +66,7 @@ class Performer:
         self._pointers = pointers
         self._journal = journal
         self._events = events
+        self._refusals = refusals
         self._clock = clock
         self._state_dir = state_dir
         self._superseded = superseded  # whether another wish has won meanwhile
@@ -146,12 +149,16 @@ class Performer:
     async def _boot_previous(self, pointer: Pointer, error: Exception) -> None:
         data = {"slot": self.slot, "version": pointer.active.version, "reason": str(error)}
         _log.error("active version does not load", **data)
+        if isinstance(error, BundleError):
+            self._refuse_on_disk(pointer.active, error)
         self._events.emit(Stream.HEALTH, "boot.active_failed", Severity.ERROR, **data)
         if pointer.previous is not None:
             try:
                 self.active = await self._bring_up(pointer.previous)
             except (AgentError, OSError) as second:
                 _log.error("previous version does not load", slot=self.slot, reason=str(second))
+                if isinstance(second, BundleError):
+                    self._refuse_on_disk(pointer.previous, second)
             else:
                 self.pointer = Pointer(slot=self.slot, active=pointer.previous)
                 if pointer.trial and not isinstance(error, StoreError):
@@ -162,6 +169,9 @@ class Performer:
             self._pointers.remove(self.slot)
             self.pointer = None
         self._host.expect(self.slot, f"version {pointer.active.version} does not load: {error}")
+
+    def _refuse_on_disk(self, target: Target, error: BundleError) -> None:
+        self._refusals.bundle(error, team=target.team, name=target.name, version=target.version, source=target.path)
 
     async def revive(self) -> None:
         """Try again to load what the pointer names, after ``boot`` could or would not.
@@ -345,9 +355,8 @@ class Performer:
     async def _obtain_failed(self, record: Record, error: AgentError) -> Record:
         cause = {"code": error.code, "message": str(error)}
         if isinstance(error, BundleError):
-            self._events.emit(
-                Stream.SECURITY, "bundle.refused", Severity.ERROR, slot=self.slot, wanted=record.wanted, **cause
-            )
+            version = record.version or record.wanted
+            self._refusals.bundle(error, team=record.team, name=self.slot, version=version)
             return await self._step(record, Event.REJECT, **cause)
         if not isinstance(error, StoreError) or not error.retryable or error.code == "disk_full":
             return await self._step(record, Event.FAIL, **cause)

@@ -22,8 +22,9 @@ from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
 from agent.deploy.ports import Host, Store
+from agent.deploy.refusals import Refusals
 from agent.deploy.state import FINAL, Record, State
-from agent.errors import AgentError, CommandError, NotFoundError
+from agent.errors import AgentError, BundleError, CommandError, NotFoundError
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 
@@ -52,6 +53,7 @@ class Reconciler:
         state_dir: Path,
         configured: Iterable[Desired],
         poll_interval_s: float,
+        refusals: Refusals | None = None,
     ) -> None:
         self._config = config
         self._store = store
@@ -62,6 +64,7 @@ class Reconciler:
         self._state_dir = state_dir
         self._configured = tuple(configured)
         self._poll_interval_s = poll_interval_s
+        self._refusals = refusals or Refusals(events, clock)
         self._pointers = Pointers(state_dir / "active")
         self._performers: dict[str, Performer] = {}
         self._wishes: dict[str, Desired] = {}
@@ -339,6 +342,8 @@ class Reconciler:
         try:
             return await self._store.resolve(team=wish.team, name=wish.slot, version=wish.version, channel=wish.channel)
         except AgentError as error:
+            if isinstance(error, BundleError):
+                self._refusals.bundle(error, team=wish.team, name=wish.slot, version=wish.version, polled=True)
             _log.info("poll failed", slot=wish.slot, code=error.code, reason=str(error))
             return None
 
@@ -371,6 +376,7 @@ class Reconciler:
                 pointers=self._pointers,
                 journal=self._journal,
                 events=self._events,
+                refusals=self._refusals,
                 clock=self._clock,
                 state_dir=self._state_dir,
                 superseded=self._is_superseded,
