@@ -167,6 +167,8 @@ def test_every_cut_leaves_a_box_that_boots_and_ends_right(life: Life, drive: Pat
             print(f"cut after change {moment}: {str(shown)[:3000]}")
             raise
         shutil.rmtree(state)
+        if count % 1000 == 0:
+            print(f"{count} states", flush=True)
     print(f"{count} different states, cut at {len(moments)} moments; served at boot: {dict(served)}")
     assert count == STATES // 2
 
