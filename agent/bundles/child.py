@@ -1,10 +1,13 @@
 """The trust child: a short-lived process that talks to the store and checks every signature.
 
 ``python -m agent.bundles.child`` reads one JSON request from standard input, writes JSON lines to standard output and
-exits. Operations: ``resolve``, ``fetch``, ``check``, ``verify_command``. The last line is the answer: ``resolved``,
-``done``, ``command`` or ``error`` (``code``, ``message``, ``retryable``). Before it may come ``resolved``, ``progress``,
-``verifying`` and ``refused``: a mirror whose answer does not hold (``source``, ``code``, ``message``). Exit status 0
-means that the last line is an answer, an error included.
+exits. Operations: ``resolve``, ``fetch``, ``check``, ``survey``, ``trust``, ``verify_command``. The last line is the
+answer: ``resolved``, ``done``, ``surveyed``, ``trust``, ``command`` or ``error`` (``code``, ``message``,
+``retryable``). Before it may come ``resolved``, ``progress``, ``verifying`` and ``refused``: a source whose answer does
+not hold (``source``, ``code``, ``message``). Exit status 0 means that the last line is an answer,
+an error included.
+
+A request with ``medium``, a folder, asks that instead of the configured stores.
 
 Here untrusted bytes meet parsers, away from the daemon; the process dies with its parent.
 """
@@ -18,7 +21,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -34,6 +37,7 @@ from agent.errors import AgentError, CommandError, InvalidInputError, StateError
 from agent.profile import Hardware
 
 if TYPE_CHECKING:
+    from agent.bundles.fetcher import Transport
     from agent.bundles.resolve import Resolver
 
 REQUEST_BYTES_MAX: Final = 1024 * 1024
@@ -51,7 +55,7 @@ _DISTRIBUTIONS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the daemon asks. Each operation reads the fields it needs."""
 
-    op: Literal["resolve", "fetch", "check", "verify_command"]
+    op: Literal["resolve", "fetch", "check", "survey", "trust", "verify_command"]
     state_dir: str
     store: StoreConfig = msgspec.field(default_factory=StoreConfig)
     policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
@@ -63,6 +67,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     version: str = ""
     channel: str = "stable"
     path: str = ""
+    medium: str = ""
+    models: tuple[tuple[str, str], ...] = ()  # team and name
     envelope: str = ""
 
 
@@ -81,29 +87,78 @@ def main() -> int:
     return 0
 
 
-def handle(request: Request) -> dict[str, Any]:
-    """Carry out ``request`` and return the answer line; ``AgentError`` if it fails."""
+def handle(request: Request, *, wall: Callable[[], float] = time.time) -> dict[str, Any]:
+    """Carry out ``request`` and return the answer line; ``AgentError`` if it fails.
+
+    ``wall`` is the system clock, Unix seconds.
+    """
     layout = Layout(Path(request.state_dir))
     if request.op == "check":
         return recheck.check(Path(request.path), _box(request), emit)
     # Here, because a check runs at every boot before anything serves and needs none of the trust libraries.
-    from agent.bundles import pull
+    from agent.bundles import pull, survey
     from agent.bundles.fetcher import Transport
     from agent.bundles.resolve import Resolver
 
-    transport = Transport(stall_timeout_s=request.store.stall_timeout_s, connections=request.store.connections)
-    resolver = Resolver(layout, request.store, transport, on_refused=_tell_refused)
+    store = request.store
+    if request.medium:
+        store = msgspec.structs.replace(store, urls=(medium_url(request.medium),))
+    transport = Transport(stall_timeout_s=store.stall_timeout_s, connections=store.connections)
+    resolver = Resolver(layout, store, transport, wall=wall, on_refused=_tell_refused, from_medium=bool(request.medium))
     match request.op:
         case "verify_command":
             return verify_command(request.envelope.encode(), resolver, layout)
+        case "trust":
+            return survey.trust_line(resolver, layout, store, wall())
+        case "survey":
+            return survey.survey_line(resolver, request.models)
         case "resolve":
             resolved = resolver.version(request.team, request.name, request.version, request.channel)
             manifest = resolved.manifest
             here = layout.version(manifest.team, manifest.name, manifest.version, resolved.manifest_sha256).exists()
             return pull.resolved_line(resolved, manifest.total_size, 0 if here else manifest.total_size)
         case "fetch":
-            resolved = resolver.version(request.team, request.name, request.version, request.channel)
-            return pull.fetch(resolved, _box(request), layout, request.store, transport, emit)
+            return _fetch(request, store, layout, resolver, transport, wall)
+
+
+def _fetch(
+    request: Request,
+    store: StoreConfig,
+    layout: Layout,
+    resolver: Resolver,
+    transport: Transport,
+    wall: Callable[[], float],
+) -> dict[str, Any]:
+    """Bring a version here, or take what an earlier fetch brought, if no store answers."""
+    from agent.bundles import approved, pull  # see handle()
+
+    wanted = (request.team, request.name, request.version, request.channel)
+    try:
+        resolved = resolver.version(*wanted, activate=True)
+    except StoreError as unreachable:
+        line = None if request.medium else approved.take(resolver, wanted, _box(request), layout, wall(), emit)
+        if line is None:
+            raise unreachable
+        return line
+    answer = pull.fetch(resolved, _box(request), layout, store, transport, emit)
+    resolver.require_timely(resolved)  # a slow link may have taken days
+    return answer
+
+
+def medium_url(path: str) -> str:
+    """Return a folder as the address of a store.
+
+    Raises:
+        InvalidInputError: it holds no store, or cannot be read.
+    """
+    folder = Path(path)
+    try:
+        found = (folder / "metadata" / "timestamp.json").is_file()
+    except OSError as error:
+        raise InvalidInputError(f"{path}: {error.strerror}") from error
+    if not folder.is_absolute() or not found:
+        raise InvalidInputError(f"{path}: no store is there that this service can read (no metadata/timestamp.json)")
+    return folder.as_uri()
 
 
 def verify_command(envelope: bytes, resolver: Resolver, layout: Layout) -> dict[str, Any]:

@@ -5,6 +5,7 @@
     lock                         flock: one user of the trust files at a time
     trust/tuf/                   verified metadata          trust/targets/   verified indexes and operator keys
     trust/floor.{a,b}.json       the lowest versions still accepted
+    trust/refresh.json           how the last refresh ended
     manifests/<sha256>.json      verified manifests
     staging/<manifest sha256>/   a pull in progress
     versions/<team>/<name>/<version>~<first 12 of the manifest's sha256>/
@@ -38,6 +39,10 @@ class Layout:
     @property
     def floors(self) -> tuple[Path, Path]:
         return self.root / "trust" / "floor.a.json", self.root / "trust" / "floor.b.json"
+
+    @property
+    def attempt(self) -> Path:
+        return self.root / "trust" / "refresh.json"
 
     @property
     def operators(self) -> Path:

@@ -141,6 +141,7 @@ def _record(resolved: Resolved, files: Sequence[str]) -> Verified:
         files=tuple(files),
         timestamp=resolved.issued,
         verified=resolved.trusted_time,
+        approved_until=resolved.approved_until,
     )
 
 

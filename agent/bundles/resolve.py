@@ -1,22 +1,27 @@
 """Ask the store's signed metadata: which version is it, what does its manifest say, who may command this fleet.
 
 Mirrors are tried in order. One that is away, behind or lying costs time, not the answer; when all fail, wrong
-signatures are reported before missing answers. Trust files are used by one process at a time (``Layout.lock``).
-Child process only.
+signatures are reported before missing answers. A medium (a USB stick) that is newer than what this box has is a store
+like any other; of an older one the metadata is ignored, and it only gives bytes for which the box's own vouches.
+Trust files are used by one process at a time (``Layout.lock``). Child process only.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final, TypeVar
 
+from agent.bundles.attempt import Attempt, write_attempt
 from agent.bundles.fetcher import Transport
+from agent.bundles.floor import BUILD_TIME
+from agent.bundles.freshness import Origin, approved_until, judge, obstacle
 from agent.bundles.layout import Layout
 from agent.bundles.manifest import (
     OPERATORS_TARGET,
@@ -36,8 +41,10 @@ from agent.durable import disk_errors
 from agent.errors import (
     AgentError,
     BundleError,
+    ExpiredError,
     OfflineError,
     PolicyError,
+    RollbackDetectedError,
     StoreError,
     TargetNotFoundError,
     TransientError,
@@ -60,6 +67,23 @@ class Resolved:
     manifest_sha256: str
     issued: int  # the timestamp that vouched, Unix seconds
     trusted_time: int  # Unix seconds
+    origin: Origin = Origin.NETWORK
+
+    @property
+    def approved_until(self) -> int:
+        """Until when it may be activated once it was fetched, Unix seconds."""
+        return approved_until(self.origin, self.issued)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surveyed:
+    """The indexes of some models. ``missing``: why a model has none, by team and name."""
+
+    issued: int
+    trusted_time: int
+    origin: Origin
+    indexes: tuple[Index, ...]
+    missing: Mapping[tuple[str, str], str]
 
 
 class Resolver:
@@ -68,7 +92,8 @@ class Resolver:
     Args:
         transport: How to reach it.
         wall: Unix seconds as the system clock has them.
-        on_refused: Told of each mirror whose answer was refused, also when another one's holds.
+        on_refused: Told of each mirror whose answer was refused and is not what is raised.
+        from_medium: ``store`` names one medium.
     """
 
     def __init__(
@@ -79,17 +104,20 @@ class Resolver:
         *,
         wall: Callable[[], float] = time.time,
         on_refused: OnRefused = lambda url, error: None,
+        from_medium: bool = False,
     ) -> None:
+        self._from_medium = from_medium
         self._layout = layout
         self._store = store
         self._transport = transport
         self._wall = wall
         self._on_refused = on_refused
 
-    def version(self, team: str, name: str, version: str, channel: str) -> Resolved:
+    def version(self, team: str, name: str, version: str, channel: str, *, activate: bool = False) -> Resolved:
         """Return the version asked for, or the one ``channel`` points to if ``version`` is empty.
 
-        A refresh also brings the operator keys up to date. When nothing is new it costs two requests.
+        A refresh also brings the operator keys up to date. When nothing is new it costs two requests. With ``activate``
+        what vouches must be fresh enough for a version that has not served before.
 
         Raises:
             TargetNotFoundError: no such model, version or channel, or its team may not sign it.
@@ -97,20 +125,76 @@ class Resolver:
             ExpiredError, RollbackDetectedError, UntrustedError, UnsafeBundleError: refused.
             OfflineError, TransientError, StoreError, DiskFullError, StateError: store or disk failed.
         """
-        check_name(team, "team")
-        check_name(name, "name")
-        if version:
-            check_version(version)
+        _check_names(team, name, version)
 
-        def ask(trusted: TrustedStore) -> Resolved:
+        def ask(trusted: TrustedStore, origin: Origin) -> Resolved:
             self._keep_operators(trusted)
-            return self._read_version(trusted, team, name, version, channel)
+            resolved = self._read_version(trusted, origin, team, name, version, channel)
+            if activate:
+                self.require_timely(resolved)
+            return resolved
 
-        return self._ask_mirrors(ask)
+        return self._ask(ask)
+
+    def local_version(self, team: str, name: str, version: str, channel: str) -> Resolved:
+        """Return a version as the metadata on this box has it, without network.
+
+        Raises:
+            TargetNotFoundError, PolicyError, UntrustedError: as ``version``.
+            ExpiredError: the metadata is more than 30 days old.
+            StateError: this box has never refreshed.
+        """
+        _check_names(team, name, version)
+        with self._locked():
+            trusted = self._local()
+            return self._read_version(trusted, Origin.APPROVED, team, name, version, channel)
+
+    def require_timely(self, resolved: Resolved) -> None:
+        """Raise ``ExpiredError`` if ``resolved`` may not be activated now by what was known when it was resolved."""
+        if resolved.origin is Origin.APPROVED:
+            return  # judged by what was recorded when it was fetched
+        standing = judge(
+            issued=resolved.issued, wall=self._wall(), floor=max(BUILD_TIME, resolved.trusted_time), refused=False
+        )
+        reason = obstacle(resolved.origin, standing)
+        if reason:
+            raise ExpiredError(f"{resolved.manifest.name} {resolved.manifest.version}: {reason}")
+
+    def require_sound(self) -> None:
+        """Check the signatures of what is on disk, without network.
+
+        Raises:
+            StateError, ExpiredError, UntrustedError, ...: as ``local_operators``.
+        """
+        with self._locked():
+            self._local()
+
+    def survey(self, models: Sequence[tuple[str, str]]) -> Surveyed:
+        """Refresh and return the indexes of ``models`` (team, name); raises as ``version``."""
+        for team, name in models:
+            _check_names(team, name, "")
+
+        def ask(trusted: TrustedStore, origin: Origin) -> Surveyed:
+            self._keep_operators(trusted)
+            indexes, missing = [], {}
+            for team, name in models:
+                try:
+                    indexes.append(self._read_index(trusted, team, name))
+                except TargetNotFoundError as error:
+                    missing[team, name] = str(error)
+            return Surveyed(
+                issued=trusted.issued,
+                trusted_time=trusted.trusted_time,
+                origin=origin,
+                indexes=tuple(indexes),
+                missing=missing,
+            )
+
+        return self._ask(ask)
 
     def operators(self) -> Operators:
         """Return the operator keys the store names now; raises as ``version``."""
-        return self._ask_mirrors(self._read_operators)
+        return self._ask(lambda trusted, origin: self._read_operators(trusted))
 
     def local_operators(self) -> Operators:
         """Return the operator keys on this box, checked against the metadata on this box.
@@ -128,9 +212,13 @@ class Resolver:
                 return self._read_local_operators()
 
     def _read_local_operators(self) -> Operators:
+        return self._read_operators(self._local())
+
+    def _local(self) -> TrustedStore:
+        """Return what is on disk, verified without network."""
         trusted = TrustedStore(self._layout, read_anchor(self._store.anchor), wall=self._wall())
         trusted.refresh()
-        return self._read_operators(trusted)
+        return trusted
 
     def _read_operators(self, trusted: TrustedStore) -> Operators:
         data = trusted.target(OPERATORS_TARGET, self._layout.operators, size_bytes_max=_OPERATORS_BYTES_MAX)
@@ -141,13 +229,22 @@ class Resolver:
             self._read_operators(trusted)
         except TargetNotFoundError:
             self._layout.operators.unlink(missing_ok=True)  # withdrawn, or a store without a fleet
+        except StoreError:
+            if not self._from_medium:
+                raise  # a medium need not carry them
 
-    def _read_version(self, trusted: TrustedStore, team: str, name: str, version: str, channel: str) -> Resolved:
+    def _read_index(self, trusted: TrustedStore, team: str, name: str) -> Index:
         index = parse_index(
             trusted.target(index_target(team, name), self._layout.index(team, name), size_bytes_max=SIZE_BYTES_MAX)
         )
         if (index.team, index.name) != (team, name):
             raise UntrustedError(f"the index of {team}/{name} is {index.team}/{index.name}'s")
+        return index
+
+    def _read_version(
+        self, trusted: TrustedStore, origin: Origin, team: str, name: str, version: str, channel: str
+    ) -> Resolved:
+        index = self._read_index(trusted, team, name)
         entry = _pick(index, version, channel)
         path = manifest_target(team, name, entry.version)
         digest = trusted.target_info(path).hashes["sha256"]
@@ -163,33 +260,90 @@ class Resolver:
             manifest_sha256=sha256(data).hexdigest(),
             issued=trusted.issued,
             trusted_time=trusted.trusted_time,
+            origin=origin,
         )
 
-    def _ask_mirrors(self, ask: Callable[[TrustedStore], T]) -> T:
-        anchor = read_anchor(self._store.anchor)
+    def _ask(self, ask: Callable[[TrustedStore, Origin], T]) -> T:
+        return self._ask_medium(ask) if self._from_medium else self._ask_mirrors(ask)
+
+    def _ask_medium(self, ask: Callable[[TrustedStore, Origin], T]) -> T:
+        (url,) = self._store.urls
+        with self._locked():
+            try:
+                answer = self._refreshed(url, Origin.STICK, ask)
+            except (RollbackDetectedError, ExpiredError):
+                if not self._is_older(url):
+                    raise
+                return self._refreshed(url, Origin.MIRROR, ask)
+            self._note(url, None)
+            return answer
+
+    def _is_older(self, url: str) -> bool:
+        """Say whether the medium itself claims to be no newer than this box; its metadata is ignored then."""
+        try:
+            data = self._transport.read_all(
+                f"{url}/metadata/timestamp.json",
+                size_bytes_max=SIZE_BYTES_MAX,
+                timeout_s=self._store.metadata_timeout_s,
+            )
+            return _claimed_version(data) <= _claimed_version((self._layout.metadata / "timestamp.json").read_bytes())
+        except (AgentError, OSError, ValueError, TypeError, KeyError, RecursionError):
+            return False
+
+    def _refreshed(self, url: str, origin: Origin, ask: Callable[[TrustedStore, Origin], T]) -> T:
+        trusted = TrustedStore(
+            self._layout,
+            read_anchor(self._store.anchor),
+            url=url,
+            transport=self._transport,
+            wall=self._wall(),
+            synchronised=clock_synchronised(),
+            metadata_timeout_s=self._store.metadata_timeout_s,
+            own_metadata=origin is Origin.MIRROR,
+        )
+        trusted.refresh()
+        return ask(trusted, origin)
+
+    def _note(self, url: str, error: AgentError | None) -> None:
+        at = int(max(self._wall(), BUILD_TIME))
+        if error is None:
+            write_attempt(self._layout.attempt, Attempt(at=at, source=url))
+        else:
+            refused = isinstance(error, BundleError)
+            attempt = Attempt(at=at, source=url, code=error.code, message=str(error), refused=refused)
+            write_attempt(self._layout.attempt, attempt)
+
+    def _ask_mirrors(self, ask: Callable[[TrustedStore, Origin], T]) -> T:
         failure: AgentError = OfflineError("[store] urls is empty")
+        refused: list[tuple[str, BundleError]] = []
+        verified = False
         with self._locked():
             for number, url in enumerate(self._store.urls):
                 try:
-                    trusted = TrustedStore(
-                        self._layout,
-                        anchor,
-                        url=url,
-                        transport=self._transport,
-                        wall=self._wall(),
-                        synchronised=clock_synchronised(),
-                        metadata_timeout_s=self._store.metadata_timeout_s,
-                    )
-                    trusted.refresh()
-                    return ask(trusted)
-                except PolicyError:
-                    raise
+                    answer = self._refreshed(url, Origin.NETWORK, ask)
+                except (PolicyError, TargetNotFoundError) as error:  # the metadata holds
+                    self._note(url, None)
+                    verified = True
+                    if isinstance(error, PolicyError):
+                        raise
+                    failure = failure if isinstance(failure, BundleError) else error
                 except (BundleError, StoreError) as error:
                     if isinstance(error, BundleError):
-                        self._on_refused(url, error)
+                        refused.append((url, error))
                     if number == 0 or (isinstance(error, BundleError) and not isinstance(failure, BundleError)):
                         failure = error
+                else:
+                    self._note(url, None)
+                    self._tell(refused)
+                    return answer
+            if self._store.urls and not verified:
+                self._note(", ".join(self._store.urls), failure)
+        self._tell([(url, error) for url, error in refused if error is not failure])
         raise failure
+
+    def _tell(self, refused: Sequence[tuple[str, BundleError]]) -> None:
+        for url, error in refused:
+            self._on_refused(url, error)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -212,6 +366,17 @@ def _wait_for_lock(descriptor: int) -> None:
             if time.monotonic() > deadline:
                 raise TransientError("another process has been using the trust files for a minute") from error
         time.sleep(0.02)
+
+
+def _check_names(team: str, name: str, version: str) -> None:
+    check_name(team, "team")
+    check_name(name, "name")
+    if version:
+        check_version(version)
+
+
+def _claimed_version(data: bytes) -> int:
+    return int(json.loads(data)["signed"]["version"])
 
 
 def _pick(index: Index, version: str, channel: str) -> IndexEntry:

@@ -28,6 +28,7 @@ from tuf.ngclient.updater import Updater
 
 from agent.bundles.fetcher import MetadataFetcher, RefusedError, Transport
 from agent.bundles.floor import BUILD_TIME, Floor, FloorFile
+from agent.bundles.freshness import OFFLINE_AGE_S_MAX
 from agent.bundles.layout import Layout
 from agent.durable import write_file
 from agent.errors import (
@@ -43,7 +44,6 @@ from agent.errors import (
 )
 
 AHEAD_S_MAX: Final = 86_400  # a signature may be dated so far ahead of a synchronised clock
-OFFLINE_AGE_S_MAX: Final = 30 * 86_400  # offline verification trusts metadata up to this age
 _DISK_FULL: Final = frozenset({28, 122})  # ENOSPC, EDQUOT
 _CONFIG: Final = UpdaterConfig(max_root_rotations=256, max_delegations=32)
 
@@ -60,6 +60,7 @@ class TrustedStore:
         synchronised: Whether the system clock follows a time server.
         build_time: Unix seconds no clock is believed to be before.
         metadata_timeout_s: For the whole of one metadata file.
+        own_metadata: The metadata on this box counts, as it does offline; ``transport`` only gives bytes of targets.
     """
 
     def __init__(
@@ -73,28 +74,32 @@ class TrustedStore:
         synchronised: bool = False,
         build_time: int = BUILD_TIME,
         metadata_timeout_s: float = 30.0,
+        own_metadata: bool = False,
     ) -> None:
+        self._offline = own_metadata or transport is None
         self._layout = layout
         self._url = url.rstrip("/")
         self._transport = transport
         self._timeout_s = metadata_timeout_s
         self._floors = FloorFile(layout.floors)
         fetcher: FetcherInterface = (
-            MetadataFetcher(transport, timeout_s=metadata_timeout_s) if transport else _LocalFetcher(layout.metadata)
+            MetadataFetcher(transport, timeout_s=metadata_timeout_s)
+            if transport is not None and not own_metadata
+            else _LocalFetcher(layout.metadata)
         )
         with _translated(self._url or "local metadata"):
-            if transport is not None:
+            if not self._offline:
                 layout.metadata.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._updater = _DurableUpdater(
                 layout,
-                f"{self._url}/metadata/" if url else "local:/",
+                "local:/" if self._offline else f"{self._url}/metadata/",
                 fetcher,
                 anchor,
                 floor=self._read_floor(),
                 wall=wall,
                 synchronised=synchronised,
                 build_time=build_time,
-                offline=transport is None,
+                offline=self._offline,
             )
 
     @property
@@ -171,7 +176,7 @@ class TrustedStore:
             return error
 
     def _remember(self) -> None:
-        if self._transport is None:
+        if self._offline:
             return
         before = self._updater.floor
         after = before.raised(self._updater.versions(), refreshed=self._updater.trusted_time)
@@ -318,7 +323,9 @@ class _DurableUpdater(Updater):
         timestamp = Metadata[Timestamp].from_bytes(data).signed
         if now - timestamp.version > OFFLINE_AGE_S_MAX:
             days = (now - timestamp.version) // 86_400
-            raise ExpiredError(f"the metadata on this box is {days} days old; refresh from the store first")
+            raise ExpiredError(
+                f"the metadata on this box is {days} days old; refresh from the store or a newer medium first"
+            )
         return min(now, int(timestamp.expires.timestamp()) - 1)
 
 

@@ -39,6 +39,7 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: tuple[str, ...]
     timestamp: int  # version of the timestamp that vouched, Unix seconds
     verified: int  # Unix seconds, trusted time
+    approved_until: int = 0  # Unix seconds: until when it may be activated without asking a store again
 
 
 def check_version_directory(path: Path, report: Report = lambda size: None) -> tuple[Manifest, Verified]:
@@ -63,6 +64,11 @@ def check_version_directory(path: Path, report: Report = lambda size: None) -> t
     check_tree(path, {MANIFEST_FILE, VERIFIED_FILE, *verified.files})
     check_files(path, manifest, verified.files, report)
     return manifest, verified
+
+
+def read_record(path: Path) -> Verified:
+    """Return the record of the version directory ``path``; ``StateError`` if it cannot be read."""
+    return _read_record(path / VERIFIED_FILE)
 
 
 def check_tree(folder: Path, expected: Collection[str]) -> None:
