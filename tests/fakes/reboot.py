@@ -11,7 +11,8 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +30,7 @@ from agent.deploy.journal import Journal
 from agent.deploy.ports import Bundle
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.state import Record
+from agent.errors import AgentError, by_code
 from agent.events import EventBus
 from tests.fakes.clock import FakeClock
 from tests.fakes.deploy import FakeHost, FakeLoaded
@@ -40,17 +42,31 @@ Published = Mapping[str, Mapping[str, str]]  # version to the sha256 of each of 
 
 
 class InlinePuller(Puller):
-    """A puller whose trust child is this process: thousands of restarts need no thousands of interpreters."""
+    """A puller whose trust child is this process: thousands of restarts need no thousands of interpreters.
+
+    ``wall`` is the system clock of the box (Unix seconds).
+    """
+
+    def __init__(self, *arguments: Any, wall: Callable[[], float] = time.time, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._wall = wall
 
     async def _ask(
         self, request: dict[str, Any], wanted: str, on_line: OnProgress = lambda line: None
     ) -> dict[str, Any]:
         lines = io.StringIO()
-        with contextlib.redirect_stdout(lines):
-            answer = child.handle(msgspec.json.decode(json.dumps(self._request | request), type=child.Request))
-        for line in lines.getvalue().splitlines():
-            on_line(json.loads(line))
-        return answer
+        try:
+            with contextlib.redirect_stdout(lines):
+                value = msgspec.json.decode(json.dumps(self._request | request), type=child.Request)
+                return child.handle(value, wall=self._wall)
+        except AgentError as error:
+            raise by_code(error.code, str(error)) from error  # as it crosses from the child
+        finally:
+            for line in map(json.loads, lines.getvalue().splitlines()):
+                if line["event"] == "refused":
+                    self._tell_refused(line, request)
+                else:
+                    on_line(line)
 
 
 class StrictHost(FakeHost):
@@ -127,8 +143,8 @@ class Reboot:
         return loaded.bundle.version if loaded is not None else ""
 
     def heard(self, kind: str) -> list[dict[str, Any]]:
-        """Return the events of ``kind``."""
-        return [event for event in self.events if kind in json.dumps(event)]
+        """Return the data of the events whose stream or type ends in ``kind``."""
+        return [event["data"] for event in self.events if event["stream"] == kind or event["type"].endswith(kind)]
 
 
 def puller(state: Path, url: str, anchor: Path, *, inline: bool) -> Puller:

@@ -83,11 +83,11 @@ class Suite:
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> Iterator[Suite]:
-    world = StoreWorld(tmp_path)
+def suite(memory_path: Path) -> Iterator[Suite]:
+    world = StoreWorld(memory_path)
     world.publish()
     with serving(world.root) as server:
-        yield Suite(tmp_path, world, server)
+        yield Suite(memory_path, world, server)
 
 
 def test_the_entry_point_is_one_executable_path_without_expected_failures() -> None:

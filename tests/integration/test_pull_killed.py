@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from hashlib import sha256
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from agent.bundles.manifest import Manifest
 from agent.bundles.verify import check_version_directory
 from tests.fakes import bundles
 from tests.fakes.device import DeviceWorld
@@ -44,12 +45,61 @@ def start(device: DeviceWorld) -> subprocess.Popen[bytes]:
     return child
 
 
-def wait_for_request(server: StoreServer, child: subprocess.Popen[bytes], seen: int) -> None:
-    """Wait until the child has asked the store for something; ``seen`` requests came before."""
+@dataclass
+class Timing:
+    """How long the ends of an undisturbed pull take (seconds)."""
+
+    before_chunks: float = 0.0
+    after_chunks: float = 0.0
+
+
+def until(condition: Callable[[], bool], child: subprocess.Popen[bytes]) -> bool:
+    """Wait for ``condition``; return whether the child was still running then."""
     deadline = time.monotonic() + 90
-    while len(server.requests) == seen and child.poll() is None:
-        assert time.monotonic() < deadline, "the child asks for nothing"
-        time.sleep(0.001)
+    while not condition():
+        if child.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "the child neither goes on nor ends"
+        time.sleep(0.0005)
+    return child.poll() is None
+
+
+def kill_somewhere(
+    child: subprocess.Popen[bytes], server: StoreServer, missing: int, rng: random.Random, timing: Timing
+) -> bool:
+    """Kill the child at a random moment of its run; return whether it was not done before.
+
+    One moment in eight lies between its first request and the first chunk, one after the last, the others between two
+    requests for chunks.
+    """
+    requests, chunks = len(server.requests), server.blobs_served()
+    part = rng.random()
+    if part < 1 / 8:
+        until(lambda: len(server.requests) > requests, child)
+        delay = rng.uniform(0, timing.before_chunks)
+    else:
+        wanted = missing if part > 7 / 8 else rng.randint(1, max(1, missing))
+        until(lambda: server.blobs_served() - chunks >= wanted, child)
+        delay = rng.uniform(0, timing.after_chunks if part > 7 / 8 else 0.002)
+    try:
+        child.wait(delay)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+        return True
+    return False
+
+
+def undisturbed(child: subprocess.Popen[bytes], server: StoreServer, chunks: int) -> Timing:
+    """Let the child come to its end."""
+    until(lambda: bool(server.requests), child)
+    first = time.monotonic()
+    until(lambda: server.blobs_served() > 0, child)
+    begun = time.monotonic()
+    until(lambda: server.blobs_served() >= chunks, child)
+    last = time.monotonic()
+    assert child.wait(90) == 0
+    return Timing(begun - first, time.monotonic() - last)
 
 
 def repeated(server: StoreServer) -> int:
@@ -58,11 +108,10 @@ def repeated(server: StoreServer) -> int:
     return sum(count - 1 for count in asked.values())
 
 
-def marked(device: DeviceWorld, digest: str, manifest: Manifest) -> float:
-    """Return the share of chunks that count as received."""
+def marked(device: DeviceWorld, digest: str) -> int:
+    """Return how many chunks count as received."""
     journal = device.state / "staging" / digest / "journal"
-    total = sum(len(item.chunks) for item in manifest.files)
-    return journal.read_bytes().count(1) / total if journal.exists() else 0.0
+    return journal.read_bytes().count(1) if journal.exists() else 0
 
 
 def test_a_pull_killed_anywhere_is_resumed_to_the_right_bytes(tmp_path: Path) -> None:
@@ -72,39 +121,30 @@ def test_a_pull_killed_anywhere_is_resumed_to_the_right_bytes(tmp_path: Path) ->
     world = StoreWorld(tmp_path)
     files = bundles.plain_files(rows=3072)
     packed = world.publish("1.0.0", files)
-    killed, late, spots, most = 0, 0, Counter[int](), 0
-    run_s = 0.0  # of a whole pull, from its first request on
+    chunks = len(world.blobs())
+    killed, late, most, spots = 0, 0, 0, Counter[int]()
     with serving(world.root) as server:
-        for number in range(10 * KILLS + 10):
-            device = DeviceWorld(tmp_path / f"state{number}", world, [server.url], connections=CONNECTIONS)
+        first = DeviceWorld(tmp_path / "undisturbed", world, [server.url], connections=CONNECTIONS)
+        timing = undisturbed(start(first), server, chunks)
+        while killed < KILLS:
+            device = DeviceWorld(tmp_path / f"state{killed}.{late}", world, [server.url], connections=CONNECTIONS)
             server.requests.clear()
             kills = 0
-            while killed < KILLS and kills < rng.randint(1, CHAIN_MAX):
-                seen = len(server.requests)
-                child = start(device)
-                wait_for_request(server, child, seen)
-                begun = time.monotonic()
-                try:
-                    child.wait(rng.uniform(0, run_s) if run_s else 90)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    child.wait()
-                    kills, killed = kills + 1, killed + 1
-                    spots[int(10 * marked(device, packed.sha256, packed.manifest))] += 1
-                else:
-                    late += bool(run_s)
-                    run_s = max(run_s, time.monotonic() - begun)
+            for _ in range(rng.randint(1, CHAIN_MAX)):
+                missing = chunks - marked(device, packed.sha256)
+                if not kill_somewhere(start(device), server, missing, rng, timing):
+                    late += 1
                     break
-            done = device.here("fetch", team="vision", name="tiny")
-            _, record = check_version_directory(Path(done["path"]))
+                kills += 1
+                spots[10 * marked(device, packed.sha256) // chunks] += 1
+            done = Path(device.here("fetch", team="vision", name="tiny")["path"])
+            _, record = check_version_directory(done)
             assert record.manifest_sha256 == packed.sha256
-            for path, data in files.items():
-                assert sha256((Path(done["path"]) / path).read_bytes()).digest() == sha256(data).digest()
-            assert not list((device.state / "staging").iterdir())
-            assert repeated(server) <= CONNECTIONS * kills, f"{repeated(server)} chunks again after {kills} kills"
-            most = max(most, repeated(server))
-            if killed == KILLS:
-                break
-    assert killed == KILLS
-    print(f"{killed} kills, {late} came too late; chunks received before, in tenths: {sorted(spots.items())}")
-    print(f"at most {most} chunks asked for again by one pull of {len(world.blobs())}")
+            assert {path: (done / path).read_bytes() for path in files} == files
+            again = repeated(server)
+            assert again <= CONNECTIONS * kills, f"{again} chunks again after {kills} kills"
+            killed, most = killed + kills, max(most, again)
+            shutil.rmtree(device.state)
+            assert late <= 3 * KILLS + 10, "hardly any pull can be killed"
+    print(f"{killed} kills, {late} pulls were done before; chunks then on disk, in tenths: {sorted(spots.items())}")
+    print(f"at most {most} of {chunks} chunks asked for again in a pull of up to {CHAIN_MAX} kills")

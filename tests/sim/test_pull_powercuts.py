@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -91,14 +90,6 @@ def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return record(folder, published=versions, bad=("3.0.0",), before="1.0.0", after="2.0.0")
 
 
-@pytest.fixture
-def drive() -> Iterator[Path]:
-    """A folder in memory, where there is one: nothing here depends on real syncs."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        yield Path(folder)
-
-
 Cut = tuple[int, dict[int, Fate]]  # changes made before it, and what became of those it could still undo
 
 
@@ -150,7 +141,7 @@ def _fates(recording: Recording, number: int) -> list[Fate]:
     return list(Fate) if recording.changes[number].tearable else [Fate.THERE, Fate.MISSING]
 
 
-def test_every_cut_leaves_a_box_that_boots_and_ends_right(life: Life, drive: Path) -> None:
+def test_every_cut_leaves_a_box_that_boots_and_ends_right(life: Life, memory_path: Path) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed={seed} changes={len(life.recording.changes)} syncs={life.recording.syncs}")
     rng = random.Random(seed)
@@ -158,7 +149,7 @@ def test_every_cut_leaves_a_box_that_boots_and_ends_right(life: Life, drive: Pat
     for moment, fates, left in distinct(life.recording, rng, STATES // 2):
         count += 1
         moments.add(moment)
-        state = drive / str(count)
+        state = memory_path / str(count)
         left.write(state)
         try:
             served[asyncio.run(come_back(life, state))] += 1
