@@ -11,13 +11,17 @@ BENCH_ARGS  ?=
 SOAK_ARGS   ?=
 FUZZ_ARGS   ?=
 MINUTES     ?= 1
+# Sizes of the long proofs: power cuts replayed, pulls killed; SUITE is a checkout of the TUF conformance suite.
+STATES ?= 10000
+KILLS  ?= 200
+SUITE  ?=
 
 BIN  := $(VENV)/bin
 ENV  := STATE="$(STATE)" PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath $(STATE))/pycache" \
         HYPOTHESIS_STORAGE_DIRECTORY="$(abspath $(STATE))/hypothesis" INFERD_WHEELS="$(abspath $(STATE))/wheels"
 SRC  := agent handlers tools tests profiles
 
-.PHONY: help demo test system run bench soak fuzz lint format check clean
+.PHONY: help demo test system run bench soak fuzz powercuts kills conformance lint format check clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -55,6 +59,19 @@ soak: $(VENV)/.demo ## Swaps, kills, lies and crowds for MINUTES, and no answer 
 
 fuzz: $(VENV)/.demo ## Damaged frames and regions against a real daemon for MINUTES
 	@$(ENV) $(BIN)/python -m tools.fuzz --state "$(STATE)/fuzz" --minutes $(MINUTES) $(FUZZ_ARGS)
+
+powercuts: $(VENV)/.dev ## Replay STATES power cuts of a pull and an activation (needs strace)
+	@mkdir -p "$(STATE)"
+	@$(ENV) INFERD_POWERCUTS=$(STATES) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -rA -s tests/sim/test_pull_powercuts.py $(PYTEST_ARGS)
+
+kills: $(VENV)/.dev ## Kill a pull at KILLS random moments and resume it
+	@mkdir -p "$(STATE)"
+	@$(ENV) INFERD_KILLS=$(KILLS) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -rA -s tests/integration/test_pull_killed.py $(PYTEST_ARGS)
+
+conformance: $(VENV)/.dev ## The public TUF conformance suite, checked out in SUITE, against our client
+	@test -x "$(SUITE)/env/bin/pytest" || { echo "SUITE=PATH: a checkout of the suite, see docs/conformance.md"; exit 2; }
+	@cd "$(SUITE)" && PATH="$(abspath $(BIN)):$$PATH" env/bin/pytest -q tuf_conformance \
+		--entrypoint "$(CURDIR)/tools/tuf-conformance-client" $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check --no-cache $(SRC)

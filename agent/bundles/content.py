@@ -21,6 +21,8 @@ from agent.errors import UnsafeBundleError
 HANDLER_BYTES_MAX: Final = 1024 * 1024
 _DOMAINS: Final = frozenset({"", "ai.onnx.ml", "ai.onnx.training", "com.microsoft", "com.microsoft.nchwc"})
 _ENGINE_OPERATORS: Final = frozenset({"EPContext"})  # carries a compiled engine, which is native code
+_CALLING_OPERATORS: Final = frozenset({"PythonOp", "PythonOpGrad"})  # name functions of the process that runs them
+_ORT_FORMAT: Final = b"ORTM"  # in bytes 4 to 8: ONNX Runtime takes such bytes for its own format
 
 _UNSTRUCTURED: Final = frozenset({"json", "txt", "raw", "python"})  # formats whose own check would not notice
 
@@ -28,7 +30,9 @@ _UNSTRUCTURED: Final = frozenset({"json", "txt", "raw", "python"})  # formats wh
 _REFUSED_HEADS: Final[Mapping[bytes, str]] = {
     b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04\x95": "a pickle", b"\x80\x05\x95": "a pickle",
     b"\x93NUMPY": "a NumPy file", b"\x89HDF\r\n": "an HDF5 file", b"PK\x03\x04": "a zip archive",
-    b"\x7fELF": "a native library", b"\x1f\x8b": "a gzip archive",
+    b"\x7fELF": "a native library", b"\x1f\x8b": "a gzip archive", b"PK\x05\x06": "a zip archive",
+    b"BZh": "a bzip2 archive", b"\xfd7zXZ": "an xz archive", b"7z\xbc\xaf": "a 7z archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
 }  # fmt: skip
 
 
@@ -72,13 +76,19 @@ def _check_head(head: bytes, file: File) -> None:
 
 
 def _check_onnx(view: memoryview, file: File, manifest: Manifest, installed: Collection[str]) -> None:
+    if bytes(view[4:8]) == _ORT_FORMAT or file.path.casefold().endswith(".ort"):
+        raise UnsafeBundleError("is in ONNX Runtime's own format, not onnx")
     found = onnx_file.inspect(view)
-    for reference in found.external:
-        _check_reference(reference, file, manifest, installed)
-    own = {domain for domain, _ in found.functions}
+    if found.external:
+        here = set(installed)
+        files = {item.path: item for item in manifest.files if item.path in here}
+        for reference in found.external:
+            _check_reference(reference, file, files)
     for domain, name in sorted(found.operators):
-        if domain not in _DOMAINS and (domain, name) not in found.functions and domain not in own:
+        if domain not in _DOMAINS and (domain, name) not in found.functions:
             raise UnsafeBundleError(f"the operator {domain[:80]}::{name[:80]} needs a native library")
+        if name in _CALLING_OPERATORS:
+            raise UnsafeBundleError(f"the operator {domain[:80]}::{name} calls code outside the bundle")
         if name in _ENGINE_OPERATORS and not _only_native(file, manifest):
             raise UnsafeBundleError(f"{name} carries a compiled engine, which needs trusted_native")
 
@@ -88,12 +98,12 @@ def _only_native(file: File, manifest: Manifest) -> bool:
     return bool(users) and all(variant.trusted_native for variant in users)
 
 
-def _check_reference(reference: onnx_file.External, file: File, manifest: Manifest, installed: Collection[str]) -> None:
+def _check_reference(reference: onnx_file.External, file: File, files: Mapping[str, File]) -> None:
     location = reference.location
     path = posixpath.join(posixpath.dirname(file.path), location)
-    if location.startswith("/") or "\\" in location or posixpath.normpath(path) != path or path not in installed:
+    if location.startswith("/") or "\\" in location or posixpath.normpath(path) != path or path not in files:
         raise UnsafeBundleError(f"external data {location[:80]!r} is not a file of the bundle")
-    target = manifest.file(path)
+    target = files[path]
     if target.role != "weights":
         raise UnsafeBundleError(f"external data {location[:80]!r} has the role {target.role!r}, not 'weights'")
     end = reference.offset + (reference.length or 0)

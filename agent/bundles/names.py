@@ -13,7 +13,7 @@ from typing import Final
 from agent.errors import UnsafeBundleError
 
 PATH_PARTS_MAX: Final = 8
-OWN_FILES: Final = frozenset({"manifest.json", "verified.json"})  # written by the device at a version's top level
+OWN_FILES: Final = frozenset({"manifest.json", "verified.json"})  # at a version's top level the device writes these
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 _NUMBER: Final = r"(?:0|[1-9][0-9]{0,8})"
@@ -72,7 +72,7 @@ def check_path(value: str) -> str:
             raise UnsafeBundleError(f"path {value[:80]!r}: the part {part[:80]!r} is not a plain file name")
         if part.endswith(".") or part.split(".", 1)[0].casefold() in _DEVICES:
             raise UnsafeBundleError(f"path {value[:80]!r}: {part!r} is not a file name on every system")
-    if value.casefold() in OWN_FILES:
+    if parts[0].casefold() in OWN_FILES:
         raise UnsafeBundleError(f"path {value!r}: this name belongs to the device")
     return value
 

@@ -16,6 +16,8 @@ from agent.errors import UnsafeBundleError
 
 DEPTH_MAX: Final = 32
 FIELDS_MAX: Final = 20_000_000
+FOUND_MAX: Final = 100_000  # tensors in other files, operators, functions: of each so many
+_EXTERNAL_KEYS: Final = frozenset({"location", "offset", "length", "checksum"})  # others make a runtime read more
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +99,16 @@ class _Walk:
                 below = self.visit(children[number], value, depth + 1)
                 if children[number] == "entry":
                     entries.append(below)
+                    if len(entries) > len(_EXTERNAL_KEYS):
+                        raise UnsafeBundleError("ONNX external data: more keys than there are")
         if kind == "graph":
             self.found.graphs += 1
         if kind == "tensor" and (is_external or entries):
             self.found.external.append(_external(entries))
         if finish := self._finish.get(kind):
             finish(own)
+        if max(len(self.found.external), len(self.found.operators), len(self.found.functions)) > FOUND_MAX:
+            raise UnsafeBundleError(f"ONNX: more than {FOUND_MAX} operators, functions or tensors in other files")
         return own
 
     def _end_node(self, own: _Found) -> None:
@@ -122,6 +128,8 @@ def _external(entries: list[_Found]) -> External:
         key = entry.get("key", "")
         if key in values:
             raise UnsafeBundleError(f"ONNX external data: {key[:40]!r} is given twice")
+        if key not in _EXTERNAL_KEYS:
+            raise UnsafeBundleError(f"ONNX external data: the key {key[:40]!r} is not known")
         values[key] = entry.get("value", "")
     if "location" not in values:
         raise UnsafeBundleError("ONNX external data without a location")

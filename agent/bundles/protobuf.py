@@ -13,6 +13,7 @@ from agent.errors import UnsafeBundleError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _VARINT_BYTES_MAX: Final = 10
+_TAG_END: Final = 1 << 32  # a reader that cuts off what lies above would see another field than we do
 
 
 class Budget:
@@ -32,15 +33,15 @@ def fields(message: memoryview, budget: Budget) -> Iterator[tuple[int, memoryvie
     """Yield ``(field number, value)`` in order: bytes for length-delimited fields, a number for varints.
 
     Raises:
-        UnsafeBundleError: truncated, a group, an unknown wire type, or over budget.
+        UnsafeBundleError: truncated, a group, an unknown wire type, a field number that no writer uses, or over budget.
     """
     position, end = 0, len(message)
     while position < end:
         budget.spend()
         tag, position = _varint(message, position)
         number, kind = tag >> 3, tag & 7
-        if number == 0:
-            raise UnsafeBundleError("protobuf: field number 0")
+        if number == 0 or tag >= _TAG_END:
+            raise UnsafeBundleError(f"protobuf: field number {number}")
         if kind == _BYTES:
             size, position = _varint(message, position)
             if size > end - position:

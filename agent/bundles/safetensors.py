@@ -13,6 +13,8 @@ from agent.bundles import strictjson
 from agent.errors import UnsafeBundleError
 
 HEADER_BYTES_MAX: Final = 16 * 1024 * 1024
+TENSORS_MAX: Final = 100_000
+_MARKS_MAX: Final = 8 * TENSORS_MAX  # of ``{``, ``[`` and ``:``; each costs memory when the header is parsed
 _BITS: Final = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
@@ -30,11 +32,13 @@ def check(data: memoryview) -> tuple[str, ...]:
     size = int.from_bytes(data[:8], "little")
     if size > min(HEADER_BYTES_MAX, len(data) - 8):
         raise UnsafeBundleError(f"safetensors: a header of {size} bytes")
-    header = strictjson.loads(
-        bytes(data[8 : 8 + size]), what="safetensors header", size_bytes_max=HEADER_BYTES_MAX, depth_max=4
-    )
+    text = bytes(data[8 : 8 + size])
+    if sum(map(text.count, (b"{", b"[", b":"))) > _MARKS_MAX:
+        raise UnsafeBundleError(f"safetensors: a header of more than {TENSORS_MAX} tensors")
+    header = strictjson.loads(text, what="safetensors header", size_bytes_max=HEADER_BYTES_MAX, depth_max=4)
     if not isinstance(header, dict):
         raise UnsafeBundleError("safetensors: the header is not an object")
+    _check_metadata(header.get("__metadata__", {}))
     ranges = sorted((*_range(name, entry), name) for name, entry in header.items() if name != "__metadata__")
     position = 0
     for begin, end, name in ranges:
@@ -44,6 +48,11 @@ def check(data: memoryview) -> tuple[str, ...]:
     if position != len(data) - 8 - size:
         raise UnsafeBundleError(f"safetensors: {len(data) - 8 - size} bytes of data, the header speaks of {position}")
     return tuple(name for _, _, name in ranges)
+
+
+def _check_metadata(value: Any) -> None:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise UnsafeBundleError("safetensors: __metadata__ is not a map from text to text")
 
 
 def _range(name: str, entry: Any) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """JSON that two parsers cannot read differently, and that cannot exhaust this one.
 
-Refused: more bytes than asked for, invalid UTF-8, duplicate keys, NaN and infinities (also by overflow), deep nesting.
+Refused: more bytes than asked for, invalid UTF-8, halves of surrogate pairs, duplicate keys, NaN and infinities (also
+by overflow), deep nesting.
 Absent on purpose: schemas, which are msgspec structs, and trust, which comes from hashes checked before.
 """
 
@@ -36,6 +37,8 @@ def loads(data: bytes, *, what: str, size_bytes_max: int = SIZE_BYTES_MAX, depth
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half of a pair is no character, and has no UTF-8
     except (ValueError, RecursionError) as error:
         raise UnsafeBundleError(f"{what}: not strict JSON: {error}") from error
     _check_depth(value, depth_max, what)

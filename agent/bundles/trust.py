@@ -45,7 +45,7 @@ from agent.errors import (
 
 AHEAD_S_MAX: Final = 86_400  # a signature may be dated so far ahead of a synchronised clock
 _DISK_FULL: Final = frozenset({28, 122})  # ENOSPC, EDQUOT
-_CONFIG: Final = UpdaterConfig(max_root_rotations=256, max_delegations=4)
+_CONFIG: Final = UpdaterConfig(max_root_rotations=256, max_delegations=32)
 
 
 class TrustedStore:
@@ -111,6 +111,11 @@ class TrustedStore:
     def trusted_time(self) -> int:
         """Unix seconds against which expiry was judged."""
         return self._updater.trusted_time
+
+    @property
+    def consistent_snapshot(self) -> bool:
+        """Whether targets are stored under names that begin with their hash."""
+        return self._updater.consistent_snapshot
 
     def refresh(self) -> None:
         """Bring root, timestamp, snapshot and targets up to date and raise the floor.
@@ -211,6 +216,10 @@ class _DurableUpdater(Updater):
     @property
     def issued(self) -> int:
         return int(self._trusted_set.timestamp.version)
+
+    @property
+    def consistent_snapshot(self) -> bool:
+        return bool(self._trusted_set.root.consistent_snapshot)
 
     def versions(self) -> dict[str, int]:
         """Return the versions of all trusted roles but root, and those the trusted snapshot promises."""
