@@ -16,7 +16,7 @@ VERBS: Final = {
     "keygen": "tools.hub.cli_store:keygen",
     "init": "tools.hub.cli_store:init",
     "add-team": "tools.hub.cli_store:add_team",
-    "quantize": "tools.hub.cli_bundle:quantize",
+    "quantize": "tools.hub.cli_quantize:quantize",
     "pack": "tools.hub.cli_bundle:pack",
     "publish": "tools.hub.cli_bundle:publish",
     "promote": "tools.hub.cli_bundle:promote",

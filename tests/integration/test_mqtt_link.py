@@ -179,7 +179,9 @@ def test_a_message_without_subscribers_is_kept(run: Any, broker: Mosquitto, tmp_
 
 
 @needs_mosquitto
-def test_a_hold_that_runs_out_while_the_disk_is_slow_is_not_forgotten(run: Any, broker: Mosquitto, tmp_path: Path) -> None:
+def test_a_hold_that_runs_out_while_the_disk_is_slow_is_not_forgotten(
+    run: Any, broker: Mosquitto, tmp_path: Path
+) -> None:
     async def main() -> None:
         device = Device(tmp_path, settings(broker.port))
         quick = device.outbox.exchange

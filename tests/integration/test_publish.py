@@ -133,7 +133,7 @@ def test_each_verb_speaks_to_a_person_too(centre: Path) -> None:
         ("show", "vision/linear@1.0.0", "--store", "store"),
         ("add-team", "audio", "keys/operator.pub", "--store", "store", "--targets-key", "keys/targets",
          "--online-key", "keys/online"),
-        ("quantize", "source/fp32/model.onnx", "--out", "int8.onnx", "--inputs", "source/golden/g1.in.safetensors"),
+        ("quantize", "source", "--kinds", "fp16,dynamic", "--seconds", "0.1"),
     ):  # fmt: skip
         result = run(*words)
         assert result.exit_code == 0, (words, result.output)

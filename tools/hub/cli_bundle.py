@@ -1,11 +1,10 @@
-"""The verbs that make and publish bundles: pack, quantize, publish, promote."""
+"""The verbs that make and publish bundles: pack, publish, promote."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import click
 import msgspec
@@ -104,49 +103,6 @@ def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untrie
             for name, facts in variants.items()
         ),
         f"wrote {out}; publish it with: inferhub publish {out} --store DIR --team-key KEY --online-key KEY",
-    )
-
-
-@click.command()
-@click.argument("source", metavar="IN.onnx", type=_FILE)
-@click.option("--out", type=_FILE, required=True, metavar="OUT.onnx", help="Model to make.")
-@click.option("--kind", type=click.Choice(["dynamic"]), default="dynamic", show_default=True)
-@click.option("--inputs", type=_FILE, metavar="FILE", help="Real inputs (safetensors), first axis = rows.")
-@click.option("--operators", default="", metavar="A,B", help="Quantize only these, for example MatMul.  [default: all]")
-@click.option("--weights", type=click.Choice(["int8", "uint8"]), default="int8", show_default=True)
-@click.option("--per-channel", is_flag=True, help="One scale per output channel.")
-@click.option("--reduce-range", is_flag=True, help="7-bit weights, for x86 without VNNI.")
-@json_option
-def quantize(
-    source: Path,
-    out: Path,
-    kind: str,
-    inputs: Path | None,
-    operators: str,
-    weights: Literal["int8", "uint8"],
-    per_channel: bool,
-    reduce_range: bool,
-) -> None:
-    """Make an int8 model, and compare its size, speed and answers with the original's.
-
-    \b
-    Example: inferhub quantize fp32/model.onnx --out int8/model.onnx --inputs golden/g1.in.safetensors
-    """
-    from agent.worker import safetensors  # these three take half a second, so only this verb pays
-    from tools.hub.quantize import compare
-    from tools.hub.quantize import quantize as make
-
-    real = safetensors.read(inputs) if inputs else None
-    chosen = [name for name in operators.split(",") if name]
-    make(source, out, operators=chosen, weights=weights, per_channel=per_channel, reduce_range=reduce_range)
-    result = compare(source, out, real)
-    emit(
-        {"out": str(out), "kind": kind, **asdict(result), "latency_ratio": round(result.latency_ratio, 3)},
-        f"{out}: {human_bytes(result.bytes_before)} -> {human_bytes(result.bytes_after)}",
-        f"latency {result.p50_ms_before:g} -> {result.p50_ms_after:g} ms (x {result.latency_ratio:.2f}), one thread",
-        f"answers: {result.top1_agreement:.1%} of {result.rows} rows agree, values differ by up to {result.max_abs:g}"
-        + ("" if real else " (made-up inputs prove little: give --inputs)"),
-        *(["it is SLOWER here: a box would choose it for its size only"] if result.latency_ratio > 1 else []),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import onnx
 
-from agent.bundles import onnx_file
+from agent.bundles import onnx_facts, onnx_file
 from agent.bundles.manifest import DataType, Signature, Tensor
 from agent.errors import UnsafeBundleError
 from tools.hub.errors import SourceError
@@ -49,6 +49,20 @@ def external_files(folder: Path, entry: str) -> list[str]:
             )
         paths.add(path)
     return sorted(paths)
+
+
+def ports_of(model: Path) -> tuple[onnx_facts.Port, ...]:
+    """Return the inputs that the model file declares.
+
+    Raises:
+        SourceError: it cannot be read, or is not ONNX.
+    """
+    try:
+        return onnx_facts.describe(memoryview(model.read_bytes())).inputs
+    except OSError as error:
+        raise SourceError(f"{model}: {error.strerror}") from error
+    except UnsafeBundleError as error:
+        raise SourceError(f"{model}: {error}") from error
 
 
 def signature_of(folder: Path, entry: str) -> Signature:

@@ -28,11 +28,12 @@ from agent.durable import sync_directory, write_file
 from tools.hub import chunks, trial
 from tools.hub.bundle import MANIFEST, Bundle, open_bundle
 from tools.hub.contents import Contents, format_of, plan
-from tools.hub.description import Description, VariantSource
+from tools.hub.description import Description
 from tools.hub.errors import SourceError
 from tools.hub.listener import Listener
 from tools.hub.onnxfile import signature_of
 from tools.hub.publish import rfc3339
+from tools.hub.variant_source import VariantSource
 
 _ESTIMATE: Final = 2  # bytes of memory per byte of files, where nothing could be measured
 
