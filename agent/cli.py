@@ -24,6 +24,7 @@ from agent.cli_text import deployments_text, event_text, models_text, print_text
 from agent.client import Client
 from agent.client.messages import Part, Result
 from agent.errors import AgentError
+from agent.inspect_text import version_lines
 
 _SOCKET: Final = "/run/inferd/inferd.sock"
 _FINAL_GOOD: Final = "confirmed"
@@ -186,6 +187,27 @@ def deployments(socket_path: str, limit: int, as_json: bool) -> None:
         _print_json(rows)
         return
     print_text(deployments_text(rows))
+
+
+@main.command()
+@click.argument("target", metavar="MODEL[@VERSION]")
+@_json_option
+@click.pass_obj
+def inspect(socket_path: str, target: str, as_json: bool) -> None:
+    """Show what a version on this box says about itself: licence, provenance, variants, and what is in its models.
+
+    \b
+    Examples:
+      inferctl inspect magika
+      inferctl inspect magika@1.0.0 --json
+    """
+    model, _, version = target.partition("@")
+    with _client(socket_path) as client:
+        value = client.call("inspect", {"model": model, "version": version})
+    if as_json:
+        _print_json(value)
+    else:
+        click.echo("\n".join(version_lines(value)))
 
 
 @main.command()

@@ -55,6 +55,13 @@ class TelemetryView(Protocol):
         """Return plain values: connected, broker, rows waiting, …"""
 
 
+class Inspector(Protocol):
+    """What a version on this box says about itself."""
+
+    async def inspect(self, team: str, name: str, version: str) -> dict[str, Any]:
+        """Return plain values; ``NotFoundError`` if it is not here. ``team`` may be empty."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
     """What does not change while the daemon runs."""
@@ -70,13 +77,21 @@ class Control:
     """Carries out verbs after checking the caller's roles."""
 
     def __init__(
-        self, box: Box, *, engine: Engine, reconciler: Reconciler, events: EventBus, telemetry: TelemetryView
+        self,
+        box: Box,
+        *,
+        engine: Engine,
+        reconciler: Reconciler,
+        events: EventBus,
+        telemetry: TelemetryView,
+        inspector: Inspector,
     ) -> None:
         self._box = box
         self._engine = engine
         self._reconciler = reconciler
         self._events = events
         self._telemetry = telemetry
+        self._inspector = inspector
         self._verbs: Mapping[str, tuple[str, Verb]] = {
             "ping": ("infer", self._ping),
             "status": ("read", self._status),
@@ -84,6 +99,7 @@ class Control:
             "events": ("read", self._recent_events),
             "deployments": ("read", self._deployments),
             "deployment": ("read", self._deployment),
+            "inspect": ("read", self._inspect),
             "selftest": ("operate", self._self_test),
             "deploy": ("operate", self._deploy),
             "rollback": ("operate", self._rollback),
@@ -218,6 +234,15 @@ class Control:
                 raise NotFoundError(f"deployment {deployment_id!r} has not begun or is not known") from None
             record = known
         return {**record.plain(), "final": record.state in FINAL}
+
+    async def _inspect(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
+        """Return what the named version, or the active one, and its models say about themselves."""
+        model, version = _text(args, "model"), str(args.get("version") or "")
+        active = next((row["active"] for row in self._reconciler.slots() if row["slot"] == model), None)
+        if not version and not active:
+            raise NotFoundError(f"{model!r} serves nothing here; name a version: {model}@VERSION")
+        team = str(args.get("team") or self._reconciler.active_team(model) or "")
+        return await self._inspector.inspect(team, model, version or str(active))
 
     async def _self_test(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         version = self._engine.active(_text(args, "model"))

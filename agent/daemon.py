@@ -22,7 +22,7 @@ from typing import Any, Final
 import uvloop
 
 from agent import __version__, sdnotify
-from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker
+from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker, VersionInspector
 from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
@@ -225,6 +225,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             reconciler=reconciler,
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
+            inspector=VersionInspector(puller, state_dir),
         )
         keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
         components: list[Component] = [engine, reconciler, reporter, keeper, HeapTrimmer(clock)]

@@ -17,6 +17,7 @@ VERBS: Final = {
     "init": "tools.hub.cli_store:init",
     "add-team": "tools.hub.cli_store:add_team",
     "quantize": "tools.hub.cli_quantize:quantize",
+    "inspect": "tools.hub.cli_inspect:inspect",
     "pack": "tools.hub.cli_bundle:pack",
     "publish": "tools.hub.cli_bundle:publish",
     "promote": "tools.hub.cli_bundle:promote",

@@ -1,9 +1,9 @@
 """The trust child: a short-lived process that talks to the store and checks every signature.
 
 ``python -m agent.bundles.child`` reads one JSON request from standard input, writes JSON lines to standard output and
-exits. Operations: ``resolve``, ``fetch``, ``check``, ``verify_command``. The last line is the answer: ``resolved``,
-``done``, ``command`` or ``error`` (``code``, ``message``, ``retryable``); ``resolved``, ``progress`` and ``verifying``
-may come before. Exit status 0 means that the last line is an answer, an error included.
+exits. Operations: ``resolve``, ``fetch``, ``check``, ``inspect``, ``verify_command``. The last line is the answer:
+``resolved``, ``done``, ``inspected``, ``command`` or ``error`` (``code``, ``message``, ``retryable``); ``resolved``,
+``progress`` and ``verifying`` may come before. Exit status 0 means that the last line is an answer, an error included.
 
 Here untrusted bytes meet parsers, away from the daemon; the process dies with its parent.
 """
@@ -50,7 +50,7 @@ _DISTRIBUTIONS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the daemon asks. Each operation reads the fields it needs."""
 
-    op: Literal["resolve", "fetch", "check", "verify_command"]
+    op: Literal["resolve", "fetch", "check", "inspect", "verify_command"]
     state_dir: str
     store: StoreConfig = msgspec.field(default_factory=StoreConfig)
     policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
@@ -85,6 +85,10 @@ def handle(request: Request) -> dict[str, Any]:
     layout = Layout(Path(request.state_dir))
     if request.op == "check":
         return recheck.check(Path(request.path), _box(request), emit)
+    if request.op == "inspect":
+        from agent.bundles.summary import version_summary  # only this operation looks into models
+
+        return {"event": "inspected", **version_summary(Path(request.path))}
     # Here, because a check runs at every boot before anything serves and needs none of the trust libraries.
     from agent.bundles import pull
     from agent.bundles.fetcher import Transport

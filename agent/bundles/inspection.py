@@ -12,6 +12,7 @@ import mmap
 import posixpath
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -207,7 +208,7 @@ def _archive(path: Path, facts: ModelFacts) -> None:
             if len(members) > _MEMBERS_MAX:
                 raise UnsafeBundleError(f"an archive of {len(members)} members")
             _torch(archive, members, facts)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
         raise UnsafeBundleError(f"a damaged archive: {error}") from error
 
 

@@ -195,10 +195,8 @@ class H(Handler):
          MODEL_TOML.replace('{ id = "tensors/v1" }', '{ module = "handler.py", class = "H" }'), "cannot start"),
         ("model.toml", b"", MODEL_TOML.replace('"allclose"', '"iou"'), "iou"),
         ("model.toml", b"", MODEL_TOML.replace("tensors/v1", "unheard-of/v1"), "unheard-of"),
-        ("model.toml", b"", MODEL_TOML + '\n[signature]\ninputs = [{ name = "x", dtype = "int32", shape = ["N", 4] }]\n'
-         'outputs = [{ name = "y", dtype = "float32", shape = ["N", 3] }]\n', "declared"),
     ],
-    ids=["wrong output", "wrong input", "handler fails", "metric", "handler id", "signature"],
+    ids=["wrong output", "wrong input", "handler fails", "metric", "handler id"],
 )  # fmt: skip
 def test_a_variant_that_a_box_would_refuse_is_not_packed(
     centre: Path, path: str, data: bytes, toml: str, words: str

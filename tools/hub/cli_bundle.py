@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import click
 import msgspec
@@ -35,12 +36,25 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--manifest", type=_FILE, metavar="FILE", help=f"The description.  [default: SRC/{FILE_NAME}]")
 @click.option("--out", type=_FOLDER, required=True, metavar="BUNDLE", help="Folder to make.")
 @click.option("--seq", type=click.IntRange(min=1), help="Number that only grows per model.  [default: Unix seconds]")
+@click.option("--external-data", type=click.Choice(["auto", "keep"]), default="auto", show_default=True,
+              help="auto: weights of ONNX files above 16 MiB get a file of their own; keep: as they are.")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Refuse what would only be warned about; nothing is written.")
 @click.option("--untried", multiple=True, metavar="VARIANT", help="Accept a variant that this machine cannot run.")
 @json_option
-def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untried: tuple[str, ...]) -> None:
+def pack(
+    source: Path,
+    manifest: Path | None,
+    out: Path,
+    seq: int | None,
+    external_data: Literal["auto", "keep"],
+    strict: bool,
+    untried: tuple[str, ...],
+) -> None:
     """Check, try and chunk the model in SRC; write an unsigned bundle.
 
-    Each variant is loaded in a process of its own, must reproduce the recorded (golden) outputs, and is measured.
+    The bundle is laid out from its chunks as a box will do it; each model must keep the signature and the versions
+    that requires.runtimes allows; each variant is loaded in a sandboxed worker, must reproduce the recorded (golden)
+    outputs, and is measured. Variants that inferhub quantize made are in SRC/variants.toml and taken along.
 
     \b
     Example: inferhub pack magika-1.0.0 --out bundles/magika-1.0.0
@@ -70,7 +84,8 @@ def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untrie
     if seq is not None:
         description = msgspec.structs.replace(description, seq=seq)
     with progress() as bars:
-        packed = pack_bundle(source, description, out, now=time.time(), untried_allowed=untried, listener=bars)
+        packed = pack_bundle(source, description, out, now=time.time(), untried_allowed=untried,
+                             external_data=external_data, strict=strict, listener=bars)  # fmt: skip
     bundle = packed.bundle
     variants = {
         variant.id: {
@@ -92,6 +107,7 @@ def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untrie
             "bytes": packed.raw_bytes,
             "stored_bytes": packed.stored_bytes,
             "variants": variants,
+            "warnings": list(packed.warnings),
         },
         f"{bundle.title}  seq {bundle.manifest.seq}  manifest {bundle.sha256[:12]}",
         f"{len(bundle.manifest.files)} files, {human_bytes(packed.raw_bytes)}, "
@@ -102,6 +118,7 @@ def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untrie
             else f"  {name}: NOT TRIED: {packed.untried[name]}"
             for name, facts in variants.items()
         ),
+        *(f"warning: {warning}" for warning in packed.warnings),
         f"wrote {out}; publish it with: inferhub publish {out} --store DIR --team-key KEY --online-key KEY",
     )
 

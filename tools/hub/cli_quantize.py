@@ -32,6 +32,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--out", type=_PATH, metavar="DIR", help="Folder of sources to make; only if SOURCE is a model.")
 @click.option("--model", metavar="TEAM/NAME@VERSION", help="What to call it in DIR/model.toml.")
 @click.option("--kinds", default=",".join(_KINDS), show_default=True, metavar="A,B", help="What to make.")
+@click.option("--base", metavar="VARIANT", help="The fp32 variant to begin from.  [default: the first]")
 @click.option("--inputs", type=_PATH, metavar="PATH", help="Real inputs to measure with.  [default: the golden ones]")
 @click.option("--calibration", type=_PATH, metavar="PATH", help="Real inputs to calibrate static int8 with.")
 @click.option(
@@ -111,6 +112,7 @@ def _wish(gate: Gate, options: Mapping[str, Any]) -> Wish:
         ),
         gate=gate,
         measure_of=options["measure_of"],
+        base=options["base"] or "",
         inputs=options["inputs"],
         calibration=options["calibration"],
         rows=options["rows"],
@@ -131,7 +133,7 @@ def _sources(source: str, out: Path | None, model: str | None, wish: Wish, bars:
     if out is None:
         raise InvalidInputError("--out DIR: where shall the sources of the new bundle go?")
     from tools.hub import scaffold, torch_export
-    from tools.hub.onnxfile import ports_of
+    from tools.hub.onnxfile import described
     from tools.hub.samples import load, peek, random
 
     team, name, version = parse_model(model or f"team/{scaffold.name_of(source)}@1.0.0")
@@ -143,7 +145,7 @@ def _sources(source: str, out: Path | None, model: str | None, wish: Wish, bars:
             fp32 = Path(scratch, "model.onnx")
             torch_export.export(source, kind, fp32, peek(wish.inputs) if wish.inputs else None)
             bars.advance(1)
-        ports = ports_of(fp32)
+        ports = described(fp32).inputs
         given = load(wish.inputs, ports, rows_max=wish.rows) if wish.inputs else random(ports)
         scaffold.make(fp32, out, given, team=team, name=name, version=version or "1.0.0")
     return out

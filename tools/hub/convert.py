@@ -26,6 +26,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from agent.config import MIB
 from tools.hub.errors import SourceError
+from tools.hub.onnxfile import external_files
 from tools.hub.samples import Feed
 
 Kind = Literal["fp16", "dynamic", "static"]
@@ -151,14 +152,7 @@ def static_int8(
 
 def model_files(model: Path) -> list[Path]:
     """Return the model file and the files of weights that it names, which lie beside it."""
-    names = {
-        entry.value
-        for tensor in onnx.external_data_helper._get_all_tensors(onnx.load(str(model), load_external_data=False))
-        if onnx.external_data_helper.uses_external_data(tensor)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return [model, *(model.parent / name for name in sorted(names))]
+    return [model, *(model.parent / name for name in external_files(model.parent, model.name))]
 
 
 def model_bytes(model: Path) -> int:

@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 _BURST: Final = 3  # runs per turn; one more before them finds its caches cold and is not counted
 _RUNS_MIN: Final = 12
 _LOAD_S_MAX: Final = 600.0
-_CPU: Final = "CPUExecutionProvider"
+CPU: Final = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,7 @@ def measure(
     feeds: Sequence[Feed],
     *,
     beside: Sequence[Feed] = (),
+    providers: Sequence[str] = (CPU,),
     effort: Effort,
     listener: Listener,
 ) -> dict[str, Measured | TrialError]:
@@ -71,6 +72,7 @@ def measure(
         models: By a name of the caller's.
         feeds: At least one; all models run all of them.
         beside: Further feeds, which are answered and not timed.
+        providers: Execution providers, the first of which has to be used.
         effort: How much.
         listener: Told about progress.
     """
@@ -83,7 +85,7 @@ def measure(
         for name, path in models.items():
             subject = stack.enter_context(_Subject(name, path, scratch / "out" / str(len(found) + len(running))))
             try:
-                subject.begin(scratch / "feeds", effort.threads)
+                subject.begin(scratch / "feeds", effort.threads, providers)
                 running[name] = subject
             except TrialError as error:
                 found[name] = error
@@ -160,10 +162,11 @@ class _Subject:
             assert pipe is not None
             pipe.close()
 
-    def begin(self, feeds: Path, threads: int) -> None:
+    def begin(self, feeds: Path, threads: int, providers: Sequence[str]) -> None:
         """Load the model and keep its answers to all feeds."""
         self._out.mkdir(parents=True)
-        loaded = self._ask("load", model=str(self._model.absolute()), threads=threads, providers=[_CPU])
+        model = str(self._model.absolute())
+        loaded = self._ask("load", model=model, threads=threads, providers=list(providers))
         self._load_ms = loaded["load_ms"]
         self._names = self._ask("outputs", feeds=str(feeds), out=str(self._out))["names"]
 

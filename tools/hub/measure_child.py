@@ -40,6 +40,8 @@ class Child:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         began = time.perf_counter()
         self._session = onnxruntime.InferenceSession(model, options, providers=providers)
+        if self._session.get_providers()[0] != providers[0]:
+            raise RuntimeError(f"{providers[0]} could not be used")
         return {"load_ms": round((time.perf_counter() - began) * 1000, 3)}
 
     def outputs(self, feeds: str, out: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Absent on purpose: judging the file. That is the box's rule (``agent/bundles/con
 
 from __future__ import annotations
 
+import mmap
 import posixpath
 from pathlib import Path
 from typing import Any, Final
@@ -51,16 +52,18 @@ def external_files(folder: Path, entry: str) -> list[str]:
     return sorted(paths)
 
 
-def ports_of(model: Path) -> tuple[onnx_facts.Port, ...]:
-    """Return the inputs that the model file declares.
+def described(model: Path) -> onnx_facts.OnnxFacts:
+    """Return what the model file says about itself, its inputs and outputs among it.
 
     Raises:
         SourceError: it cannot be read, or is not ONNX.
     """
     try:
-        return onnx_facts.describe(memoryview(model.read_bytes())).inputs
-    except OSError as error:
-        raise SourceError(f"{model}: {error.strerror}") from error
+        with model.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            with memoryview(mapped) as view:
+                return onnx_facts.describe(view)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{model}: {getattr(error, 'strerror', None) or 'empty'}") from error
     except UnsafeBundleError as error:
         raise SourceError(f"{model}: {error}") from error
 

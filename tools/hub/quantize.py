@@ -19,6 +19,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 
 from agent.bundles import onnx_facts
 from agent.bundles.manifest import Golden
@@ -32,7 +33,7 @@ from tools.hub.errors import SourceError, TrialError
 from tools.hub.gate import Figures, Gate, judge
 from tools.hub.listener import Listener
 from tools.hub.measure import Effort, Measured, measure
-from tools.hub.onnxfile import ports_of
+from tools.hub.onnxfile import described
 from tools.hub.samples import Feed, Samples
 from tools.hub.variant_source import VariantSource
 from tools.hub.variants_file import MadeVariants
@@ -53,6 +54,7 @@ class Wish:
         how: How int8 is made; its ``exclude`` holds for fp16 too.
         gate: What a variant must reach.
         measure_of: The agreement's measure.
+        base: The fp32 variant to begin from; empty: the first. Its providers are measured with.
         inputs: Samples to measure with; ``None``: the bundle's golden inputs.
         calibration: Samples for static int8; ``None``: it is not made.
         rows: How many samples are run at most.
@@ -63,6 +65,7 @@ class Wish:
     how: Int8 = field(default_factory=Int8)
     gate: Gate = field(default_factory=Gate)
     measure_of: Choice = "auto"
+    base: str = ""
     inputs: Path | None = None
     calibration: Path | None = None
     rows: int = 256
@@ -115,6 +118,7 @@ def quantize(folder: Path, wish: Wish, listener: Listener | None = None) -> Repo
             {_FP32: job.source, **{job.id_of(kind): one.path for kind, one in made.items()}},
             job.feeds.feeds,
             beside=[feed for _, feed, _ in job.goldens],
+            providers=job.base.device.providers,
             effort=wish.effort,
             listener=listener,
         )
@@ -144,10 +148,11 @@ class _Job:
         self.wish = wish
         self.folder = folder
         self.description: Description = load_own(folder / FILE_NAME)
-        self.base = _fp32_variant(self.description)
+        self.base = _fp32_variant(self.description, wish.base)
         self.source = folder / self.base.entry
-        self.ports = ports_of(self.source)
-        self.outputs = _outputs(folder, self.description, self.source)
+        found = described(self.source)
+        self.ports = found.inputs
+        self.outputs = _outputs(folder, self.description, found.outputs)
         self.goldens = [_golden(folder, sample) for sample in self.description.golden]
         self.feeds = self._samples()
         self.calibration = self._calibration()
@@ -177,16 +182,29 @@ class _Job:
         return samples.load(self.wish.calibration, self.ports, rows_max=CALIBRATION_ROWS_MAX)
 
 
-def _fp32_variant(description: Description) -> VariantSource:
-    for variant in description.variants:
-        if variant.precision == "fp32" and variant.runtime == "onnxruntime" and variant.entry.endswith(".onnx"):
-            return variant
-    raise SourceError(
-        f"{description.name}: has no fp32 ONNX variant to begin from", hint="Give the model file itself with --out."
-    )
+def _fp32_variant(description: Description, wanted: str) -> VariantSource:
+    fitting = [
+        variant
+        for variant in description.variants
+        if variant.precision == "fp32" and variant.runtime == "onnxruntime" and variant.entry.endswith(".onnx")
+    ]
+    for variant in fitting:
+        if wanted in ("", variant.id):
+            break
+    else:
+        what = f"fp32 ONNX variant {wanted!r}" if wanted else "fp32 ONNX variant to begin from"
+        names = ", ".join(variant.id for variant in fitting) or "none of fp32"
+        raise SourceError(f"{description.name}: has no {what}", hint=f"It has {names}.")
+    available = onnxruntime.get_available_providers()
+    if missing := [provider for provider in variant.device.providers if provider not in available]:
+        raise SourceError(
+            f"variant {variant.id}: this ONNX Runtime has no {missing[0]}",
+            hint="Quantize on a machine that has it, or begin from another variant: --base",
+        )
+    return variant
 
 
-def _outputs(folder: Path, description: Description, source: Path) -> dict[str, Output]:
+def _outputs(folder: Path, description: Description, ports: Sequence[onnx_facts.Port]) -> dict[str, Output]:
     declared = description.signature.outputs if description.signature else ()
     semantics = {tensor.name: tensor.semantic for tensor in declared}
     classes = 0

@@ -24,6 +24,7 @@ from tools.hub import onnx_versions, safetensors, toml
 from tools.hub.convert import EXTERNAL_BYTES_MIN, model_bytes
 from tools.hub.description import FILE_NAME
 from tools.hub.errors import SourceError
+from tools.hub.onnxfile import described
 from tools.hub.samples import Feed, Samples, batch_of, stacked
 
 Array = npt.NDArray[Any]
@@ -96,7 +97,7 @@ def _copy(model: Path, target: Path) -> None:
 
 def _golden(model: Path, samples: Samples) -> tuple[Feed, dict[str, Array]]:
     few = samples.feeds[:_GOLDEN_ROWS]
-    batched = batch_of(onnx_facts.describe(memoryview(model.read_bytes())).inputs) == 1
+    batched = batch_of(described(model).inputs) == 1
     together = stacked(few) if batched else None
     if together is not None:
         try:
