@@ -20,6 +20,7 @@ from agent.bundles.freshness import judge
 from agent.bundles.layout import Layout
 from agent.bundles.manifest import Manifest, Variant
 from agent.bundles.puller import IndexedVersion, Puller, StoredBundle, SurveyedModel
+from agent.bundles.versions import list_versions
 from agent.clock import Clock
 from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
 from agent.deploy.ports import (
@@ -42,7 +43,7 @@ from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
 from agent.engine.types import VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
-from agent.errors import PolicyError, SelfTestError, StateError
+from agent.errors import NotFoundError, PolicyError, SelfTestError, StateError
 from agent.events import EventBus
 from agent.profile import Profile
 from agent.telemetry.commands import CommandInbox
@@ -221,6 +222,22 @@ class BundleStore:
         if not dry_run:
             removals = collection.remove(self._layout, removals)
         return [_collected(removal) for removal in removals]
+
+
+class VersionInspector:
+    """control's ``Inspector`` over the trust child and the version directories; one look at a time."""
+
+    def __init__(self, puller: Puller, state_dir: Path) -> None:
+        self._puller = puller
+        self._layout = Layout(state_dir)
+        self._one = asyncio.Lock()
+
+    async def inspect(self, team: str, name: str, version: str) -> dict[str, Any]:
+        for stored in await asyncio.to_thread(list_versions, self._layout):
+            if (stored.name, stored.version) == (name, version) and team in ("", stored.team):
+                async with self._one:
+                    return await self._puller.inspect(stored.path)
+        raise NotFoundError(f"{name}@{version} is not on this box; inferctl deploy {name}@{version} brings it")
 
 
 class LoadedVersion:

@@ -21,6 +21,7 @@ from agent.cli_session import FINAL_GOOD, POLL_S, change, connected, json_option
 from agent.cli_text import deployments_text, event_text, models_text, print_text, reason_text, shown, status_text
 from agent.client import Client
 from agent.client.messages import Part, Result
+from agent.inspect_text import version_lines
 
 _SOCKET: Final = "/run/inferd/inferd.sock"
 _HISTORY_ROWS: Final = 100  # looked through for why a model is not ready
@@ -193,6 +194,27 @@ def deployments(socket_path: str, limit: int, as_json: bool) -> None:
         print_json(rows)
         return
     print_text(deployments_text(rows))
+
+
+@main.command()
+@click.argument("target", metavar="MODEL[@VERSION]")
+@json_option
+@click.pass_obj
+def inspect(socket_path: str, target: str, as_json: bool) -> None:
+    """Show what a version on this box says about itself: licence, provenance, variants, and what is in its models.
+
+    \b
+    Examples:
+      inferctl inspect magika
+      inferctl inspect magika@1.0.0 --json
+    """
+    model, _, version = target.partition("@")
+    with connected(socket_path) as client:
+        value = client.call("inspect", {"model": model, "version": version})
+    if as_json:
+        print_json(value)
+    else:
+        click.echo("\n".join(version_lines(value)))
 
 
 @main.command()

@@ -52,6 +52,13 @@ class TelemetryView(Protocol):
         """Return plain values: connected, broker, rows waiting, …"""
 
 
+class Inspector(Protocol):
+    """What a version on this box says about itself."""
+
+    async def inspect(self, team: str, name: str, version: str) -> dict[str, Any]:
+        """Return plain values; ``NotFoundError`` if it is not here. ``team`` may be empty."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
     """What does not change while the daemon runs."""
@@ -75,6 +82,7 @@ class Control:
         events: EventBus,
         telemetry: TelemetryView,
         store: StoreVerbs,
+        inspector: Inspector,
     ) -> None:
         self._store = store
         self._box = box
@@ -82,6 +90,7 @@ class Control:
         self._reconciler = reconciler
         self._events = events
         self._telemetry = telemetry
+        self._inspector = inspector
         self._verbs: Mapping[str, tuple[str, Verb]] = {
             "ping": ("infer", self._ping),
             "status": ("read", self._status),
@@ -89,6 +98,7 @@ class Control:
             "events": ("read", self._recent_events),
             "deployments": ("read", self._deployments),
             "deployment": ("read", self._deployment),
+            "inspect": ("read", self._inspect),
             "selftest": ("operate", self._self_test),
             "deploy": ("operate", self._deploy),
             "rollback": ("operate", self._rollback),
@@ -226,6 +236,15 @@ class Control:
                 raise NotFoundError(f"deployment {deployment_id!r} has not begun or is not known") from None
             record = known
         return {**record.plain(), "final": record.state in FINAL}
+
+    async def _inspect(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
+        """Return what the named version, or the active one, and its models say about themselves."""
+        model, version = text_of(args, "model"), str(args.get("version") or "")
+        active = next((row["active"] for row in self._reconciler.slots() if row["slot"] == model), None)
+        if not version and not active:
+            raise NotFoundError(f"{model!r} serves nothing here; name a version: {model}@VERSION")
+        team = str(args.get("team") or self._reconciler.active_team(model) or "")
+        return await self._inspector.inspect(team, model, version or str(active))
 
     async def _self_test(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         version = self._engine.active(text_of(args, "model"))

@@ -22,7 +22,15 @@ from typing import Any, Final
 import uvloop
 
 from agent import __version__, sdnotify
-from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker, TrustRecord
+from agent.adapters import (
+    BundleStore,
+    EngineHost,
+    ReportedState,
+    SignedTime,
+    SpecMaker,
+    TrustRecord,
+    VersionInspector,
+)
 from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
@@ -260,6 +268,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
             store=StoreVerbs(config.policy, reconciler=reconciler, watch=watch, sideload=sideload, trust=puller.trust),
+            inspector=VersionInspector(puller, state_dir),
         )
         keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
         components: list[Component] = [engine, reconciler, watch, reporter, keeper, HeapTrimmer(clock)]

@@ -1,11 +1,11 @@
 """The trust child: a short-lived process that talks to the store and checks every signature.
 
 ``python -m agent.bundles.child`` reads one JSON request from standard input, writes JSON lines to standard output and
-exits. Operations: ``resolve``, ``fetch``, ``check``, ``survey``, ``trust``, ``verify_command``. The last line is the
-answer: ``resolved``, ``done``, ``surveyed``, ``trust``, ``command`` or ``error`` (``code``, ``message``,
-``retryable``). Before it may come ``resolved``, ``progress``, ``verifying`` and ``refused``: a source whose answer does
-not hold (``source``, ``code``, ``message``). Exit status 0 means that the last line is an answer,
-an error included.
+exits. Operations: ``resolve``, ``fetch``, ``check``, ``inspect``, ``survey``, ``trust``, ``verify_command``. The last
+line is the answer: ``resolved``, ``done``, ``inspected``, ``surveyed``, ``trust``, ``command`` or ``error`` (``code``,
+``message``, ``retryable``). Before it may come ``resolved``, ``progress``, ``verifying`` and ``refused``: a source
+whose answer does not hold (``source``, ``code``, ``message``). Exit status 0 means that the last line is an answer, an
+error included.
 
 A request with ``medium``, a folder, asks that instead of the configured stores.
 
@@ -55,7 +55,7 @@ _DISTRIBUTIONS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the daemon asks. Each operation reads the fields it needs."""
 
-    op: Literal["resolve", "fetch", "check", "survey", "trust", "verify_command"]
+    op: Literal["resolve", "fetch", "check", "inspect", "survey", "trust", "verify_command"]
     state_dir: str
     store: StoreConfig = msgspec.field(default_factory=StoreConfig)
     policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
@@ -95,6 +95,10 @@ def handle(request: Request, *, wall: Callable[[], float] = time.time) -> dict[s
     layout = Layout(Path(request.state_dir))
     if request.op == "check":
         return recheck.check(Path(request.path), _box(request), emit)
+    if request.op == "inspect":
+        from agent.bundles.summary import version_summary  # only this operation looks into models
+
+        return {"event": "inspected", **version_summary(Path(request.path))}
     # Here, because a check runs at every boot before anything serves and needs none of the trust libraries.
     from agent.bundles import pull, survey
     from agent.bundles.fetcher import Transport

@@ -176,6 +176,16 @@ class Puller:
         """
         return _stored(await self._ask({"op": "check", "path": str(path)}, "done"))
 
+    async def inspect(self, path: Path) -> dict[str, Any]:
+        """Return what the version in ``path`` and its models say about themselves (``summary.py``).
+
+        Raises:
+            BundleError, StateError: by the child's code.
+        """
+        answer = await self._ask({"op": "inspect", "path": str(path)}, "inspected")
+        del answer["event"]
+        return answer
+
     async def resolve(self, team: str, name: str, version: str, channel: str, *, medium: str = "") -> ResolvedVersion:
         """Return what the store, or ``medium``, offers now; two requests if that is nothing new.
 

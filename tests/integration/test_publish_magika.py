@@ -16,7 +16,7 @@ import pytest
 from handlers.base import Context
 from tools.demo.magika import RELEASES, build_sources, download_wheel, open_wheel
 from tools.demo.magika_handler import MagikaHandler
-from tools.hub import quantize
+from tools.hub import scaffold
 from tools.hub.description import load
 from tools.hub.errors import SourceError
 from tools.hub.pack import pack
@@ -51,7 +51,7 @@ def classify(source: Path, body: bytes, variant: str = "fp32") -> dict[str, Any]
     )
     handler = MagikaHandler(context)
     prepared = handler.preprocess(body, "application/octet-stream")
-    outputs = quantize.run(source / variant / "model.onnx", prepared.tensors)
+    outputs = scaffold.run(source / variant / "model.onnx", prepared.tensors)
     answer: dict[str, Any] = handler.postprocess_with(outputs, 1, prepared.state)
     json.dumps(answer, allow_nan=False)
     return answer

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from handlers.base import Context
 from tools.demo.magika_handler import MagikaHandler
-from tools.hub import quantize, safetensors
+from tools.hub import convert, safetensors, scaffold
+from tools.hub.convert import Int8
 from tools.hub.errors import SourceError
 
 Array = npt.NDArray[Any]
@@ -112,7 +113,7 @@ def build_sources(wheel: Path, version: str, folder: Path) -> Path:
     fp32, int8 = folder / "fp32/model.onnx", folder / "int8/model.onnx"
     fp32.write_bytes(parts.model)
     # Convolutions in int8 are several times slower than in fp32 on CPUs without VNNI; matrices are a little faster.
-    quantize.quantize(fp32, int8, operators=["MatMul"])
+    convert.dynamic_int8(fp32, int8, Int8(operators=("MatMul",), per_channel=False))
     (folder / _CONFIG).write_bytes(parts.config)
     (folder / _TYPES).write_bytes(parts.content_types)
     labels = json.loads(parts.config)["target_labels_space"]
@@ -120,7 +121,7 @@ def build_sources(wheel: Path, version: str, folder: Path) -> Path:
     shutil.copyfile(Path(__file__).with_name(HANDLER), folder / HANDLER)
     handler = handler_of(folder, version)
     inputs = np.concatenate([handler.preprocess(body, "").tensors["bytes"] for body in parts.samples.values()])
-    outputs = quantize.run(fp32, {"bytes": inputs})
+    outputs = scaffold.run(fp32, {"bytes": inputs})
     (folder / "golden/files.in.safetensors").write_bytes(safetensors.dump({"bytes": inputs}))
     (folder / "golden/files.out.safetensors").write_bytes(safetensors.dump(outputs))
     (folder / "model.toml").write_text(_description(version, release, len(labels), list(parts.samples)))

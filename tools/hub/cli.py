@@ -31,6 +31,7 @@ from tools.hub.repository import Repository
 
 PASSWORD_VARIABLE: Final = "INFERHUB_KEY_PASSWORD"
 _JSON: Final = "inferhub.json"
+_PIPE_WIDTH: Final = 200
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -246,6 +247,11 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("the loop returns")
+
+
+def console_width() -> int | None:
+    """Return the width for tables: the terminal's, or one that no pipe cuts."""
+    return None if sys.stdout.isatty() else _PIPE_WIDTH
 
 
 def _remember_password(ctx: click.Context, _: click.Parameter, value: str | None) -> None:

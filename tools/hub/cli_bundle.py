@@ -1,4 +1,4 @@
-"""The verbs that make and publish bundles: pack, quantize, publish, promote."""
+"""The verbs that make and publish bundles: pack, publish, promote."""
 
 from __future__ import annotations
 
@@ -35,12 +35,25 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--manifest", type=_FILE, metavar="FILE", help=f"The description.  [default: SRC/{FILE_NAME}]")
 @click.option("--out", type=_FOLDER, required=True, metavar="BUNDLE", help="Folder to make.")
 @click.option("--seq", type=click.IntRange(min=1), help="Number that only grows per model.  [default: Unix seconds]")
+@click.option("--external-data", type=click.Choice(["auto", "keep"]), default="auto", show_default=True,
+              help="auto: weights of ONNX files above 16 MiB get a file of their own; keep: as they are.")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Refuse what would only be warned about; nothing is written.")
 @click.option("--untried", multiple=True, metavar="VARIANT", help="Accept a variant that this machine cannot run.")
 @json_option
-def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untried: tuple[str, ...]) -> None:
+def pack(
+    source: Path,
+    manifest: Path | None,
+    out: Path,
+    seq: int | None,
+    external_data: Literal["auto", "keep"],
+    strict: bool,
+    untried: tuple[str, ...],
+) -> None:
     """Check, try and chunk the model in SRC; write an unsigned bundle.
 
-    Each variant is loaded in a process of its own, must reproduce the recorded (golden) outputs, and is measured.
+    The bundle is laid out from its chunks as a box will do it; each model must keep the signature and the versions
+    that requires.runtimes allows; each variant is loaded in a sandboxed worker, must reproduce the recorded (golden)
+    outputs, and is measured. Variants that inferhub quantize made are in SRC/variants.toml and taken along.
 
     \b
     Example: inferhub pack magika-1.0.0 --out bundles/magika-1.0.0
@@ -70,7 +83,8 @@ def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untrie
     if seq is not None:
         description = msgspec.structs.replace(description, seq=seq)
     with progress() as bars:
-        packed = pack_bundle(source, description, out, now=time.time(), untried_allowed=untried, listener=bars)
+        packed = pack_bundle(source, description, out, now=time.time(), untried_allowed=untried,
+                             external_data=external_data, strict=strict, listener=bars)  # fmt: skip
     bundle = packed.bundle
     variants = {
         variant.id: {
@@ -92,6 +106,7 @@ def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untrie
             "bytes": packed.raw_bytes,
             "stored_bytes": packed.stored_bytes,
             "variants": variants,
+            "warnings": list(packed.warnings),
         },
         f"{bundle.title}  seq {bundle.manifest.seq}  manifest {bundle.sha256[:12]}",
         f"{len(bundle.manifest.files)} files, {human_bytes(packed.raw_bytes)}, "
@@ -102,50 +117,8 @@ def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untrie
             else f"  {name}: NOT TRIED: {packed.untried[name]}"
             for name, facts in variants.items()
         ),
+        *(f"warning: {warning}" for warning in packed.warnings),
         f"wrote {out}; publish it with: inferhub publish {out} --store DIR --team-key KEY --online-key KEY",
-    )
-
-
-@click.command()
-@click.argument("source", metavar="IN.onnx", type=_FILE)
-@click.option("--out", type=_FILE, required=True, metavar="OUT.onnx", help="Model to make.")
-@click.option("--kind", type=click.Choice(["dynamic"]), default="dynamic", show_default=True)
-@click.option("--inputs", type=_FILE, metavar="FILE", help="Real inputs (safetensors), first axis = rows.")
-@click.option("--operators", default="", metavar="A,B", help="Quantize only these, for example MatMul.  [default: all]")
-@click.option("--weights", type=click.Choice(["int8", "uint8"]), default="int8", show_default=True)
-@click.option("--per-channel", is_flag=True, help="One scale per output channel.")
-@click.option("--reduce-range", is_flag=True, help="7-bit weights, for x86 without VNNI.")
-@json_option
-def quantize(
-    source: Path,
-    out: Path,
-    kind: str,
-    inputs: Path | None,
-    operators: str,
-    weights: Literal["int8", "uint8"],
-    per_channel: bool,
-    reduce_range: bool,
-) -> None:
-    """Make an int8 model, and compare its size, speed and answers with the original's.
-
-    \b
-    Example: inferhub quantize fp32/model.onnx --out int8/model.onnx --inputs golden/g1.in.safetensors
-    """
-    from agent.worker import safetensors  # these three take half a second, so only this verb pays
-    from tools.hub.quantize import compare
-    from tools.hub.quantize import quantize as make
-
-    real = safetensors.read(inputs) if inputs else None
-    chosen = [name for name in operators.split(",") if name]
-    make(source, out, operators=chosen, weights=weights, per_channel=per_channel, reduce_range=reduce_range)
-    result = compare(source, out, real)
-    emit(
-        {"out": str(out), "kind": kind, **asdict(result), "latency_ratio": round(result.latency_ratio, 3)},
-        f"{out}: {human_bytes(result.bytes_before)} -> {human_bytes(result.bytes_after)}",
-        f"latency {result.p50_ms_before:g} -> {result.p50_ms_after:g} ms (x {result.latency_ratio:.2f}), one thread",
-        f"answers: {result.top1_agreement:.1%} of {result.rows} rows agree, values differ by up to {result.max_abs:g}"
-        + ("" if real else " (made-up inputs prove little: give --inputs)"),
-        *(["it is SLOWER here: a box would choose it for its size only"] if result.latency_ratio > 1 else []),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Final
 from agent.bundles import manifest as schema
 from agent.bundles import structure
 from agent.bundles.names import check_path
+from tools.hub import variants_file
 from tools.hub.description import FILE_NAME, Description
 from tools.hub.errors import SourceError
 from tools.hub.onnxfile import external_files
@@ -87,7 +88,7 @@ def format_of(path: str) -> schema.FileFormat:
 
 def _complete(source: Path, description: Description, contents: Contents) -> None:
     """Account for every file of the folder: named, evidently a document, ignored, or refused."""
-    present = set(_walk(source)) - {FILE_NAME}
+    present = set(_walk(source)) - {FILE_NAME, variants_file.FILE_NAME}
     for path in sorted(present - set(contents.roles)):
         if any(fnmatch.fnmatch(path, pattern) for pattern in description.ignore):
             continue

@@ -1,5 +1,7 @@
 """``model.toml``: what a person writes about a model; everything that can be measured or derived is left to ``pack``.
 
+``inferhub quantize`` puts ``variants.toml`` beside it, which ``load`` joins with it.
+
 Its keys are the manifest's where a key means the same. Derived, and therefore absent here: files with their hashes,
 sizes and chunks, memory and latency, ``created``, and (unless given) ``seq``, ``signature`` and the class count.
 """
@@ -14,47 +16,25 @@ import msgspec
 
 from agent.bundles.manifest import (
     Batching,
-    Device,
     FileRole,
     Golden,
     Handler,
     License,
-    Precision,
     Provenance,
     Requires,
     Rollout,
     Signature,
-    Threads,
     Warmup,
 )
+from tools.hub import variants_file
 from tools.hub.errors import SourceError
+from tools.hub.variant_source import VariantSource
 
 FILE_NAME: Final = "model.toml"
 _HINT: Final = "The keys are listed by: inferhub pack --help"
 
 
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the file's tables: no unknown keys."""
-
-
-class VariantSource(Section, frozen=True):
-    """One ``[[variants]]``. ``files`` names what this variant reads beside its entry and the shared files."""
-
-    id: str
-    entry: str
-    precision: Precision
-    priority: int  # lower is preferred
-    device: Device = msgspec.field(default_factory=lambda: Device(kind="cpu", providers=("CPUExecutionProvider",)))
-    runtime: str = "onnxruntime"
-    files: tuple[str, ...] = ()
-    quant: dict[str, str] = {}
-    threads: Threads = msgspec.field(default_factory=Threads)
-    session: dict[str, Any] = {}
-    metrics: dict[str, float] = {}
-    trusted_native: bool = False
-
-
-class Description(Section, frozen=True):
+class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file. Paths are relative to it."""
 
     team: str
@@ -82,11 +62,16 @@ class Description(Section, frozen=True):
 
 
 def load(path: Path) -> Description:
-    """Return the description in the TOML file ``path``.
+    """Return the description in the TOML file ``path``, with the variants that were made beside it.
 
     Raises:
         SourceError: unreadable, not TOML, an unknown or missing key, a wrong type; the message names the key.
     """
+    return _joined(load_own(path), variants_file.read(path.parent), path)
+
+
+def load_own(path: Path) -> Description:
+    """Return what a person wrote in ``path`` alone; raises as ``load``."""
     try:
         raw = tomllib.loads(path.read_text())
     except OSError as error:
@@ -107,3 +92,20 @@ def load(path: Path) -> Description:
             hint="A box activates a model only after its golden test; record one real input and the model's answer.",
         )
     return description
+
+
+def _joined(own: Description, made: variants_file.MadeVariants, path: Path) -> Description:
+    """Return ``own`` with the made variants behind its own, and their tolerances in its golden samples."""
+    taken = {variant.id for variant in own.variants}
+    hint = "Make it anew with: inferhub quantize SRC"
+    beside = path.with_name(variants_file.FILE_NAME)
+    for variant in made.variants:
+        if variant.id in taken:
+            raise SourceError(f"{beside}: variant {variant.id!r} is in {path.name} too", hint=hint)
+    if unknown := sorted(set(made.golden) - {sample.id for sample in own.golden}):
+        raise SourceError(f"{beside}: {path.name} has no golden sample {unknown[0]!r}", hint=hint)
+    golden = tuple(
+        msgspec.structs.replace(sample, per_variant={**made.golden.get(sample.id, {}), **sample.per_variant})
+        for sample in own.golden
+    )
+    return msgspec.structs.replace(own, variants=(*own.variants, *made.variants), golden=golden)

@@ -5,13 +5,14 @@ Absent on purpose: judging the file. That is the box's rule (``agent/bundles/con
 
 from __future__ import annotations
 
+import mmap
 import posixpath
 from pathlib import Path
 from typing import Any, Final
 
 import onnx
 
-from agent.bundles import onnx_file
+from agent.bundles import onnx_facts, onnx_file
 from agent.bundles.manifest import DataType, Signature, Tensor
 from agent.errors import UnsafeBundleError
 from tools.hub.errors import SourceError
@@ -49,6 +50,22 @@ def external_files(folder: Path, entry: str) -> list[str]:
             )
         paths.add(path)
     return sorted(paths)
+
+
+def described(model: Path) -> onnx_facts.OnnxFacts:
+    """Return what the model file says about itself, its inputs and outputs among it.
+
+    Raises:
+        SourceError: it cannot be read, or is not ONNX.
+    """
+    try:
+        with model.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            with memoryview(mapped) as view:
+                return onnx_facts.describe(view)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{model}: {getattr(error, 'strerror', None) or 'empty'}") from error
+    except UnsafeBundleError as error:
+        raise SourceError(f"{model}: {error}") from error
 
 
 def signature_of(folder: Path, entry: str) -> Signature:

@@ -1,7 +1,8 @@
-"""Turn a folder with ``model.toml`` into a bundle: lint, trial of every variant, chunks, manifest.
+"""Turn a folder with ``model.toml`` into a bundle: chunks, lint, export check, trial of every variant, manifest.
 
-Promises: what it writes passes the checks that a box makes, with the same code and the same words; nothing enters a
-bundle that the description does not name; a bundle folder appears whole or not at all.
+Promises: what it writes passes the checks that a box makes, with the same code and the same words, on files laid out
+from the chunks as a box does it; nothing enters a bundle that the description does not name; a bundle folder appears
+whole or not at all.
 Absent on purpose: signing. ``publish`` puts the manifest under a team's key.
 """
 
@@ -21,18 +22,21 @@ import msgspec
 import onnxruntime
 
 from agent.bundles import manifest as schema
-from agent.bundles.content import check_content
+from agent.bundles.inspection import inspect_bundle
 from agent.bundles.names import check_name, check_version
 from agent.config import MIB
 from agent.durable import sync_directory, write_file
-from tools.hub import chunks, trial
+from tools.hub import chunks, export_check, lint, trial
 from tools.hub.bundle import MANIFEST, Bundle, open_bundle
 from tools.hub.contents import Contents, format_of, plan
-from tools.hub.description import Description, VariantSource
+from tools.hub.description import Description
 from tools.hub.errors import SourceError
 from tools.hub.listener import Listener
 from tools.hub.onnxfile import signature_of
+from tools.hub.packed_layout import lay_out
 from tools.hub.publish import rfc3339
+from tools.hub.sources import ExternalData, Sources, prepared
+from tools.hub.variant_source import VariantSource
 
 _ESTIMATE: Final = 2  # bytes of memory per byte of files, where nothing could be measured
 
@@ -46,6 +50,7 @@ class Packed:
     untried: Mapping[str, str]  # by variant, the reason
     raw_bytes: int
     stored_bytes: int
+    warnings: tuple[str, ...] = ()
 
 
 def pack(
@@ -55,6 +60,8 @@ def pack(
     *,
     now: float,
     untried_allowed: Collection[str] = (),
+    external_data: ExternalData = "auto",
+    strict: bool = False,
     listener: Listener | None = None,
 ) -> Packed:
     """Write the bundle of ``source`` to the new folder ``out``.
@@ -65,10 +72,13 @@ def pack(
         out: Must not exist.
         now: Unix seconds, for ``created`` and a ``seq`` that is not given.
         untried_allowed: Variants that may stay untried where this machine lacks their device or runtime.
+        external_data: Whether the weights of large ONNX files are moved into files of their own.
+        strict: What ``lint`` warns about is refused.
         listener: Told about progress.
 
     Raises:
-        SourceError: a file is missing, unnamed or wrong, or ``out`` exists.
+        SourceError: a file is missing, unnamed or wrong, a model does not keep the signature or the versions that
+            ``requires`` allows, or ``out`` exists.
         UnsafeBundleError: a box would refuse the bundle; the message names the place.
         TrialError: a variant fails, or cannot be tried here and is not in ``untried_allowed``.
     """
@@ -79,13 +89,21 @@ def pack(
     check_name(description.name, "name")
     check_version(description.version)
     contents = plan(source, description)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    beside, work = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "work"))
     try:
         beside.mkdir(parents=True)
-        files, stored = _chunk_files(source, contents, beside, listener)
-        draft = _document(source, description, contents, files, now)
-        _lint(source, draft)
-        outcomes, untried = _try_variants(source, draft, untried_allowed, listener)
+        sources = prepared(source, contents, work / "rewritten", external_data=external_data, listener=listener)
+        files, stored = _chunk_files(sources, contents, beside, listener)
+        draft = _document(sources, description, contents, files, now)
+        schema.parse_manifest(schema.encode(draft))
+        layout = work / "layout"
+        lay_out(draft, beside, layout, listener)
+        facts = inspect_bundle(layout, draft)
+        export_check.check(draft, {one.path: one for one in facts})
+        warnings = lint.warnings(draft, facts)
+        if strict and warnings:
+            raise SourceError(warnings[0], hint="Correct it, or pack without --strict.")
+        outcomes, untried = _try_variants(layout, draft, untried_allowed, listener)
         document = msgspec.structs.replace(
             draft, variants=tuple(_measured(variant, outcomes.get(variant.id)) for variant in draft.variants)
         )
@@ -95,6 +113,7 @@ def pack(
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     sync_directory(out.parent)
     return Packed(
         bundle=open_bundle(out),
@@ -102,19 +121,12 @@ def pack(
         untried=untried,
         raw_bytes=document.total_size,
         stored_bytes=stored,
+        warnings=warnings,
     )
 
 
-def _lint(source: Path, document: schema.Manifest) -> None:
-    """Make a box's checks on the manifest and on every file's content."""
-    schema.parse_manifest(schema.encode(document))
-    paths = {file.path for file in document.files}
-    for file in document.files:
-        check_content(source / file.path, file, document, paths)
-
-
 def _try_variants(
-    source: Path, document: schema.Manifest, untried_allowed: Collection[str], listener: Listener
+    layout: Path, document: schema.Manifest, untried_allowed: Collection[str], listener: Listener
 ) -> tuple[dict[str, trial.Outcome], dict[str, str]]:
     outcomes: dict[str, trial.Outcome] = {}
     untried: dict[str, str] = {}
@@ -133,7 +145,7 @@ def _try_variants(
                 hint=f"Pack on a machine that can, or accept it untested with --untried {variant.id}",
             )
         else:
-            outcomes[variant.id] = trial.attempt(_spec(source, document, variant))
+            outcomes[variant.id] = trial.attempt(_spec(layout, document, variant))
         listener.advance(1)
     return outcomes, untried
 
@@ -147,7 +159,7 @@ def _why_not_here(variant: schema.Variant, available: Collection[str]) -> str:
     return f"ONNX Runtime has no {missing[0]}" if missing else ""
 
 
-def _spec(source: Path, document: schema.Manifest, variant: schema.Variant) -> dict[str, Any]:
+def _spec(layout: Path, document: schema.Manifest, variant: schema.Variant) -> dict[str, Any]:
     """Return the order a box would start this variant's worker with, but for its scratch folder."""
     goldens = [
         {
@@ -168,7 +180,7 @@ def _spec(source: Path, document: schema.Manifest, variant: schema.Variant) -> d
         "device": {"kind": variant.device.kind, "index": 0},
         "providers": variant.device.providers,
         "session": variant.session,
-        "bundle_dir": str(source.resolve()),
+        "bundle_dir": str(layout.resolve()),
         "entry": variant.entry,
         "handler": msgspec.to_builtins(document.handler),
         "classes_file": document.classes.file if document.classes else None,
@@ -181,14 +193,14 @@ def _spec(source: Path, document: schema.Manifest, variant: schema.Variant) -> d
     }
 
 
-def _chunk_files(source: Path, contents: Contents, out: Path, listener: Listener) -> tuple[list[schema.File], int]:
+def _chunk_files(sources: Sources, contents: Contents, out: Path, listener: Listener) -> tuple[list[schema.File], int]:
     paths = sorted(contents.roles)
-    listener.stage("chunk and hash", sum((source / path).stat().st_size for path in paths), "bytes")
+    listener.stage("chunk and hash", sum(sources.path(path).stat().st_size for path in paths), "bytes")
     external = {path for listed in contents.external.values() for path in listed}
     files, stored = [], 0
     for path in paths:
         pieces = []
-        for chunk, data in chunks.cut(source / path, compress=True):
+        for chunk, data in chunks.cut(sources.path(path), compress=True):
             blob = out / chunks.blob_name(chunk.stored_sha256)
             if not blob.exists():
                 blob.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +208,7 @@ def _chunk_files(source: Path, contents: Contents, out: Path, listener: Listener
                 stored += len(data)
             pieces.append(_piece(chunk))
             listener.advance(chunk.raw_size)
-        with (source / path).open("rb") as file:
+        with sources.path(path).open("rb") as file:
             digest = file_digest(file, "sha256").hexdigest()
         files.append(
             schema.File(
@@ -218,7 +230,7 @@ def _piece(chunk: chunks.Chunk) -> schema.Chunk:
 
 
 def _document(
-    source: Path,
+    sources: Sources,
     description: Description,
     contents: Contents,
     files: list[schema.File],
@@ -235,7 +247,7 @@ def _document(
         total_size=sum(sizes.values()),
         files=tuple(files),
         variants=tuple(_variant(variant, contents, sizes) for variant in description.variants),
-        signature=description.signature or signature_of(source, description.variants[0].entry),
+        signature=description.signature or signature_of(sources.root, description.variants[0].entry),
         handler=description.handler,
         description=description.description,
         labels=description.labels,
@@ -243,7 +255,7 @@ def _document(
         provenance=description.provenance,
         requires=description.requires,
         chunking={"algo": "fastcdc", "min": chunks.MIN, "avg": chunks.AVERAGE, "max": chunks.MAX},
-        classes=_classes(source, description.classes),
+        classes=_classes(sources.root, description.classes),
         golden=description.golden,
         warmup=description.warmup,
         batching=description.batching,

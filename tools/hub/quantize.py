@@ -1,197 +1,394 @@
-"""Make an int8 model from an fp32 one, and say at once whether it is worth having.
+"""Give a bundle's sources the variants that are worth having: made from its fp32 model, measured, judged, written down.
 
-Dynamic quantization: weights are stored as int8, activations are scaled at run time, no calibration data is needed. It
-is not always faster (a CNN on a CPU without VNNI may run several times slower), so both models are timed in turn on
-the same inputs, and their answers compared.
-Absent on purpose: static quantization with calibration data, and the choice on a box, which measures for itself.
+``quantize`` makes each kind, measures all of them beside fp32 on this machine, judges them by the gate, and keeps
+those that pass: models in folders of their own, entries, priorities and golden tolerances in ``variants.toml``.
+Promises: a kind that cannot be made or run is reported with its reason and does not stop the others; what a person
+wrote is only read; if nothing passes, what an earlier run made is gone too, because it is no longer vouched for.
+Leaves out: the choice on a box, which measures for itself, and exporting to ONNX (``torch_export``).
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from tools.hub.errors import SourceError
+from agent.bundles import onnx_facts
+from agent.bundles.manifest import Golden
+from agent.errors import AgentError
+from agent.worker import safetensors
+from tools.hub import agreement, convert, samples, variants_file
+from tools.hub.agreement import Agreement, Choice, Output
+from tools.hub.convert import Int8, Kind
+from tools.hub.description import FILE_NAME, Description, load_own
+from tools.hub.errors import SourceError, TrialError
+from tools.hub.gate import Figures, Gate, judge
+from tools.hub.listener import Listener
+from tools.hub.measure import Effort, Measured, measure
+from tools.hub.onnxfile import described
+from tools.hub.samples import Feed, Samples
+from tools.hub.variant_source import VariantSource
+from tools.hub.variants_file import MadeVariants
 
 Array = npt.NDArray[Any]
-Kind = Literal["dynamic"]
-Weights = Literal["int8", "uint8"]
-_RUNS_MAX: Final = 64  # rows that are timed
-_SAMPLES: Final = 8  # made up if no inputs are given
-_DTYPES: Final = {
-    "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(uint8)": np.uint8, "tensor(int8)": np.int8,
-    "tensor(bool)": np.bool_,
-}  # fmt: skip
+CALIBRATION_ROWS_MAX: Final = 256
+_FP32: Final = "fp32"
+_FASTER: Final = 1.05  # a variant goes before fp32 only if it is clearly faster
+_FOLDERS: Final[Mapping[Kind, str]] = {"fp16": "fp16", "dynamic": "int8-dynamic", "static": "int8-static"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """fp32 against int8 on the same rows, one thread. Agreement is over rows."""
+class Wish:
+    """What is asked for.
 
-    bytes_before: int
-    bytes_after: int
-    p50_ms_before: float
-    p50_ms_after: float
-    rows: int
-    top1_agreement: float  # share of rows whose largest value of the first output is at the same place
-    max_abs: float  # largest difference of any output value
+    Attributes:
+        kinds: What to make.
+        how: How int8 is made; its ``exclude`` holds for fp16 too.
+        gate: What a variant must reach.
+        measure_of: The agreement's measure.
+        base: The fp32 variant to begin from; empty: the first. Its providers are measured with.
+        inputs: Samples to measure with; ``None``: the bundle's golden inputs.
+        calibration: Samples for static int8; ``None``: it is not made.
+        rows: How many samples are run at most.
+        effort: How long is measured.
+    """
+
+    kinds: Sequence[Kind] = convert.KINDS
+    how: Int8 = field(default_factory=Int8)
+    gate: Gate = field(default_factory=Gate)
+    measure_of: Choice = "auto"
+    base: str = ""
+    inputs: Path | None = None
+    calibration: Path | None = None
+    rows: int = 256
+    effort: Effort = field(default_factory=Effort)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table. ``reasons``: why it was left out; empty and ``kept`` false for fp32 itself."""
+
+    id: str
+    kind: str
+    kept: bool
+    reasons: tuple[str, ...]
+    note: str = ""
+    size_bytes: int = 0
+    measured: Measured | None = None
+    figures: Figures | None = None
+    agreement: tuple[Agreement, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What came of it. The first row is fp32."""
+
+    folder: Path
+    rows: tuple[Row, ...]
+    samples: int
     real_inputs: bool
+    calibrated_with: int
 
     @property
-    def latency_ratio(self) -> float:
-        """Below 1 the int8 model is the faster one."""
-        return self.p50_ms_after / self.p50_ms_before if self.p50_ms_before else 0.0
+    def kept(self) -> tuple[Row, ...]:
+        """The variants that were added."""
+        return tuple(row for row in self.rows if row.kept)
 
 
-def quantize(
-    source: Path,
-    out: Path,
-    *,
-    operators: Sequence[str] = (),
-    weights: Weights = "int8",
-    per_channel: bool = False,
-    reduce_range: bool = False,
-) -> None:
-    """Write the dynamically quantized ``source`` to ``out``.
-
-    Args:
-        source: An fp32 ONNX model.
-        out: Must not exist.
-        operators: Operator types to quantize; empty: all that can be.
-        weights: Their integer type. On x86 without VNNI uint8 convolutions run much faster than int8 ones.
-        per_channel: One scale per output channel: nearer to fp32, a little larger.
-        reduce_range: 7-bit weights, against overflow on x86 CPUs without VNNI.
+def quantize(folder: Path, wish: Wish, listener: Listener | None = None) -> Report:
+    """Make, measure and judge variants of the sources in ``folder``; keep those that pass.
 
     Raises:
-        SourceError: ``source`` cannot be quantized, or ``out`` exists.
+        SourceError: the sources, the inputs or the calibration data cannot be used.
+        TrialError: the fp32 model itself cannot be run on the inputs.
     """
-    if out.exists():
-        raise SourceError(f"{out}: exists already", hint="Choose another --out.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _quiet():
-            quantize_dynamic(
-                str(source),
-                str(out),
-                op_types_to_quantize=list(operators) or None,
-                weight_type=QuantType.QInt8 if weights == "int8" else QuantType.QUInt8,
-                per_channel=per_channel,
-                reduce_range=reduce_range,
-            )
-    except Exception as error:  # the quantizer raises whatever its graph walk meets
-        out.unlink(missing_ok=True)
-        raise SourceError(f"{source}: cannot be quantized: {error}") from error
-
-
-def compare(source: Path, quantized: Path, inputs: Mapping[str, Array] | None, *, batched: bool = True) -> Result:
-    """Return how the two models differ in size, speed and answers.
-
-    Args:
-        source: The fp32 model.
-        quantized: The int8 model.
-        inputs: By name; with ``batched`` the first axis counts the rows, which are run one by one. ``None``: random.
-        batched: Whether rows can be cut from the inputs.
-
-    Raises:
-        SourceError: a model cannot be loaded, or cannot run the inputs.
-    """
-    sessions = [_session(source), _session(quantized)]
-    given = dict(inputs) if inputs is not None else _random(sessions[0])
-    rows = _rows(given) if batched else [given]
-    times: tuple[list[float], list[float]] = ([], [])
-    agreed, largest = 0, 0.0
-    for session in sessions:
-        _run(session, rows[0])  # warm-up
-    for feed in rows:
-        answers = []
-        for session, taken in zip(sessions, times, strict=True):  # in turn, so that both meet the same noise
-            began = time.perf_counter()
-            answers.append(_run(session, feed))
-            taken.append((time.perf_counter() - began) * 1000)
-        agreed += int(np.argmax(answers[0][0]) == np.argmax(answers[1][0]))
-        differences = [np.max(np.abs(a.astype(np.float64) - b), initial=0.0) for a, b in zip(*answers, strict=True)]
-        largest = max(largest, float(np.max(differences, initial=0.0)))
-    return Result(
-        bytes_before=source.stat().st_size,
-        bytes_after=quantized.stat().st_size,
-        p50_ms_before=round(float(np.median(times[0])), 3),
-        p50_ms_after=round(float(np.median(times[1])), 3),
-        rows=len(rows),
-        top1_agreement=round(agreed / len(rows), 4),
-        max_abs=round(largest, 6),
-        real_inputs=inputs is not None,
+    listener = listener or Listener()
+    job = _Job(folder, wish)
+    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=folder) as scratch:
+        made, failed = _make(job, Path(scratch), listener)
+        measured = measure(
+            {_FP32: job.source, **{job.id_of(kind): one.path for kind, one in made.items()}},
+            job.feeds.feeds,
+            beside=[feed for _, feed, _ in job.goldens],
+            providers=job.base.device.providers,
+            effort=wish.effort,
+            listener=listener,
+        )
+        reference = measured[_FP32]
+        if isinstance(reference, TrialError):
+            raise reference
+        rows = [_fp32_row(job, reference)]
+        for kind in wish.kinds:
+            if kind in failed:
+                rows.append(Row(id=job.id_of(kind), kind=kind, kept=False, reasons=(failed[kind],)))
+            else:
+                rows.append(_judged(job, kind, made[kind], reference, measured[job.id_of(kind)]))
+        _write(job, rows, made)
+    return Report(
+        folder=folder,
+        rows=tuple(rows),
+        samples=len(job.feeds.feeds),
+        real_inputs=job.feeds.real,
+        calibrated_with=len(job.calibration.feeds) if job.calibration else 0,
     )
 
 
-def run(model: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the model's outputs by name, from the CPU with one thread: what a golden sample records.
+class _Job:
+    """The sources, looked through once: everything that can be wrong before work begins is found here."""
 
-    Raises:
-        SourceError: the model cannot be loaded, or cannot run the inputs.
-    """
-    session = _session(model)
-    return {node.name: value for node, value in zip(session.get_outputs(), _run(session, inputs), strict=True)}
+    def __init__(self, folder: Path, wish: Wish) -> None:
+        self.wish = wish
+        self.folder = folder
+        self.description: Description = load_own(folder / FILE_NAME)
+        self.base = _fp32_variant(self.description, wish.base)
+        self.source = folder / self.base.entry
+        found = described(self.source)
+        self.ports = found.inputs
+        self.outputs = _outputs(folder, self.description, found.outputs)
+        self.goldens = [_golden(folder, sample) for sample in self.description.golden]
+        self.feeds = self._samples()
+        self.calibration = self._calibration()
+        taken = {variant.id for variant in self.description.variants}
+        if clash := [self.id_of(kind) for kind in wish.kinds if self.id_of(kind) in taken]:
+            raise SourceError(
+                f"{folder / FILE_NAME}: has a variant {clash[0]!r} of its own", hint="Rename it, or leave the kind out."
+            )
+
+    def id_of(self, kind: Kind) -> str:
+        """Return the id of the variant that ``kind`` becomes."""
+        return f"{self.base.device.kind}-{_FOLDERS[kind]}"
+
+    def _samples(self) -> Samples:
+        if self.wish.inputs is not None:
+            return samples.load(self.wish.inputs, self.ports, rows_max=self.wish.rows)
+        feeds = [
+            feed
+            for name, golden, _ in self.goldens
+            for feed in samples.of_arrays(golden, self.ports, where=f"golden {name}")
+        ]
+        return Samples(feeds=tuple(feeds[: self.wish.rows]), real=True)
+
+    def _calibration(self) -> Samples | None:
+        if "static" not in self.wish.kinds or self.wish.calibration is None:
+            return None
+        return samples.load(self.wish.calibration, self.ports, rows_max=CALIBRATION_ROWS_MAX)
 
 
-def _session(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the binding's exceptions have no root of their own
-        raise SourceError(f"{path}: {error}") from error
-
-
-def _run(session: Any, feed: Mapping[str, Array]) -> list[Array]:
-    try:
-        answers: list[Array] = session.run(None, dict(feed))
-    except Exception as error:  # as above
-        raise SourceError(f"the model cannot run these inputs: {error}") from error
-    return answers
-
-
-def _rows(inputs: Mapping[str, Array]) -> list[dict[str, Array]]:
-    counts = {array.shape[0] for array in inputs.values() if array.ndim}
-    if len(counts) != 1 or 0 in counts:
-        raise SourceError("the inputs do not have the same number of rows, at least one")
-    return [
-        {name: array[row : row + 1] for name, array in inputs.items()} for row in range(min(counts.pop(), _RUNS_MAX))
+def _fp32_variant(description: Description, wanted: str) -> VariantSource:
+    fitting = [
+        variant
+        for variant in description.variants
+        if variant.precision == "fp32" and variant.runtime == "onnxruntime" and variant.entry.endswith(".onnx")
     ]
+    for variant in fitting:
+        if wanted in ("", variant.id):
+            break
+    else:
+        what = f"fp32 ONNX variant {wanted!r}" if wanted else "fp32 ONNX variant to begin from"
+        names = ", ".join(variant.id for variant in fitting) or "none of fp32"
+        raise SourceError(f"{description.name}: has no {what}", hint=f"It has {names}.")
+    available = onnxruntime.get_available_providers()
+    if missing := [provider for provider in variant.device.providers if provider not in available]:
+        raise SourceError(
+            f"variant {variant.id}: this ONNX Runtime has no {missing[0]}",
+            hint="Quantize on a machine that has it, or begin from another variant: --base",
+        )
+    return variant
 
 
-def _random(session: Any) -> dict[str, Array]:
-    source = np.random.default_rng(0)
-    made: dict[str, Array] = {}
-    for node in session.get_inputs():
-        if node.type not in _DTYPES:
-            raise SourceError(f"input {node.name}: {node.type} cannot be made up", hint="Give real ones: --inputs FILE")
-        shape = [size if isinstance(size, int) and number else (1 if number else _SAMPLES)
-                 for number, size in enumerate(node.shape)]  # fmt: skip
-        dtype = np.dtype(_DTYPES[node.type])
-        values = source.normal(size=shape) if dtype.kind == "f" else source.integers(0, 2, size=shape)
-        made[node.name] = values.astype(dtype)
-    return made
+def _outputs(folder: Path, description: Description, ports: Sequence[onnx_facts.Port]) -> dict[str, Output]:
+    declared = description.signature.outputs if description.signature else ()
+    semantics = {tensor.name: tensor.semantic for tensor in declared}
+    classes = 0
+    if description.classes:
+        try:
+            classes = len((folder / description.classes).read_text().splitlines())
+        except OSError as error:
+            raise SourceError(f"{description.classes}: {error.strerror}") from error
+    return {port.name: Output(name=port.name, semantic=semantics.get(port.name, ""), classes=classes) for port in ports}
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the quantizer's advice to pre-process, which it logs on the root logger."""
-    root = logging.getLogger()
-    accept: Callable[[logging.LogRecord], bool] = lambda _: False  # noqa: E731
-    root.addFilter(accept)
+def _golden(folder: Path, sample: Golden) -> tuple[str, Feed, dict[str, Array]]:
+    """Return a golden sample: its id, its inputs and the outputs that were recorded."""
     try:
-        yield
-    finally:
-        root.removeFilter(accept)
+        return sample.id, safetensors.read(folder / sample.inputs), safetensors.read(folder / sample.outputs)
+    except AgentError as error:
+        raise SourceError(f"golden {sample.id}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """A converted model, and how it was made in the end."""
+
+    path: Path
+    how: Int8
+    note: str = ""
+
+
+def _make(job: _Job, scratch: Path, listener: Listener) -> tuple[dict[Kind, _Made], dict[Kind, str]]:
+    """Convert; return the models that came out, and the reasons of those that did not."""
+    made: dict[Kind, _Made] = {}
+    failed: dict[Kind, str] = {}
+    for kind in job.wish.kinds:
+        if kind == "static" and job.calibration is None:
+            failed[kind] = "no calibration data: give --calibration"
+            continue
+        try:
+            made[kind] = _convert(job, kind, scratch / _FOLDERS[kind] / "model.onnx", listener)
+        except SourceError as error:
+            failed[kind] = str(error)
+    return made, failed
+
+
+def _convert(job: _Job, kind: Kind, out: Path, listener: Listener) -> _Made:
+    """Make one kind. Scales per channel are given up where the quantizer cannot make them for this model."""
+    how = job.wish.how
+    if kind == "fp16":
+        listener.stage("make fp16", 1, "steps")
+        convert.fp16(job.source, out, exclude=how.exclude)
+        listener.advance(1)
+        return _Made(path=out, how=how)
+    try:
+        _int8(job, kind, out, how, listener)
+        return _Made(path=out, how=how)
+    except SourceError as error:
+        if not how.per_channel:
+            raise
+        per_tensor = replace(how, per_channel=False)
+        _int8(job, kind, out, per_tensor, listener)
+        return _Made(path=out, how=per_tensor, note=f"made per tensor, since per channel failed: {error}")
+
+
+def _int8(job: _Job, kind: Kind, out: Path, how: Int8, listener: Listener) -> None:
+    if kind == "dynamic":
+        listener.stage("make int8 dynamic", 1, "steps")
+        convert.dynamic_int8(job.source, out, how)
+        listener.advance(1)
+        return
+    assert job.calibration is not None
+    listener.stage("calibrate int8", len(job.calibration.feeds), "steps")
+    convert.static_int8(job.source, out, how, job.calibration.feeds, advance=listener.advance)
+
+
+def _fp32_row(job: _Job, reference: Measured) -> Row:
+    return Row(
+        id=job.base.id, kind=_FP32, kept=False, reasons=(), size_bytes=convert.model_bytes(job.source),
+        measured=reference,
+    )  # fmt: skip
+
+
+def _judged(job: _Job, kind: Kind, made: _Made, reference: Measured, found: Measured | TrialError) -> Row:
+    size = convert.model_bytes(made.path)
+    if isinstance(found, TrialError):
+        return Row(
+            id=job.id_of(kind),
+            kind=kind,
+            kept=False,
+            reasons=(f"cannot run: {found}",),
+            size_bytes=size,
+            note=made.note,
+        )
+    outputs = tuple(
+        agreement.compare(output, reference.outputs[name], found.outputs[name], job.wish.measure_of)
+        for name, output in job.outputs.items()
+    )
+    worst = agreement.overall(outputs)
+    largest = [one.max_abs for one in outputs if one.max_abs is not None]
+    figures = Figures(
+        agreement=worst.value,
+        agreement_of=f"{worst.measure} of {worst.output}",
+        max_abs=max(largest) if largest and all(one.finite for one in outputs) else None,
+        speedup=reference.p50_ms / found.p50_ms if found.p50_ms else 0.0,
+        size_ratio=size / convert.model_bytes(job.source),
+        memory_ratio=found.peak_bytes / reference.peak_bytes,
+    )
+    reasons = judge(job.wish.gate, figures)
+    return Row(
+        id=job.id_of(kind), kind=kind, kept=not reasons, reasons=reasons, size_bytes=size, measured=found,
+        figures=figures, agreement=outputs, note=made.note,
+    )  # fmt: skip
+
+
+def _write(job: _Job, rows: Sequence[Row], made: Mapping[Kind, _Made]) -> None:
+    """Put the variants that passed in place of what an earlier run made.
+
+    The entries go first: between the two steps the sources name no model that is not there.
+    """
+    kept = {row.id: row for row in rows if row.kept}
+    before = variants_file.read(job.folder)
+    variants_file.write(job.folder, MadeVariants())
+    for variant in before.variants:
+        _remove(job.folder / variant.entry)
+    variants = []
+    for kind, one in made.items():
+        if row := kept.get(job.id_of(kind)):
+            target = job.folder / _FOLDERS[kind]
+            shutil.rmtree(target, ignore_errors=True)
+            one.path.parent.rename(target)
+            variants.append(_entry(job, kind, one.how, row, list(kept.values())))
+    golden = {
+        name: {row.id: rules for row in kept.values() if (rules := _rules(job, number, recorded, row))}
+        for number, (name, _, recorded) in enumerate(job.goldens)
+    }
+    variants_file.write(job.folder, MadeVariants(variants=tuple(variants), golden=golden))
+
+
+def _remove(entry: Path) -> None:
+    """Delete a model that an earlier run made, with its weights, and its folder if that is empty then."""
+    for path in entry.parent.glob(f"{entry.name}*"):
+        path.unlink()
+    if entry.parent.is_dir() and not any(entry.parent.iterdir()):
+        entry.parent.rmdir()
+
+
+def _entry(job: _Job, kind: Kind, how: Int8, row: Row, kept: Sequence[Row]) -> VariantSource:
+    assert row.figures is not None
+    if kind == "fp16":
+        quant = {"scheme": "fp16"} | ({"exclude": ",".join(how.exclude)} if how.exclude else {})
+    else:
+        quant = how.recipe("dynamic" if kind == "dynamic" else "qdq")
+    if kind == "static" and job.calibration is not None:
+        quant |= {"calibration": f"sha256:{job.calibration.digest}", "method": how.calibration}
+    metrics = {"agreement": round(row.figures.agreement, 6), "speedup": round(row.figures.speedup, 3)}
+    if row.figures.max_abs is not None:
+        metrics["max_abs"] = float(f"{row.figures.max_abs:.4g}")
+    return msgspec.structs.replace(
+        job.base,
+        id=row.id,
+        entry=f"{_FOLDERS[kind]}/model.onnx",
+        precision="fp16" if kind == "fp16" else "int8",
+        priority=_priority(job.base.priority, row, kept),
+        files=tuple(path for path in job.base.files if not path.endswith((".onnx", ".onnx.data"))),
+        quant=quant,
+        metrics=metrics,
+    )
+
+
+def _priority(base: int, row: Row, kept: Sequence[Row]) -> int:
+    """Return the rank: clearly faster variants before fp32, the fastest first; the others behind it."""
+    ordered = sorted(kept, key=lambda one: (-one.figures.speedup if one.figures else 0.0, one.id))
+    faster = [one.id for one in ordered if one.figures and one.figures.speedup >= _FASTER]
+    if row.id in faster:
+        return max(0, base - len(faster) + faster.index(row.id))
+    return base + 1 + [one.id for one in ordered if one.id not in faster].index(row.id)
+
+
+def _rules(job: _Job, number: int, recorded: Mapping[str, Array], row: Row) -> tuple[Any, ...]:
+    """Return the tolerance of one variant for one golden sample: by the recorded outputs, as the box will judge."""
+    assert row.measured is not None
+    found = row.measured.beside[number]
+    tested = [rule.output for rule in job.description.golden[number].compare]
+    on_golden = {
+        name: agreement.compare(job.outputs[name], [recorded[name]], [found[name]], job.wish.measure_of)
+        for name in dict.fromkeys(tested)
+        if name in job.outputs and np.issubdtype(recorded[name].dtype, np.number)
+    }
+    return agreement.tolerances({one.output: one for one in row.agreement}, on_golden)
