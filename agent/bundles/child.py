@@ -26,6 +26,7 @@ import msgspec
 
 from agent import __version__
 from agent.bundles import recheck, zstd
+from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.layout import Layout
 from agent.bundles.variants import Box, Runtime
 from agent.config import PolicyConfig, StoreConfig
@@ -76,6 +77,8 @@ def main() -> int:
         answer = handle(_read_request(sys.stdin.buffer.read(REQUEST_BYTES_MAX + 1)))
     except AgentError as error:
         answer = {"event": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
+        if error.retry_after_s:
+            answer["retry_after_s"] = error.retry_after_s
     emit(answer)
     return 0
 
@@ -90,7 +93,14 @@ def handle(request: Request) -> dict[str, Any]:
     from agent.bundles.fetcher import Transport
     from agent.bundles.resolve import Resolver
 
-    transport = Transport(stall_timeout_s=request.store.stall_timeout_s, connections=request.store.connections)
+    store = request.store
+    transport = Transport(
+        store.sources,
+        stall_timeout_s=store.stall_timeout_s,
+        connections=store.connections,
+        rate_bytes_per_s_max=store.rate_bytes_per_s_max,
+        certificate_dates=clock_believed(layout, time.time()),
+    )
     resolver = Resolver(layout, request.store, transport)
     match request.op:
         case "verify_command":
@@ -130,6 +140,15 @@ def verify_command(envelope: bytes, resolver: Resolver, layout: Layout) -> dict[
             raise CommandError(str(error)) from error
         payload, keyid = commands.verify_envelope(parsed, operators)
     return {"event": "command", "payload": payload, "keyid": keyid}
+
+
+def clock_believed(layout: Layout, wall: float) -> bool:
+    """Say whether the system clock may judge certificates: it is not before the newest signature this box has seen."""
+    try:
+        floor = FloorFile(layout.floors).read()
+    except StateError:
+        floor = None
+    return wall >= max(BUILD_TIME, floor.timestamp if floor is not None else 0)
 
 
 def emit(line: dict[str, Any]) -> None:
@@ -176,8 +195,6 @@ def _read_request(data: bytes) -> Request:
 
 
 def _may_ask(layout: Layout) -> bool:
-    from agent.bundles.floor import FloorFile  # see handle()
-
     try:
         floor = FloorFile(layout.floors).read()
     except StateError:

@@ -178,7 +178,7 @@ class Puller:
                 if answer.get("event") == wanted:
                     return answer
                 if answer.get("event") == "error":
-                    raise by_code(str(answer.get("code")), str(answer.get("message")))
+                    raise by_code(str(answer.get("code")), str(answer.get("message")), answer.get("retry_after_s"))
                 on_line(answer)
             raise AgentError(f"the trust child ended with {await process.wait()} and no answer; its log says why")
 

@@ -36,6 +36,7 @@ from agent.durable import disk_errors
 from agent.errors import (
     AgentError,
     BundleError,
+    ConfigError,
     OfflineError,
     PolicyError,
     StoreError,
@@ -158,14 +159,14 @@ class Resolver:
 
     def _ask_mirrors(self, ask: Callable[[TrustedStore], T]) -> T:
         anchor = read_anchor(self._store.anchor)
-        failure: AgentError = OfflineError("[store] urls is empty")
+        failure: AgentError = OfflineError("[store] names no urls and no mirrors")
         with self._locked():
-            for number, url in enumerate(self._store.urls):
+            for number, mirror in enumerate(self._store.sources):
                 try:
                     trusted = TrustedStore(
                         self._layout,
                         anchor,
-                        url=url,
+                        url=mirror.url,
                         transport=self._transport,
                         wall=self._wall(),
                         synchronised=clock_synchronised(),
@@ -175,7 +176,7 @@ class Resolver:
                     return ask(trusted)
                 except PolicyError:
                     raise
-                except (BundleError, StoreError) as error:
+                except (BundleError, StoreError, ConfigError) as error:
                     if number == 0 or (isinstance(error, BundleError) and not isinstance(failure, BundleError)):
                         failure = error
         raise failure
