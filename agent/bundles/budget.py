@@ -62,7 +62,7 @@ class Budget:
             if window.spent + size > self._size_bytes:
                 wait_s = max(1.0, window.since + self._window_s - now)
                 raise BudgetError(
-                    f"{window.spent} of [store] budget_bytes = {self._size_bytes} are spent and {size} more are needed; "
+                    f"{window.spent} of [store] budget_bytes = {self._size_bytes} are spent, {size} more are needed; "
                     f"the pull goes on in {_duration(wait_s)}",
                     retry_after_s=wait_s,
                 )
