@@ -21,7 +21,7 @@ ENV  := STATE="$(STATE)" PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath
         HYPOTHESIS_STORAGE_DIRECTORY="$(abspath $(STATE))/hypothesis" INFERD_WHEELS="$(abspath $(STATE))/wheels"
 SRC  := agent handlers tools tests profiles
 
-.PHONY: help demo test system run bench soak fuzz powercuts kills conformance lint format check clean
+.PHONY: help demo test system run bench bench-pull soak fuzz powercuts kills conformance lint format check clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -53,6 +53,10 @@ run: $(VENV)/.demo ## The daemon in the foreground with the demo's store, until 
 
 bench: $(VENV)/.bench ## Every target figure beside in-process inference, in minutes; table, JSON and plot
 	@$(ENV) $(BIN)/python -m tools.bench --state "$(STATE)/bench" $(BENCH_ARGS)
+
+bench-pull: $(VENV)/.demo ## A large pull beside curl, sha256sum and sync, in minutes
+	@mkdir -p "$(STATE)"
+	@$(ENV) $(BIN)/python -m tools.bench_pull --state "$(STATE)/bench-pull" $(BENCH_ARGS)
 
 soak: $(VENV)/.demo ## Swaps, kills, lies and crowds for MINUTES, and no answer lost
 	@$(ENV) $(BIN)/python -m tools.soak --state "$(STATE)/soak" --minutes $(MINUTES) $(SOAK_ARGS)

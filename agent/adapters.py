@@ -415,6 +415,7 @@ def _progress(line: Mapping[str, Any]) -> Progress:
         digest=str(line.get("manifest_sha256", "")),
         bytes_done=int(line.get("bytes_done", 0)),
         bytes_total=int(line.get("bytes_total", 0)),
+        rate_bps=int(line.get("rate_bps", 0)),
     )
 
 

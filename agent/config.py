@@ -20,9 +20,12 @@ from agent.errors import ConfigError
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
+_BUDGET_BYTES_MIN: Final = 16 * MIB  # the largest chunk a bundle may have
 EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG, of the process: systemd need not try again at once
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _UNKNOWN_KEY: Final = re.compile(r"unknown field `(.+)`")
+_STORE_SCHEMES: Final = ("file://", "http://", "https://", "s3://")
+_BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?$")
 _DEVICE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Role = Literal["infer", "read", "operate", "admin"]
@@ -130,26 +133,73 @@ class AuthConfig(Section, frozen=True):
         )
 
 
+class MirrorConfig(Section, frozen=True):
+    """A store that needs more than an address to be reached. Whom it belongs to does not matter: signatures decide."""
+
+    url: str  # file://, http(s):// or s3://bucket/prefix
+    token_file: str = ""  # http(s): its first line is sent as the bearer token
+    tls_ca_file: str = ""  # https, s3: PEM; authorities believed in place of the system's
+    tls_certificate_file: str = ""  # https: PEM; this box's own certificate, if the server asks for one
+    tls_key_file: str = ""  # https: PEM, unencrypted; the key of that certificate
+    proxy: str = ""  # http://[user:password@]host:port; empty: none
+    rate_bytes_per_s_max: int = 0  # of all its connections together; 0: no limit
+    metered: bool = True  # counts against budget_bytes; false for a mirror in the same network
+    endpoint: str = ""  # s3: http(s) address of a service that is not Amazon's
+    region: str = ""  # s3; empty: of the environment
+    credentials_file: str = ""  # s3: in the format of ~/.aws/credentials; empty: environment, then the machine's role
+    credentials_profile: str = "default"  # s3: section of that file
+
+    def __post_init__(self) -> None:
+        _require(self.url.startswith(_STORE_SCHEMES), f"url: {self.url!r} is not file://, http(s):// or s3://")
+        _require(_is_plain(self.url), "url: without user, query and fragment")
+        https, s3 = self.url.startswith("https://"), self.url.startswith("s3://")
+        _require(not s3 or bool(_BUCKET.match(self.url)), f"url: {self.url!r} is not s3://bucket or s3://bucket/prefix")
+        _require(not self.token_file or self.url.startswith("http"), "token_file: only for http(s)://")
+        _require(not self.tls_ca_file or https or s3, "tls_ca_file: only for https:// and s3://")
+        _require(not self.tls_certificate_file or https, "tls_certificate_file: only for https://")
+        _require(not self.tls_key_file or bool(self.tls_certificate_file), "tls_key_file: needs tls_certificate_file")
+        _require(not self.proxy or self.proxy.startswith(("http://", "https://")), "proxy: http://host:port")
+        _require(not self.proxy or not self.url.startswith("file://"), "proxy: not for file://")
+        _require(self.rate_bytes_per_s_max >= 0, "rate_bytes_per_s_max: not negative")
+        for name in ("endpoint", "region", "credentials_file"):
+            _require(s3 or not getattr(self, name), f"{name}: only for s3://")
+        _require(not self.endpoint or self.endpoint.startswith(("http://", "https://")), "endpoint: http(s)://host")
+
+
 class StoreConfig(Section, frozen=True):
     """Where bundles come from and how much a pull may take."""
 
-    urls: tuple[str, ...] = ()  # file:// or http(s)://, mirrors in order
+    urls: tuple[str, ...] = ()  # file://, http(s):// or s3://bucket/prefix; mirrors in order
+    mirrors: tuple[MirrorConfig, ...] = ()  # tried after urls, in order: see `[[store.mirrors]]`
     anchor: str = "/usr/share/inferd/anchor/root.json"  # the root of trust (root.json), installed with the box
     poll_interval_s: float = 3600.0  # for models that follow a channel; 0: never
     connections: int = 4  # parallel downloads of one pull
+    rate_bytes_per_s_max: int = 0  # of one pull from all mirrors together; 0: no limit
+    budget_bytes: int = 0  # chunks that may be fetched from metered mirrors in one window; 0: no limit
+    budget_window_s: float = 2_592_000.0  # length of that window, which begins with its first byte
     stall_timeout_s: float = 30.0  # no byte for so long: try again
     metadata_timeout_s: float = 30.0  # whole download of one metadata file
-    disk_reserve_bytes: int = 64 * MIB  # never filled by a pull
+    disk_reserve_bytes: int = 64 * MIB  # never filled by a pull, nor the last tenth of what it needs
     bundle_bytes_max: int = 16 * 1024 * MIB  # a larger bundle is refused before it is fetched
     tries: int = 3  # per chunk and source
     sideload_path: str = ""  # a folder where media are mounted: a store on one is taken without being asked for
     sideload_poll_s: float = 5.0  # it is looked at so often
     collect_above_percent: float = 85.0  # with a fuller disk, older versions than the newest two go, too
+    link_mode: Literal["auto", "reflink", "copy"] = "auto"  # how files that did not change come from an older version
 
     def __post_init__(self) -> None:
         for url in self.urls:
-            _require(url.startswith(("file://", "http://", "https://")), f"urls: {url!r} is not file:// or http(s)://")
+            _require(url.startswith(_STORE_SCHEMES), f"urls: {url!r} is not file://, http(s):// or s3://")
+            _require(_is_plain(url), "urls: without user, query and fragment")
+        addresses = [mirror.url.rstrip("/") for mirror in self.sources]
+        _require(len(set(addresses)) == len(addresses), "mirrors: two have the same url")
         _require(1 <= self.connections <= 16, "connections: 1..16")
+        _require(self.rate_bytes_per_s_max >= 0, "rate_bytes_per_s_max: not negative")
+        _require(
+            self.budget_bytes == 0 or self.budget_bytes >= _BUDGET_BYTES_MIN,
+            f"budget_bytes: 0, or at least {_BUDGET_BYTES_MIN}: a chunk that is larger could never be fetched",
+        )
+        _require(60 <= self.budget_window_s <= 366 * 86_400, "budget_window_s: 60 to 31622400")
         _require(0 < self.stall_timeout_s <= 600, "stall_timeout_s: above 0, at most 600")
         _require(0 < self.metadata_timeout_s <= 600, "metadata_timeout_s: above 0, at most 600")
         _require(self.disk_reserve_bytes >= 0, "disk_reserve_bytes: not negative")
@@ -158,6 +208,11 @@ class StoreConfig(Section, frozen=True):
         _require(not self.sideload_path or self.sideload_path.startswith("/"), "sideload_path: an absolute path")
         _require(0.1 <= self.sideload_poll_s <= 3600, "sideload_poll_s: 0.1..3600")
         _require(0 < self.collect_above_percent <= 100, "collect_above_percent: above 0, at most 100")
+
+    @property
+    def sources(self) -> tuple[MirrorConfig, ...]:
+        """All mirrors in the order in which they are tried."""
+        return (*(MirrorConfig(url=url) for url in self.urls), *self.mirrors)
 
 
 class PolicyConfig(Section, frozen=True):
@@ -448,6 +503,11 @@ def section_of(kind: Any) -> type[Section] | None:
     """Return the section that a value of this type may be; ``None`` for plain values and for lists."""
     kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
     return next((item for item in kinds if isinstance(item, type) and issubclass(item, Section)), None)
+
+
+def _is_plain(url: str) -> bool:
+    """Whether a store's address has no part that would be lost, or be shown to everybody who reads a log."""
+    return url.startswith("file://") or not any(letter in url for letter in "@?#")
 
 
 def _require_workers(workers: int | WorkersConfig) -> None:

@@ -39,7 +39,8 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     ├── StoreError (store_failed)
     │   ├── OfflineError* (offline)                 the store cannot be reached
     │   ├── TransientError* (store_transient)       5xx, cut stream, stall
-    │   └── DiskFullError* (disk_full)
+    │   ├── DiskFullError* (disk_full)
+    │   └── BudgetError* (budget_spent)             [store] budget_bytes of this window are used up
     ├── LinkError* (link_failed)                    the MQTT broker cannot be reached, refused us or went away
     ├── CommandError (command_refused)              a fleet or local command that is not carried out
     │   ├── CommandExpiredError (command_expired)
@@ -297,6 +298,20 @@ class DiskFullError(StoreError):
 
     code = "disk_full"
     retryable = True
+
+
+class BudgetError(StoreError):
+    """The bytes that metered mirrors may bring in this window are used up; what was fetched stays.
+
+    ``retry_after_s``: seconds after which there are more.
+    """
+
+    code = "budget_spent"
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class LinkError(AgentError):

@@ -1,36 +1,27 @@
 """Turn a complete staging folder into a version directory, in one rename.
 
-Each part file is hashed whole (a journal that lied is found here), moved to its place in ``tree``, made read-only and
-synced; content and the exact set of files are checked; then ``tree`` is renamed to ``versions/``. Until that rename
-nothing outside staging changes, after it the version is complete.
+Each part file, whose whole hash was checked, is moved to its place in ``tree``, made read-only and synced; content and
+the exact set of files are checked; then ``tree`` is renamed to ``versions/``. Until that rename nothing outside staging
+changes, after it the version is complete.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from agent.bundles.layout import MANIFEST_FILE, VERIFIED_FILE, Layout
 from agent.bundles.staging import Staging
-from agent.bundles.verify import Verified, check_files, check_tree, hash_file
+from agent.bundles.verify import Verified, check_files, check_tree
 from agent.bundles.versions import remove_tree
 from agent.durable import sync_directory, write_file, write_json
 from agent.errors import StateError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-
-Report = Callable[[int], None]
-
-
-def damaged_files(staging: Staging, report: Report) -> list[int]:
-    """Hash each wanted part whole; return the numbers of the files that are not what was signed."""
-    files = staging.manifest.files
-    return [number for number in staging.numbers if hash_file(staging.part(number), report) != files[number].sha256]
 
 
 def recover(staging: Staging) -> None:

@@ -1,8 +1,9 @@
 """Bring a bundle's missing chunks into its staging folder: parallel, resumable, each byte hashed before it counts.
 
 Chunks found in versions already on this box are copied (and hashed) instead of fetched; a transfer that is cut goes on
-where it was, if the store does ranges. Promises: nothing outside the staging folder is written; a chunk counts only if
-its hash holds; at most ``tries`` per chunk and source. Absent on purpose: whole-file hashes and placement
+where it was, if the store does ranges. What has come is synced in the background, many chunks at a time. Promises:
+nothing outside the staging folder is written; a chunk counts only if its hash holds; at most ``tries`` per chunk and
+source; no byte over the budget of a metered link. Absent on purpose: whole-file hashes (``whole.py``), placement
 (``assemble.py``), trust in the manifest (``trust.py``). Child process only: uses threads and urllib3.
 """
 
@@ -11,26 +12,30 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Final, Protocol
 
 from agent.backoff import Backoff
 from agent.bundles import zstd
-from agent.bundles.fetcher import Body, RefusedError
-from agent.bundles.manifest import Manifest
+from agent.bundles.bodies import Body, RefusedError
+from agent.bundles.budget import Budget
+from agent.bundles.reuse import Seed
 from agent.bundles.staging import Job, Staging
+from agent.config import MirrorConfig
 from agent.durable import disk_error
-from agent.errors import AgentError, ChunkMismatchError, OfflineError, TransientError
+from agent.errors import AgentError, BudgetError, ChunkMismatchError, ConfigError, OfflineError, TransientError
 
 _COPY_BYTES: Final = 1 << 20
 _REPORT_S: Final = 0.5
+_RATE_S: Final = 5.0  # over which the rate is averaged
+_UNMETERED_RETRY_S: Final = 600.0  # with the budget spent, a mirror that costs nothing may come back meanwhile
 
-Report = Callable[[int, int, float], None]  # bytes in place, bytes in all, bytes per second from the store
+Report = Callable[[int, int, float], None]  # bytes in place or arriving, bytes in all, bytes per second from the store
 
 
 class Opener(Protocol):
@@ -45,54 +50,83 @@ class Limits:
 
     connections: int = 4
     tries: int = 3  # per chunk and source
-    disk_reserve_bytes: int = 0
     retry_first_s: float = 0.25
     retry_cap_s: float = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Seed:
-    """Where on this box a chunk's raw bytes probably are."""
-
-    path: Path
-    offset: int
-
-
 def download(
     staging: Staging,
-    sources: Sequence[str],
+    sources: Sequence[MirrorConfig],
     opener: Opener,
     seeds: Mapping[str, Seed],
     limits: Limits,
+    budget: Budget,
     report: Report,
+    arrived: Callable[[], None] = lambda: None,
 ) -> int:
     """Complete ``staging`` (which is open); return the bytes that came from the store.
 
     Args:
-        sources: Base URLs of stores, tried in order.
+        sources: Stores, tried in order.
         seeds: Raw chunk hash to a place on this box that may hold it; hashed again before use.
+        budget: Charged for what metered sources bring.
         report: Called every half second, and at the end, from this thread.
+        arrived: Called from any thread whenever another chunk counts.
 
     Raises:
         ChunkMismatchError: every source keeps giving other bytes than were signed.
+        BudgetError: only metered sources could give a chunk, and their bytes are spent.
         OfflineError, TransientError, StoreError: no source could give a chunk.
         DiskFullError: the disk filled up meanwhile; finished chunks stay for the next try.
     """
-    return _Pull(staging, sources, opener, seeds, limits, report).run()
+    return _Pull(staging, sources, opener, seeds, limits, budget, report, arrived).run()
 
 
-def find_seeds(manifests: Iterable[tuple[Path, Manifest]], wanted: Iterable[str]) -> dict[str, Seed]:
-    """Return where the raw chunks ``wanted`` probably are in local version folders; whether they are is not checked."""
-    missing = set(wanted)
-    found: dict[str, Seed] = {}
-    for folder, manifest in manifests:
-        for item in manifest.files:
-            path, offset = folder / item.path, 0
-            for chunk in item.chunks:
-                if chunk.sha256 in missing and chunk.sha256 not in found:
-                    found[chunk.sha256] = Seed(path, offset)
-                offset += chunk.size
-    return found
+class _Tally:
+    """What the threads of a pull have done, for people to look at."""
+
+    def __init__(self, placed: int) -> None:
+        self.fetched = 0
+        self._placed = placed
+        self._shown = 0
+        self._under_way: set[_Transfer] = set()
+        self._lock = threading.Lock()
+        self._history: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+
+    def add_fetched(self, size: int) -> None:
+        """Count bytes of the network."""
+        with self._lock:
+            self.fetched += size
+
+    def begin(self, transfer: _Transfer) -> None:
+        """Count what ``transfer`` has received as arriving."""
+        with self._lock:
+            self._under_way.add(transfer)
+
+    def end(self, transfer: _Transfer) -> None:
+        """Count no more of ``transfer``."""
+        with self._lock:
+            self._under_way.discard(transfer)
+
+    def add_placed(self, size: int) -> None:
+        """Count bytes that are where they belong."""
+        with self._lock:
+            self._placed += size
+
+    def progress(self) -> int:
+        """Return the bytes in place or arriving; a chunk that is begun anew takes nothing back."""
+        with self._lock:
+            self._shown = max(self._shown, self._placed + sum(transfer.share for transfer in self._under_way))
+            return self._shown
+
+    def rate(self) -> float:
+        """Return bytes per second from the network, averaged over the last seconds."""
+        now = time.monotonic()
+        self._history.append((now, self.fetched))
+        while len(self._history) > 2 and now - self._history[0][0] > _RATE_S:
+            self._history.popleft()
+        since, before = self._history[0]
+        return (self.fetched - before) / max(now - since, 1e-3)
 
 
 class _Pull:
@@ -101,46 +135,62 @@ class _Pull:
     def __init__(
         self,
         staging: Staging,
-        sources: Sequence[str],
+        sources: Sequence[MirrorConfig],
         opener: Opener,
         seeds: Mapping[str, Seed],
         limits: Limits,
+        budget: Budget,
         report: Report,
+        arrived: Callable[[], None],
     ) -> None:
         self._staging = staging
-        self._sources = tuple(source.rstrip("/") for source in sources)
+        self._sources = sources
         self._opener = opener
         self._seeds = seeds
         self._limits = limits
+        self._budget = budget
         self._report = report
+        self._arrived = arrived
+        self._faults: Counter[str] = Counter()  # by source
         self._stop = threading.Event()
-        self._count = threading.Lock()
-        self._fetched = 0
-        self._placed = 0
+        self._jobs = staging.jobs()
+        missing = sum(job.chunk.size * len(job.places) for job in self._jobs)
+        self._tally = _Tally(staging.bytes_total - missing)
 
     def run(self) -> int:
-        jobs = self._staging.jobs()
-        self._placed = self._staging.bytes_total - sum(job.chunk.size * len(job.places) for job in jobs)
-        with ThreadPoolExecutor(self._limits.connections, thread_name_prefix="chunk") as pool:
-            pending = {pool.submit(self._do, job) for job in jobs}
+        with (
+            ThreadPoolExecutor(self._limits.connections, thread_name_prefix="chunk") as pool,
+            ThreadPoolExecutor(1, thread_name_prefix="sync") as syncer,
+        ):
+            pending = {pool.submit(self._do, job) for job in self._jobs}
             try:
-                self._watch(pending)
+                self._watch(pending, syncer)
             finally:
                 self._stop.set()
                 for future in pending:
                     future.cancel()
-        self._report(self._placed, self._staging.bytes_total, 0.0)
-        return self._fetched
+        self._sync()
+        self._report(self._staging.bytes_total, self._staging.bytes_total, self._tally.rate())
+        return self._tally.fetched
 
-    def _watch(self, pending: set[Future[None]]) -> None:
-        before, since = 0, time.monotonic()
+    def _watch(self, pending: set[Future[None]], syncer: ThreadPoolExecutor) -> None:
+        """Tell how it goes, keep one sync under way, raise the first failure."""
+        sync = syncer.submit(self._sync)
         while pending:
             done, pending = wait(pending, timeout=_REPORT_S, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            now = time.monotonic()
-            self._report(self._placed, self._staging.bytes_total, (self._fetched - before) / max(now - since, 1e-3))
-            before, since = self._fetched, now
+            if sync.done():
+                sync.result()
+                sync = syncer.submit(self._sync)
+            self._report(self._tally.progress(), self._staging.bytes_total, self._tally.rate())
+        sync.result()
+
+    def _sync(self) -> None:
+        try:
+            self._staging.sync()
+        except OSError as error:
+            raise disk_error(self._staging.folder, error) from error
 
     def _do(self, job: Job) -> None:
         if self._stop.is_set():
@@ -151,8 +201,8 @@ class _Pull:
             self._staging.finish(job)
         except OSError as error:
             raise disk_error(self._staging.folder, error) from error
-        with self._count:
-            self._placed += job.chunk.size * len(job.places)
+        self._tally.add_placed(job.chunk.size * len(job.places))
+        self._arrived()
 
     def _from_seed(self, job: Job) -> bool:
         seed = self._seeds.get(job.chunk.sha256)
@@ -174,26 +224,37 @@ class _Pull:
 
     def _from_sources(self, job: Job) -> None:
         failure: AgentError = OfflineError("no store is configured")
-        for source in self._sources:
-            url = f"{source}/blobs/sha256/{job.chunk.blob[:2]}/{job.chunk.blob}"
-            backoff = Backoff(first_s=self._limits.retry_first_s, cap_s=self._limits.retry_cap_s)
-            transfer = _Transfer(job, url, self._staging, self._opener, self._add_fetched, self._stop)
-            for _ in range(self._limits.tries):
-                try:
-                    transfer.run()
-                    return
-                except RefusedError as error:
-                    failure = _graver(failure, error)
+        for source in sorted(self._sources, key=lambda source: self._faults[source.url]):
+            try:
+                self._from_source(job, source)
+                return
+            except (TransientError, OfflineError, ChunkMismatchError) as error:
+                self._faults[source.url] += 1  # those that work come first from now on
+                failure = _graver(failure, error)
+                if self._stop.is_set():
                     break
-                except (TransientError, OfflineError, ChunkMismatchError) as error:
-                    failure = _graver(failure, error)
-                    if self._stop.wait(backoff.next()):
-                        raise failure from None
+            except (RefusedError, BudgetError, ConfigError) as error:
+                failure = _graver(failure, error)
+        if isinstance(failure, BudgetError) and not all(map(_is_metered, self._sources)):
+            failure.retry_after_s = min(failure.retry_after_s, _UNMETERED_RETRY_S)
         raise failure
 
-    def _add_fetched(self, size: int) -> None:
-        with self._count:
-            self._fetched += size
+    def _from_source(self, job: Job, source: MirrorConfig) -> None:
+        """Try one source as often as it is worth it; raise its last failure."""
+        url = f"{source.url.rstrip('/')}/blobs/sha256/{job.chunk.blob[:2]}/{job.chunk.blob}"
+        backoff = Backoff(first_s=self._limits.retry_first_s, cap_s=self._limits.retry_cap_s)
+        budget = self._budget if _is_metered(source) else None
+        transfer = _Transfer(job, url, self._staging, self._opener, budget, self._tally.add_fetched, self._stop)
+        for tries_left in reversed(range(self._limits.tries)):
+            self._tally.begin(transfer)
+            try:
+                transfer.run()
+                break
+            except (TransientError, OfflineError, ChunkMismatchError):
+                if not tries_left or self._stop.wait(backoff.next()):
+                    raise
+            finally:
+                self._tally.end(transfer)
 
 
 class _Transfer:
@@ -205,6 +266,7 @@ class _Transfer:
         url: str,
         staging: Staging,
         opener: Opener,
+        budget: Budget | None,
         add_fetched: Callable[[int], None],
         stop: threading.Event,
     ) -> None:
@@ -212,18 +274,50 @@ class _Transfer:
         self._url = url
         self._staging = staging
         self._opener = opener
+        self._budget = budget
         self._add_fetched = add_fetched
         self._stop = stop
         self._validator = ""
+        self._come = 0  # bytes of all runs together
         self._restart()
+
+    @property
+    def share(self) -> int:
+        """How much of the raw chunk has been received, in its bytes."""
+        chunk = self._job.chunk
+        return self._received * chunk.size // chunk.blob_size * len(self._job.places)
 
     def run(self) -> None:
         """Receive the rest and check it.
 
         Raises:
             ChunkMismatchError: too long, or the hash differs; the next run starts from nothing.
+            BudgetError: the rest is over the budget.
             TransientError, OfflineError, RefusedError: as the transport.
         """
+        if self._budget is None:
+            self._receive()
+        else:
+            self._receive_charged(self._budget)
+        chunk = self._job.chunk
+        if self._received < chunk.blob_size:
+            raise TransientError(f"{self._url}: ended after {self._received} of {chunk.blob_size} bytes")
+        if self._hasher.hexdigest() != chunk.blob:
+            self._restart()
+            raise ChunkMismatchError(f"{self._url}: the bytes differ from the signed hash")
+        if chunk.codec:
+            self._unpack()
+
+    def _receive_charged(self, budget: Budget) -> None:
+        charged = self._job.chunk.blob_size - self._received
+        budget.charge(charged)
+        before = self._come
+        try:
+            self._receive()
+        finally:
+            budget.refund(max(0, charged - (self._come - before)))
+
+    def _receive(self) -> None:
         chunk = self._job.chunk
         with closing(self._open()) as body:
             if body.offset != self._received:
@@ -232,18 +326,12 @@ class _Transfer:
             while data := body.read():
                 if self._stop.is_set():
                     raise TransientError(f"{self._url}: abandoned")
+                self._come += len(data)
                 self._add_fetched(len(data))
                 if self._received + len(data) > chunk.blob_size:
                     self._restart()
                     raise ChunkMismatchError(f"{self._url}: more than the signed {chunk.blob_size} bytes")
                 self._take(data)
-        if self._received < chunk.blob_size:
-            raise TransientError(f"{self._url}: ended after {self._received} of {chunk.blob_size} bytes")
-        if self._hasher.hexdigest() != chunk.blob:
-            self._restart()
-            raise ChunkMismatchError(f"{self._url}: the bytes differ from the signed hash")
-        if chunk.codec:
-            self._unpack()
 
     def _open(self) -> Body:
         try:
@@ -264,11 +352,15 @@ class _Transfer:
 
     def _unpack(self) -> None:
         chunk = self._job.chunk
-        raw = zstd.decompress(bytes(self._stored), size=chunk.size)
+        stored = self._stored
         self._restart()
-        if sha256(raw).hexdigest() != chunk.sha256:
+        hasher, offset = sha256(), 0
+        for piece in zstd.pieces(stored, size=chunk.size):
+            hasher.update(piece)
+            self._staging.write(self._job.places[0], offset, piece)
+            offset += len(piece)
+        if hasher.hexdigest() != chunk.sha256:
             raise ChunkMismatchError(f"{self._url}: the unpacked bytes differ from the signed hash")
-        self._staging.write(self._job.places[0], 0, raw)
 
     def _restart(self) -> None:
         self._received = 0
@@ -276,6 +368,12 @@ class _Transfer:
         self._stored = bytearray()
 
 
+def _is_metered(source: MirrorConfig) -> bool:
+    return source.metered and not source.url.startswith("file://")
+
+
 def _graver(before: AgentError, error: AgentError) -> AgentError:
-    """Return the one to report: wrong bytes tell more than no bytes."""
-    return before if isinstance(before, ChunkMismatchError) else error
+    """Return the one to report: wrong bytes tell more than a spent budget, and that more than no bytes."""
+    if isinstance(before, ChunkMismatchError):
+        return before
+    return before if isinstance(before, BudgetError) and not isinstance(error, ChunkMismatchError) else error

@@ -10,6 +10,7 @@
     staging/<manifest sha256>/   a pull in progress
     versions/<team>/<name>/<version>~<first 12 of the manifest's sha256>/
     trash/                       being deleted
+    budget.json                  bytes that metered mirrors brought in this window
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ class Layout:
     @property
     def versions(self) -> Path:
         return self.root / "versions"
+
+    @property
+    def budget(self) -> Path:
+        return self.root / "budget.json"
 
     @property
     def trash(self) -> Path:

@@ -12,16 +12,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from agent.bundles.assemble import damaged_files, install, recover
-from agent.bundles.download import Limits, download, find_seeds
+from agent.bundles.assemble import install, recover
+from agent.bundles.budget import Budget
+from agent.bundles.download import Limits, download
 from agent.bundles.fetcher import Transport
 from agent.bundles.layout import Layout
 from agent.bundles.recheck import Emit, HashProgress, done_line
 from agent.bundles.resolve import Resolved
+from agent.bundles.reuse import find_seeds, take_whole_files
 from agent.bundles.staging import Staging
 from agent.bundles.variants import Box, files_needed, select
 from agent.bundles.verify import VERIFIED_SCHEMA, Verified, check_version_directory
 from agent.bundles.versions import collect_staging, discard, empty_trash, local_manifests
+from agent.bundles.whole import WholeHashes
 from agent.config import StoreConfig
 from agent.durable import disk_errors
 from agent.errors import AgentError, ChunkMismatchError, PolicyError, UnsafeBundleError, UntrustedError
@@ -38,7 +41,7 @@ def fetch(
         NoVariantError, PolicyError: nothing of it can or may run here; nothing was downloaded.
         DiskFullError: not enough space, before or during the pull; finished chunks stay for the next try.
         ChunkMismatchError, UntrustedError, UnsafeBundleError: refused.
-        OfflineError, TransientError, StoreError: no source gave a chunk.
+        OfflineError, TransientError, BudgetError, StoreError: no source gave a chunk.
     """
     manifest = resolved.manifest
     selection = select(manifest, box)
@@ -99,17 +102,24 @@ def _complete(
     """Download until every part is what was signed; return the bytes that came from the store."""
     manifest = resolved.manifest
     limits = Limits(connections=store.connections, tries=store.tries)
+    budget = Budget(layout.budget, size_bytes=store.budget_bytes, window_s=store.budget_window_s)
     fetched = 0
     for number in range(_REPAIR_ROUNDS):
+        local = list(local_manifests(layout, team=manifest.team, name=manifest.name))
+        if number == 0:
+            take_whole_files(staging, local, store.link_mode)
         jobs = staging.jobs()
-        local = local_manifests(layout, team=manifest.team, name=manifest.name)
         seeds = find_seeds(local, (job.chunk.sha256 for job in jobs))
         if number == 0:
             missing = sum(job.chunk.blob_size for job in jobs if job.chunk.sha256 not in seeds)
             emit(resolved_line(resolved, staging.bytes_total, missing))
-        fetched += download(staging, store.urls, transport, seeds, limits, _progress(emit))
-        emit({"event": "verifying", "bytes_done": 0, "bytes_total": staging.bytes_total})
-        damaged = damaged_files(staging, HashProgress(emit, staging.bytes_total).add)
+        with WholeHashes(staging) as hashes:
+            fetched += download(
+                staging, store.sources, transport, seeds, limits, budget, _progress(emit), arrived=hashes.wake
+            )
+            progress = HashProgress(emit, staging.bytes_total)
+            progress.begin(hashes.hashed)
+            damaged = hashes.damaged(progress.add)
         if not damaged:
             return fetched
         for file_number in damaged:

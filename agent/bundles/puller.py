@@ -247,7 +247,7 @@ class Puller:
                 if answer.get("event") == wanted:
                     return answer
                 if answer.get("event") == "error":
-                    raise by_code(str(answer.get("code")), str(answer.get("message")))
+                    raise by_code(str(answer.get("code")), str(answer.get("message")), answer.get("retry_after_s"))
                 if answer.get("event") == "refused":
                     self._tell_refused(answer, request)
                 else:

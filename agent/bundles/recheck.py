@@ -30,12 +30,20 @@ class HashProgress:
         self._done = 0
         self._next = time.monotonic() + _REPORT_S
 
+    def begin(self, done: int) -> None:
+        """Say that ``done`` bytes are hashed already."""
+        self._done = done
+        self._tell()
+
     def add(self, size: int) -> None:
         """Count ``size`` more bytes."""
         self._done += size
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _REPORT_S
-            self._emit({"event": "verifying", "bytes_done": self._done, "bytes_total": self._total})
+            self._tell()
+
+    def _tell(self) -> None:
+        self._next = time.monotonic() + _REPORT_S
+        self._emit({"event": "verifying", "bytes_done": self._done, "bytes_total": self._total})
 
 
 def check(path: Path, box: Box, emit: Emit) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from agent.durable import disk_errors
 from agent.errors import (
     AgentError,
     BundleError,
+    ConfigError,
     ExpiredError,
     OfflineError,
     PolicyError,
@@ -267,7 +268,7 @@ class Resolver:
         return self._ask_medium(ask) if self._from_medium else self._ask_mirrors(ask)
 
     def _ask_medium(self, ask: Callable[[TrustedStore, Origin], T]) -> T:
-        (url,) = self._store.urls
+        url = self._store.sources[0].url
         with self._locked():
             try:
                 answer = self._refreshed(url, Origin.STICK, ask)
@@ -314,30 +315,30 @@ class Resolver:
             write_attempt(self._layout.attempt, attempt)
 
     def _ask_mirrors(self, ask: Callable[[TrustedStore, Origin], T]) -> T:
-        failure: AgentError = OfflineError("[store] urls is empty")
+        failure: AgentError = OfflineError("[store] names no urls and no mirrors")
         refused: list[tuple[str, BundleError]] = []
         verified = False
         with self._locked():
-            for number, url in enumerate(self._store.urls):
+            for number, mirror in enumerate(self._store.sources):
                 try:
-                    answer = self._refreshed(url, Origin.NETWORK, ask)
+                    answer = self._refreshed(mirror.url, Origin.NETWORK, ask)
                 except (PolicyError, TargetNotFoundError) as error:  # the metadata holds
-                    self._note(url, None)
+                    self._note(mirror.url, None)
                     verified = True
                     if isinstance(error, PolicyError):
                         raise
                     failure = failure if isinstance(failure, BundleError) else error
-                except (BundleError, StoreError) as error:
+                except (BundleError, StoreError, ConfigError) as error:
                     if isinstance(error, BundleError):
-                        refused.append((url, error))
+                        refused.append((mirror.url, error))
                     if number == 0 or (isinstance(error, BundleError) and not isinstance(failure, BundleError)):
                         failure = error
                 else:
-                    self._note(url, None)
+                    self._note(mirror.url, None)
                     self._tell(refused)
                     return answer
-            if self._store.urls and not verified:
-                self._note(", ".join(self._store.urls), failure)
+            if self._store.sources and not verified:
+                self._note(", ".join(mirror.url for mirror in self._store.sources), failure)
         self._tell([(url, error) for url, error in refused if error is not failure])
         raise failure
 

@@ -1,8 +1,10 @@
 """The files of one pull: parts with their space allocated, and the journal of finished chunks.
 
-One preallocated ``<n>.part`` per wanted file, and ``journal`` with one byte per chunk of the manifest, set only after
-the chunk's data is synced. After a cut, unset chunks are all that is left to do; a journal that lies (a disk that lost
-a confirmed write) is found by ``forget`` once a whole file's hash does not hold.
+One preallocated ``<n>.part`` per wanted file, and ``journal`` with one byte per chunk of the manifest: 0 missing,
+``WRITTEN`` once its bytes are in the file, ``SYNCED`` after these were synced. Syncs are for many chunks at once, so a
+kill loses nothing that was written, and a power cut what was written since the last sync: after a restart a chunk that
+is only ``WRITTEN`` counts if its bytes still have its hash. A journal that lies (a disk that lost a confirmed write) is
+found by ``forget`` once a whole file's hash does not hold.
 
 One process at a time holds a staging folder. Absent on purpose: where chunks come from (``download.py``) and where
 files go (``assemble.py``).
@@ -12,9 +14,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +25,10 @@ from agent.bundles.manifest import Chunk, Manifest
 from agent.durable import disk_error, sync_directory
 from agent.errors import DiskFullError, TransientError
 
+WRITTEN: Final = 2
+SYNCED: Final = 1
 _COPY_BYTES: Final = 1 << 20
+_FREE_SHARE: Final = 10  # a pull leaves a tenth of what it needs free, if that is more than the reserve
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -55,6 +61,8 @@ class Staging:
         self._journal = -1
         self._folder_lock = -1
         self._done = bytearray()
+        chunks = [len(item.chunks) for item in manifest.files]
+        self._first_marks = tuple(accumulate(chunks, initial=0))
 
     @property
     def bytes_total(self) -> int:
@@ -64,6 +72,11 @@ class Staging:
     def part(self, number: int) -> Path:
         """Return the staging file of file ``number``."""
         return self.folder / f"{number}.part"
+
+    def marks(self, number: int) -> range:
+        """Return the bytes of the journal that belong to the chunks of file ``number``."""
+        first = self._first_marks[number]
+        return range(first, first + len(self.manifest.files[number].chunks))
 
     def acquire(self) -> None:
         """Create the folder and hold it for this process until ``close``.
@@ -99,6 +112,7 @@ class Staging:
             self._done = bytearray(os.pread(self._journal, marks, 0))
             for number in self.numbers:
                 self._open_part(number)
+            self._judge_unsynced()
             os.fsync(self._journal)
             sync_directory(self.folder)
         except OSError as error:
@@ -137,32 +151,73 @@ class Staging:
             written = os.pwrite(descriptor, view, position)
             view, position = view[written:], position + written
 
+    def take_over(self, number: int, copy: Callable[[int], bool]) -> bool:
+        """Let ``copy`` fill the untouched file ``number`` through its descriptor; ``True``: all its bytes are there.
+
+        They are not hashed yet: whoever hashes whole files does it.
+        """
+        marks = self.marks(number)
+        if any(self._done[mark] for mark in marks) or not copy(self._descriptors[number]):
+            return False
+        for mark in marks:
+            self._mark(mark, WRITTEN)
+        return True
+
     def finish(self, job: Job) -> None:
-        """Copy the first place to the others, sync, and mark all of them done."""
+        """Copy the first place, whose bytes are written and right, to the others; the chunk now counts."""
         first = job.places[0]
         for other in job.places[1:]:
             for offset in range(0, job.chunk.size, _COPY_BYTES):
                 size = min(_COPY_BYTES, job.chunk.size - offset)
                 self.write(other, offset, os.pread(self._descriptors[first.file], size, first.offset + offset))
-        for number in {place.file for place in job.places}:
-            os.fdatasync(self._descriptors[number])
         for place in job.places:
-            os.pwrite(self._journal, b"\x01", place.mark)
-            self._done[place.mark] = 1
+            self._mark(place.mark, WRITTEN)
+
+    def sync(self) -> None:
+        """Make all that is finished survive a power cut. Others may finish more meanwhile."""
+        unsynced: dict[int, list[int]] = {}
+        for number in self.numbers:
+            for mark in self.marks(number):
+                if self._done[mark] == WRITTEN:
+                    unsynced.setdefault(number, []).append(mark)
+        for number, marks in unsynced.items():
+            os.fdatasync(self._descriptors[number])
+            for mark in marks:
+                self._mark(mark, SYNCED)
+
+    def is_done(self, mark: int) -> bool:
+        """Say whether the chunk with this byte of the journal counts."""
+        return self._done[mark] != 0
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes of file ``number``; fewer at its end."""
+        return os.pread(self._descriptors[number], size, offset)
 
     def forget(self, number: int) -> int:
         """Hash the chunks of file ``number`` and unmark the bad ones; return how many those are."""
-        mark = sum(len(item.chunks) for item in self.manifest.files[:number])
-        offset = bad = 0
-        for chunk in self.manifest.files[number].chunks:
-            if _hash_range(self._descriptors[number], offset, chunk.size) != chunk.sha256:
-                os.pwrite(self._journal, b"\x00", mark)
-                self._done[mark] = 0
-                bad += 1
-            offset += chunk.size
-            mark += 1
+        bad = self._unmark_bad(number, among=(WRITTEN, SYNCED))
         os.fsync(self._journal)
         return bad
+
+    def _judge_unsynced(self) -> None:
+        """After a restart, keep of what was written and not synced that which is still right."""
+        for number in self.numbers:
+            self._unmark_bad(number, among=frozenset(range(1, 256)) - {SYNCED})
+        self.sync()
+
+    def _unmark_bad(self, number: int, *, among: Collection[int]) -> int:
+        offset = bad = 0
+        for chunk, mark in zip(self.manifest.files[number].chunks, self.marks(number), strict=True):
+            if self._done[mark] in among:
+                good = _hash_range(self._descriptors[number], offset, chunk.size) == chunk.sha256
+                self._mark(mark, WRITTEN if good else 0)
+                bad += not good
+            offset += chunk.size
+        return bad
+
+    def _mark(self, mark: int, value: int) -> None:
+        os.pwrite(self._journal, bytes((value,)), mark)
+        self._done[mark] = value
 
     def _check_space(self, reserve: int) -> None:
         stats = os.statvfs(self.folder)
@@ -172,6 +227,7 @@ class Staging:
             path = self.part(number)
             allocated = path.stat().st_blocks * 512 if path.exists() else 0
             need += max(0, self.manifest.files[number].size - allocated)
+        reserve = max(reserve, need // _FREE_SHARE)
         if free < need + reserve:
             raise DiskFullError(f"{need} bytes are needed beside the reserve of {reserve}, {free} are free")
 
@@ -186,11 +242,9 @@ class Staging:
 
     def _give_back_space(self) -> None:
         """Remove the parts that hold no finished chunk, after an allocation failed half way."""
-        mark = 0
-        for number, item in enumerate(self.manifest.files):
-            if number in self._descriptors and not any(self._done[mark : mark + len(item.chunks)]):
+        for number in self._descriptors:
+            if not any(self._done[mark] for mark in self.marks(number)):
                 self.part(number).unlink(missing_ok=True)
-            mark += len(item.chunks)
 
 
 def _hash_range(descriptor: int, offset: int, size: int) -> str:

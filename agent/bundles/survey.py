@@ -76,7 +76,7 @@ def trust_line(resolver: Resolver, layout: Layout, store: StoreConfig, wall: flo
         },
         "last_verified": floor.refreshed if floor is not None else 0,
         "anchor": store.anchor,
-        "urls": list(store.urls),
+        "urls": [mirror.url for mirror in store.sources],
         "problems": problems,
     }  # fmt: skip
 

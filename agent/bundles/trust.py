@@ -26,7 +26,8 @@ from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
 
-from agent.bundles.fetcher import MetadataFetcher, RefusedError, Transport
+from agent.bundles.bodies import RefusedError
+from agent.bundles.fetcher import MetadataFetcher, Transport
 from agent.bundles.floor import BUILD_TIME, Floor, FloorFile
 from agent.bundles.freshness import OFFLINE_AGE_S_MAX
 from agent.bundles.layout import Layout

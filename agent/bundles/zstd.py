@@ -5,6 +5,9 @@ Only bytes whose hash was checked come here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Final
+
 from agent.errors import ChunkMismatchError, PolicyError
 
 try:
@@ -12,14 +15,17 @@ try:
 except ImportError:  # pragma: no cover - depends on the installation
     zstandard = None  # type: ignore[assignment]
 
+_WINDOW_BYTES_MAX: Final = 1 << 25
+_PIECE_BYTES: Final = 1 << 20
+
 
 def available() -> bool:
     """Say whether compressed chunks can be unpacked here."""
     return zstandard is not None
 
 
-def decompress(data: bytes, *, size: int) -> bytes:
-    """Return the ``size`` raw bytes packed in ``data``.
+def pieces(data: bytes | bytearray, *, size: int) -> Iterator[bytes]:
+    """Yield the ``size`` raw bytes packed in ``data``, a megabyte at a time.
 
     Raises:
         ChunkMismatchError: not one zstd frame of exactly ``size`` bytes.
@@ -27,12 +33,15 @@ def decompress(data: bytes, *, size: int) -> bytes:
     """
     if zstandard is None:
         raise PolicyError("the bundle has zstd chunks and the zstandard package is not installed")
+    found = 0
     try:
-        with zstandard.ZstdDecompressor(max_window_size=1 << 25).stream_reader(data) as reader:
-            raw = bytes(reader.read(size + 1))
+        with zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES_MAX).stream_reader(data) as reader:
+            while piece := reader.read(min(_PIECE_BYTES, size + 1 - found)):
+                found += len(piece)
+                if found > size:
+                    break
+                yield piece
     except zstandard.ZstdError as error:
         raise ChunkMismatchError(f"not a zstd frame: {error}") from error
-    if len(raw) != size:
-        found = "more" if len(raw) > size else str(len(raw))
-        raise ChunkMismatchError(f"unpacks to {found} bytes, {size} were signed")
-    return raw
+    if found != size:
+        raise ChunkMismatchError(f"unpacks to {'more' if found > size else found} bytes, {size} were signed")

@@ -29,6 +29,7 @@ class Progress:
     digest: str = ""
     bytes_done: int = 0
     bytes_total: int = 0
+    rate_bps: int = 0  # bytes per second from the store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

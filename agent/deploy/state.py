@@ -7,6 +7,7 @@ timers (the performer turns a missed deadline into ``Event.FAIL``) and maintenan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -120,14 +121,22 @@ class Record:
     previous: str = ""  # version that served when it was created
     bytes_done: int = 0
     bytes_total: int = 0
+    rate_bps: int = 0  # bytes per second while it is fetched
     code: str = ""  # of the failure
     message: str = ""
     created: float = 0.0  # Unix seconds
     updated: float = 0.0
 
+    @property
+    def eta_s(self) -> int | None:
+        """Seconds until all bytes are here if they go on coming as they do; ``None`` if that cannot be told."""
+        if not self.rate_bps or self.bytes_done >= self.bytes_total:
+            return None
+        return math.ceil((self.bytes_total - self.bytes_done) / self.rate_bps)
+
     def plain(self) -> dict[str, Any]:
         """Return JSON-able fields, for people and telemetry."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"eta_s": self.eta_s}
 
 
 def advance(record: Record, event: Event, **changes: Any) -> Record:
@@ -139,7 +148,7 @@ def advance(record: Record, event: Event, **changes: Any) -> Record:
     target = TABLE.get((record.state, event))
     if target is None:
         raise IllegalTransitionError(f"{record.state} has no edge for {event}")
-    return replace(record, state=target, step=record.step + 1, **changes)
+    return replace(record, state=target, step=record.step + 1, **{"rate_bps": 0, **changes})
 
 
 def mermaid() -> str:
