@@ -24,7 +24,7 @@ TARGET = f"{magika.TEAM}/{MODEL}"
 
 
 class NearBox(Box):
-    """A box whose publisher and ``inferctl`` run in this process: many commands, and an interpreter's start for none."""
+    """A box whose publisher and ``inferctl`` run in this process: no interpreter starts for each command."""
 
     def control(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         done = CliRunner().invoke(inferctl_main, ["--socket", str(self.socket), *arguments])

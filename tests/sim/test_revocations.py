@@ -9,18 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent.deploy.ports import Collected, Mark, News
 from agent.deploy.revocation import OnRevoked
 from agent.deploy.state import State
-from agent.errors import DiskFullError, NotFoundError, OfflineError, PolicyError, UntrustedError
+from agent.errors import DiskFullError, NotFoundError, PolicyError, UntrustedError
 from tests.fakes.deploy import digest_of
-from tests.sim.test_deployments import Box, PowerCutError, deploy, run, wish
+from tests.sim.test_deployments import CONFIG, Box, PowerCutError, deploy, run, wish
 
 pytestmark = pytest.mark.sim
 
 SLOT = "magika"
+# Fake time runs as fast as the loop turns: no wait of the reconciler's may end by itself.
+PATIENT = msgspec.structs.replace(CONFIG, fetch_limit_s=1e12)
+ENDLESS_TRIAL = msgspec.structs.replace(CONFIG, probation_calls_min=1_000_000_000, probation_limit_s=1e12)
 
 
 class RevokingBox(Box):
@@ -84,7 +88,7 @@ def test_a_revoked_version_yields_to_the_newest_that_served_before(tmp_path: Pat
             assert [item.version for item in await box.reconciler.absorb([news(revoked=("2.0.0",))])] == ["2.0.0"]
             await until(lambda: kinds(box, "deployment.confirmed")[-1]["data"]["source"] == "revocation")
             assert await box.reconciler.absorb([news(revoked=("2.0.0",))]) == []
-        box.store.fetch_errors = [OfflineError("no route")] * 1000
+        box.store.offline = True
         async with alive(box):  # offline, after a reboot: the knowledge is on disk
             assert box.active() == "1.0.0"
             with pytest.raises(PolicyError, match="revoked"):
@@ -160,6 +164,8 @@ def test_a_version_revoked_on_trial_is_rolled_back(tmp_path: Path) -> None:
     async def story() -> None:
         box = await serving_two(tmp_path)
         box.store.offered[SLOT].append("3.0.0")
+        box.config = ENDLESS_TRIAL
+        await box.restart()
         async with alive(box):
             await box.reconciler.want(wish("3.0.0", "c"))
             record = await box.reconciler.beyond("c", (-1, -1))
@@ -209,7 +215,9 @@ def test_a_medium_gives_what_a_waiting_deployment_waits_for(tmp_path: Path) -> N
     async def story() -> None:
         box = await serving_two(tmp_path)
         box.store.media["/usb"] = {SLOT: ["3.0.0"]}
-        box.store.fetch_errors = [OfflineError("no route")] * 100_000
+        box.config = PATIENT
+        await box.restart()
+        box.store.offline = True
         async with alive(box):
             await box.reconciler.want(wish("3.0.0", "c"))
             await until(lambda: kinds(box, "deployment.fetch_wait"))
@@ -226,7 +234,9 @@ def test_a_bad_medium_does_not_end_a_deployment_that_waits(tmp_path: Path) -> No
     async def story() -> None:
         box = await serving_two(tmp_path)
         box.store.media["/usb"] = {SLOT: []}
-        box.store.fetch_errors = [OfflineError("no route")] * 100_000
+        box.config = PATIENT
+        await box.restart()
+        box.store.offline = True
         async with alive(box):
             await box.reconciler.want(wish("3.0.0", "c"))
             await until(lambda: kinds(box, "deployment.fetch_wait"))
@@ -234,7 +244,7 @@ def test_a_bad_medium_does_not_end_a_deployment_that_waits(tmp_path: Path) -> No
             await until(lambda: kinds(box, "bundle.refused"))
             assert (await box.reconciler.history())[0].state is State.FETCH_WAIT
             box.store.offered[SLOT].append("3.0.0")
-            box.store.fetch_errors = []
+            box.store.offline = False
             assert (await box.reconciler.outcome("c")).state is State.CONFIRMED
 
     run(story())
@@ -249,7 +259,7 @@ def test_a_medium_brings_a_channel_forward_and_what_serves_is_not_taken_again(tm
         async with alive(box):
             await until(lambda: box.active() == "1.0.0")
             await until(lambda: kinds(box, "deployment.confirmed"))
-            box.store.fetch_errors = [OfflineError("no route")] * 100_000
+            box.store.offline = True
             record = await box.reconciler.offer(SLOT, "/usb")
             assert record is not None
             assert record.medium == "/usb"
