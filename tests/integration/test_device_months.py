@@ -50,6 +50,7 @@ class Box:
         self.device = DeviceWorld(folder / "state", self.world)
         self.on_long_offline: Literal["continue", "stop"] = on_long_offline
         self.host = FakeHost()
+        self.metrics = Metrics()
         self.seen: list[dict[str, Any]] = []
         self.publish("1.0.0")
 
@@ -85,7 +86,7 @@ class Box:
             events=events,
             refusals=refusals,
             clock=self.clock,
-            metrics=Metrics(),
+            metrics=self.metrics,
             rng=random.Random(1),
         )
         self.sideload = Sideload(self.reconciler, self.watch, refusals, events)
@@ -158,6 +159,9 @@ def test_a_box_that_is_offline_for_400_days_serves_and_comes_back(tmp_path: Path
             box.clock.pass_days(24)
             assert box.watch.look().freshness == "long_offline"
             await box.serves("1.0.0")
+            numbers = box.metrics.snapshot()
+            assert {"state": "long_offline", "value": 1.0} in numbers["inferd_trust_state"]
+            assert numbers["inferd_trust_age_seconds"][0]["value"] >= 31 * DAY
             # What was newer than the box once has expired: a stick is no way around the signers.
             await refused(box.sideload.take(old_stick), ExpiredError)
             assert box.active() == "1.0.0"
