@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,7 +46,7 @@ from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
 from agent.engine.types import VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
-from agent.errors import NotFoundError, PolicyError, SelfTestError, StateError
+from agent.errors import NotFoundError, PolicyError, SelfTestError, StateError, TransientError
 from agent.events import EventBus
 from agent.profile import Profile
 from agent.telemetry.commands import CommandInbox
@@ -52,6 +55,7 @@ from agent.telemetry.presence import Presence
 _ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}
 _SELF_TEST_TIMEOUT_S: Final = 30.0
 _RETIRE_TIMEOUT_S: Final = 30.0
+_LOCK_WAIT_S: Final = 30.0
 _EVERYTHING: Final = 1 << 62  # bytes: whatever can go
 _FLOOR_READ_S: Final = 60.0
 _ADDRESS_SPACE_BASE: Final = 4096 * MIB  # libraries, thread stacks and arenas reserve far more than they use
@@ -212,6 +216,10 @@ class BundleStore:
         return await asyncio.to_thread(self._collect, needed, room, dry_run)
 
     def _collect(self, needed: Needed, room: bool, dry_run: bool) -> list[Collected]:
+        with _held(self._layout.lock):
+            return self._collect_held(needed, room, dry_run)
+
+    def _collect_held(self, needed: Needed, room: bool, dry_run: bool) -> list[Collected]:
         full = collection.used_share(self._layout.root) > self._collect_above
         removals = collection.plan(
             collection.inventory(self._layout),
@@ -356,6 +364,25 @@ class ReportedState:
             for row in self._engine.status()
         }
         return {"slots": [{**slot, "serving": serving.get(slot["slot"])} for slot in self._reconciler.slots()]}
+
+
+@contextlib.contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    """Keep trust children and other collections away; ``TransientError`` if one does not end."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise TransientError("the store's files are in use; try again") from error
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _version(loaded: Loaded) -> Version:

@@ -157,8 +157,8 @@ def trust_text(value: Mapping[str, Any]) -> Text:
     lines = [Text.assemble(("trust: ", "bold"), freshness_text(value))]
     lines.append(Text(f"clock: {_date(value['clock'])}; judged by {_date(value['trusted_time'])}"))
     lines.append(Text(f"last refresh: {_refresh_end(value['last_refresh'])}"))
-    policy = value["policy"]
-    lines.append(Text(f"policy: on_long_offline {policy['on_long_offline']}, on_revoked {policy['on_revoked']}"))
+    policy = ", ".join(f"{shown(name)} {shown(choice)}" for name, choice in value["policy"].items())
+    lines.append(Text(f"policy: {policy}"))
     root = value["root"]
     if root is not None:
         lines.append(Text(f"root: version {root['version']}, expires {_date(root['expires'])}"))

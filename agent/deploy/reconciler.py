@@ -17,7 +17,7 @@ from typing import Final
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
-from agent.deploy.desired import TRANSIENT, Action, Desired, decide, effective
+from agent.deploy.desired import REVOCATION, TRANSIENT, Action, Desired, decide, effective
 from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
@@ -257,6 +257,16 @@ class Reconciler:
         self._look(slot)
         return await self.beyond(await asyncio.shield(offer.begun), (-1, -1))
 
+    async def tidy(self) -> None:
+        """Let the store remove versions nothing needs, unless a deployment is under way."""
+        needed = await self._needed()
+        if needed is None or any(performer.busy for performer in self._performers.values()):
+            return  # a version may be staged and named by nothing yet
+        try:
+            await self._store.collect(needed)
+        except (AgentError, OSError) as error:
+            _log.warning("collection failed", reason=str(error))
+
     async def collect(self, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
         """Remove what nothing needs, and more of it if ``room`` is short; return what went, or would go.
 
@@ -428,7 +438,7 @@ class Reconciler:
             await performer.give_up(latest)
         elif action is Action.BEGIN and wish is not None:
             await performer.begin(wish, deployment_id=wish.id)
-            await self._collect()
+            await self.tidy()
         elif performer.pointer is not None and performer.active is None and not stopped:
             await self._revive(performer, hint)
             if action is Action.POLL and performer.active is None and wish is not None and latest is not None:
@@ -451,8 +461,9 @@ class Reconciler:
             served=await self._journal.served(slot),
             policy=self._on_revoked,
         )
-        tried = kept is not None and await self._journal.get(_fall_back_id(pointer, kept)) is not None
-        return (Measure.STOP, None) if tried else (measure, kept)
+        before = await self._journal.get(_fall_back_id(pointer, kept)) if kept is not None else None
+        failed = before is not None and before.state in FINAL - {State.CONFIRMED, State.SUPERSEDED}
+        return (Measure.STOP, None) if failed else (measure, kept)
 
     async def _enforce(self, performer: Performer, measure: Measure) -> str:
         """Stop what may not serve; return why the slot is stopped, or an empty text."""
@@ -480,16 +491,16 @@ class Reconciler:
         self._tell_revoked(revoked, Measure.FALL_BACK)
         wish_id = _fall_back_id(performer.pointer, kept)
         wish = Desired(
-            id=wish_id, slot=performer.slot, team=kept.team, version=kept.version, source="revocation", local=True
+            id=wish_id, slot=performer.slot, team=kept.team, version=kept.version, source=REVOCATION, local=True
         )
         await performer.begin(wish, deployment_id=wish_id)
-        await self._collect()
+        await self.tidy()
 
     async def _take_offer(self, performer: Performer, wish: Desired, offer: Offer) -> None:
         deployment_id = f"{wish.id}@{offer.digest[:12]}"
         wish = replace(wish, version=offer.version, medium=offer.medium)
         await performer.begin(wish, deployment_id=deployment_id, begun=lambda: offer.begin(deployment_id))
-        await self._collect()
+        await self.tidy()
 
     def _tell_revoked(self, revoked: Revoked, measure: Measure) -> None:
         data = {"team": revoked.team, "name": revoked.name, "version": revoked.version, "message": revoked.reason}
@@ -580,7 +591,7 @@ class Reconciler:
 
     async def _begin_offered(self, performer: Performer, wish: Desired, version: str, digest: str) -> None:
         await performer.begin(replace(wish, version=version), deployment_id=f"{wish.id}@{digest[:12]}")
-        await self._collect()
+        await self.tidy()
 
     async def _offered(self, wish: Desired) -> tuple[str, str] | None:
         """Return version and digest the store offers for the wish now, ``None`` if it cannot tell."""
@@ -591,16 +602,6 @@ class Reconciler:
                 self._refusals.bundle(error, team=wish.team, name=wish.slot, version=wish.version, polled=True)
             _log.info("poll failed", slot=wish.slot, code=error.code, reason=str(error))
             return None
-
-    async def _collect(self) -> None:
-        """Let the store remove versions nothing needs, after a deployment."""
-        needed = await self._needed()
-        if needed is None or any(performer.busy for performer in self._performers.values()):
-            return  # a version may be staged and named by nothing yet
-        try:
-            await self._store.collect(needed)
-        except (AgentError, OSError) as error:
-            _log.warning("collection failed", reason=str(error))
 
     async def _needed(self, more: frozenset[str] = frozenset()) -> Needed | None:
         """Return what must stay on disk; ``None`` if a deployment is under way whose version is not known yet.
@@ -656,6 +657,8 @@ class Reconciler:
 
     def _is_superseded(self, record: Record) -> bool:
         wish = self._wishes.get(record.slot)
+        if record.source == REVOCATION:
+            return False
         return wish is not None and wish.id != record.id and not record.id.startswith(f"{wish.id}@")
 
     def _hint(self, slot: str) -> asyncio.Event:

@@ -25,6 +25,7 @@ from agent.metrics import Metrics
 _log = get_logger("deploy.watch")
 _LOOK_S: Final = 30.0
 _FIRST_SURVEY_S: Final = 60.0
+_TIDY_S: Final = 600.0
 _DAY_S: Final = 86_400
 FRESHNESS: Final = ("fresh", "stale", "long_offline", "unknown")
 _SEVERITIES: Final = {"fresh": Severity.INFO, "stale": Severity.WARNING, "long_offline": Severity.ERROR}
@@ -81,10 +82,14 @@ class Watch:
         metrics.gauge("inferd_clock_trusted", "0: the clock is before a signature", (), self._clock_state)
 
     async def run(self) -> None:
-        """Look every half minute and refresh at the poll interval, until cancelled."""
+        """Look every half minute, tidy up every ten, and refresh at the poll interval, until cancelled."""
         due = self._clock.monotonic() + _FIRST_SURVEY_S * (1 + self._rng.random())
+        tidy_due = self._clock.monotonic() + _TIDY_S
         while True:
             self.look()
+            if self._clock.monotonic() >= tidy_due:
+                await self._reconciler.tidy()  # others may fill the disk, too
+                tidy_due = self._clock.monotonic() + _TIDY_S
             if self._poll_interval_s and self._clock.monotonic() >= due:
                 await self._refresh_quietly()
                 due = self._clock.monotonic() + self._poll_interval_s

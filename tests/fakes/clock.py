@@ -52,3 +52,39 @@ class FakeClock:
         if self._sleepers:
             self._running = True
             loop.call_soon(self._advance, loop, 0)
+
+
+class Calendar:
+    """Meets ``agent.clock.Clock``. Its wall clock stands where the test puts it; short sleeps pass at once, long ones
+    last until the test moves on."""
+
+    _SHORT_S = 20.0
+
+    def __init__(self, wall_s: float) -> None:
+        self._wall_s = wall_s
+        self._now = 0.0
+        self._moved = asyncio.Event()
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def wall(self) -> float:
+        return self._wall_s
+
+    def pass_days(self, days: float) -> None:
+        """Let time pass."""
+        self._now += days * 86_400
+        self.set_wall(self._wall_s + days * 86_400)
+
+    def set_wall(self, wall_s: float) -> None:
+        """Put the wall clock to ``wall_s``, right or wrong."""
+        self._wall_s = wall_s
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        if seconds > self._SHORT_S:
+            await self._moved.wait()
+            return
+        await asyncio.sleep(0.001)
+        self._now += seconds

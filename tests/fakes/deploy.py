@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from agent.deploy.ports import Bundle, Collected, Evidence, Inventory, Kept, Mark, Needed, News, Progress, Survey
-from agent.errors import AgentError, LoadError, TargetNotFoundError, WorkerDiedError
+from agent.errors import AgentError, LoadError, OfflineError, TargetNotFoundError, WorkerDiedError
 
 
 def digest_of(name: str, version: str) -> str:
@@ -23,6 +23,7 @@ class FakeStore:
         self.state_dir = state_dir
         self.offered = offered
         self.fetch_errors: list[AgentError] = []
+        self.offline = False
         self.check_errors: dict[str, AgentError] = {}
         self.fetched: list[str] = []
         self.media: dict[str, dict[str, list[str]]] = {}
@@ -42,8 +43,7 @@ class FakeStore:
         medium: str = "",
     ) -> Bundle:
         await asyncio.sleep(0)
-        if self.fetch_errors and not medium:
-            raise self.fetch_errors.pop(0)
+        self._maybe_fail(medium)
         version, digest = await self.resolve(team=team, name=name, version=version, channel=channel, medium=medium)
         on_progress(Progress(phase="resolved", version=version, digest=digest, bytes_total=100))
         await asyncio.sleep(0)
@@ -67,8 +67,7 @@ class FakeStore:
 
     async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> tuple[str, str]:
         await asyncio.sleep(0)
-        if self.fetch_errors and not medium:
-            raise self.fetch_errors.pop(0)
+        self._maybe_fail(medium)
         offered = (self.media[medium] if medium else self.offered).get(name, [])
         wanted = version or (offered[-1] if offered else "")
         if wanted not in offered:
@@ -77,8 +76,7 @@ class FakeStore:
 
     async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
         await asyncio.sleep(0)
-        if self.fetch_errors and not medium:
-            raise self.fetch_errors.pop(0)
+        self._maybe_fail(medium)
         news = [
             News(
                 team=team,
@@ -107,6 +105,14 @@ class FakeStore:
         self.needed = needed
         found, self.collectable = self.collectable, self.collectable if dry_run else []
         return found
+
+    def _maybe_fail(self, medium: str) -> None:
+        if medium:
+            return
+        if self.fetch_errors:
+            raise self.fetch_errors.pop(0)
+        if self.offline:
+            raise OfflineError("no route")
 
     def _marks(self, name: str, versions: dict[str, str]) -> tuple[Mark, ...]:
         return tuple(

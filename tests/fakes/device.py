@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import msgspec
 from agent.bundles import child
 from agent.bundles.fetcher import Transport
 from agent.bundles.layout import Layout
-from agent.bundles.puller import Puller, StoredBundle
+from agent.bundles.puller import OnProgress, Puller, StoredBundle
 from agent.bundles.resolve import Resolver
 from agent.bundles.variants import Box, Runtime
 from agent.config import PolicyConfig, StoreConfig
@@ -36,6 +36,31 @@ def box(**changes: Any) -> Box:
         "codecs": ("zstd",),
     }
     return Box(**(values | changes))
+
+
+class NearPuller(Puller):
+    """A puller whose trust child's code runs in this process, under the test's clock."""
+
+    def __init__(self, *args: Any, wall: Callable[[], float], **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._wall = wall
+
+    async def _ask(
+        self, request: dict[str, Any], wanted: str, on_line: OnProgress = lambda line: None
+    ) -> dict[str, Any]:
+        lines: list[dict[str, Any]] = []
+        around = child.Surroundings(wall=self._wall, synchronised=lambda: False, emit=lines.append)
+        parsed = msgspec.json.decode(msgspec.json.encode(self._request | request), type=child.Request)
+        try:
+            answer = await asyncio.to_thread(child.handle, parsed, around)
+        finally:
+            for line in lines:
+                if line["event"] == "refused":
+                    self._tell_refused(line, request)
+                else:
+                    on_line(line)
+        assert answer["event"] == wanted
+        return dict(msgspec.json.decode(msgspec.json.encode(answer)))
 
 
 class DeviceWorld:
@@ -69,6 +94,10 @@ class DeviceWorld:
     def puller(self, **changes: Any) -> Puller:
         """Return a puller as the daemon makes it."""
         return Puller(self.store, self.policy, self.state, self.hardware, PROFILE, **changes)
+
+    def near_puller(self, wall: Callable[[], float], **changes: Any) -> NearPuller:
+        """Return a puller that needs no process, under the clock ``wall``."""
+        return NearPuller(self.store, self.policy, self.state, self.hardware, PROFILE, wall=wall, **changes)
 
     def resolver(self, **changes: Any) -> Resolver:
         """Return what the child uses for metadata, in this process."""

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from rich.text import Text
 
-from agent import cli_text
+from agent import cli_store, cli_text
 from agent.cli import main
 from agent.wire import Buffer, Decoder, Limits, encode
 
@@ -66,6 +66,46 @@ def status(text: str) -> dict[str, Any]:
     }
 
 
+def trust(text: str) -> dict[str, Any]:
+    return {
+        "freshness": text, "age_s": 3 * 86_400, "clock_trusted": False, "clock": 0.0, "trusted_time": 1e9,
+        "last_refresh": {"at": 1, "source": text, "code": text, "message": text},
+        "policy": {"on_long_offline": text, "on_revoked": text},
+        "root": {"version": 3, "expires": 1, "keys": {text: {"threshold": 2, "keys": [text, text]}}},
+        "roles": [{"role": text, "version": 1, "expires": 1}], "floors": {text: 1},
+        "operators": {"tenant": text, "keys": [text]}, "problems": [text],
+    }  # fmt: skip
+
+
+def store(text: str) -> dict[str, Any]:
+    named = {"team": text, "name": text, "version": text, "size_bytes": 5_000_000, "roles": [text], "reason": text}
+    return {
+        "free_bytes": 1, "used_share": 0.5, "versions": [named], "revoked": [named],
+        "staging": [{"digest": text, "size_bytes": 1, "in_progress": False, "idle_s": 60}],
+        "quarantined": [{"slot": text, "version": text, "digest": text, "reason": text}],
+    }  # fmt: skip
+
+
+def refreshed(text: str) -> dict[str, Any]:
+    row = {
+        "team": text, "name": text, "serving": text, "newest": text, "channels": {text: text}, "status": "revoked",
+        "reason": text,
+    }  # fmt: skip
+    return {
+        "freshness": "fresh", "age_s": 1, "clock_trusted": True, "models": [row], "missing": {text: text},
+        "newly_revoked": [text],
+    }  # fmt: skip
+
+
+def sideloaded(text: str) -> dict[str, Any]:
+    rows = [
+        {"slot": text, "deployment": "", "code": text, "message": text},
+        {"slot": text, "deployment": text, "code": "", "message": ""},
+        {"slot": text, "deployment": text, "record": deployment(text)},
+    ]
+    return {"path": text, "origin": "stick", "issued": 1, "slots": rows}
+
+
 PRINTERS: dict[str, Callable[[str], Text | str]] = {
     "status": lambda text: cli_text.status_text(status(text), {text: text}),
     "models": lambda text: cli_text.models_text([model(text), model(text, ready=True)]),
@@ -73,6 +113,10 @@ PRINTERS: dict[str, Callable[[str], Text | str]] = {
     "event": lambda text: cli_text.event_text(
         {"wall_s": 0.0, "severity": text, "type": text, "data": {text: text, "nested": {"x": text}}}
     ),
+    "trust": lambda text: cli_store.trust_text(trust(text)),
+    "store": lambda text: cli_store.store_text(store(text)),
+    "refresh": lambda text: cli_store.refresh_text(refreshed(text)),
+    "sideload": lambda text: cli_store.sideload_text(sideloaded(text)),
     "link": lambda text: cli_text.link_text({"connected": True, "outbox_rows": 1, "reason": text}),
 }
 
