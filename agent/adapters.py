@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from agent.bundles import collection
+from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
+from agent.bundles.freshness import judge
 from agent.bundles.layout import Layout
 from agent.bundles.manifest import Manifest, Variant
-from agent.bundles.puller import Puller, StoredBundle
-from agent.bundles.versions import collect, collect_staging
+from agent.bundles.puller import IndexedVersion, Puller, StoredBundle, SurveyedModel
 from agent.clock import Clock
 from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
-from agent.deploy.ports import Bundle, Evidence, Loaded, Progress
+from agent.deploy.ports import (
+    Bundle,
+    Collected,
+    Evidence,
+    Inventory,
+    Kept,
+    Loaded,
+    Mark,
+    Needed,
+    News,
+    Progress,
+    Pull,
+    Standing,
+    Survey,
+)
 from agent.deploy.reconciler import Reconciler
 from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
@@ -36,6 +51,7 @@ from agent.telemetry.presence import Presence
 _ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}
 _SELF_TEST_TIMEOUT_S: Final = 30.0
 _RETIRE_TIMEOUT_S: Final = 30.0
+_EVERYTHING: Final = 1 << 62  # bytes: whatever can go
 _FLOOR_READ_S: Final = 60.0
 _ADDRESS_SPACE_BASE: Final = 4096 * MIB  # libraries, thread stacks and arenas reserve far more than they use
 
@@ -139,32 +155,72 @@ class SpecMaker:
 class BundleStore:
     """deploy's ``Store`` over the trust child and the version directories."""
 
-    def __init__(self, puller: Puller, state_dir: Path, *, keep_versions: int) -> None:
+    def __init__(
+        self, puller: Puller, state_dir: Path, *, keep_versions: int, collect_above_percent: float = 85.0
+    ) -> None:
+        self._collect_above = collect_above_percent / 100
         self._puller = puller
         self._layout = Layout(state_dir)
         self._keep_versions = keep_versions
 
     async def fetch(
-        self, *, team: str, name: str, version: str, channel: str, on_progress: Callable[[Progress], None]
+        self,
+        *,
+        team: str,
+        name: str,
+        version: str,
+        channel: str,
+        on_progress: Callable[[Progress], None],
+        medium: str = "",
     ) -> Bundle:
         stored = await self._puller.fetch(
-            team, name, version, channel, on_progress=lambda line: on_progress(_progress(line))
+            team, name, version, channel, medium=medium, on_progress=lambda line: on_progress(_progress(line))
         )
         return _bundle(stored)
 
     async def check(self, path: Path) -> Bundle:
         return _bundle(await self._puller.check(path))
 
-    async def resolve(self, *, team: str, name: str, version: str, channel: str) -> tuple[str, str]:
-        found = await self._puller.resolve(team, name, version, channel)
+    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> tuple[str, str]:
+        found = await self._puller.resolve(team, name, version, channel, medium=medium)
         return found.version, found.manifest_sha256
 
-    async def collect(self, keep: frozenset[Path]) -> None:
-        await asyncio.to_thread(self._collect, keep)
+    async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
+        answer = await self._puller.survey(models, medium=medium)
+        return Survey(
+            issued=answer.issued,
+            origin=answer.origin,
+            models=tuple(_news(model) for model in answer.models),
+            missing={f"{item.team}/{item.name}": item.reason for item in answer.missing},
+        )
 
-    def _collect(self, keep: frozenset[Path]) -> None:
-        collect(self._layout, keep, newest=self._keep_versions)
-        collect_staging(self._layout, now=time.time())
+    async def inventory(self) -> Inventory:
+        items = await asyncio.to_thread(collection.inventory, self._layout)
+        return Inventory(
+            versions=tuple(_kept(item) for item in items if item.kind == "version"),
+            pulls=tuple(
+                Pull(digest=item.digest, size_bytes=item.size_bytes, idle_s=item.idle_s, held=item.held)
+                for item in items
+                if item.kind == "staging"
+            ),
+            free_bytes=collection.free_bytes(self._layout.root),
+            used_share=collection.used_share(self._layout.root),
+        )
+
+    async def collect(self, needed: Needed, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
+        return await asyncio.to_thread(self._collect, needed, room, dry_run)
+
+    def _collect(self, needed: Needed, room: bool, dry_run: bool) -> list[Collected]:
+        full = collection.used_share(self._layout.root) > self._collect_above
+        removals = collection.plan(
+            collection.inventory(self._layout),
+            collection.Needed(paths=needed.paths, digests=needed.digests, revoked=needed.revoked),
+            keep=self._keep_versions,
+            room_bytes=_EVERYTHING if room or full else 0,
+        )
+        if not dry_run:
+            removals = collection.remove(self._layout, removals)
+        return [_collected(removal) for removal in removals]
 
 
 class LoadedVersion:
@@ -234,6 +290,24 @@ class SignedTime:
         return self._value
 
 
+class TrustRecord:
+    """Where the box stands by what is on its disk; cheap enough to be asked every minute."""
+
+    def __init__(self, state_dir: Path, clock: Clock) -> None:
+        self._layout = Layout(state_dir)
+        self._clock = clock
+
+    def __call__(self) -> Standing:
+        issued = 0
+        with contextlib.suppress(StateError, OSError):
+            floor = FloorFile(self._layout.floors).read()
+            issued = floor.timestamp if floor is not None else 0
+        attempt = read_attempt(self._layout.attempt)
+        refused = attempt is not None and attempt.refused
+        judged = judge(issued=issued, wall=self._clock.wall(), floor=BUILD_TIME, refused=refused)
+        return Standing(freshness=str(judged.freshness), clock_trusted=judged.clock_trusted, age_s=judged.age_s)
+
+
 class ReportedState:
     """Keep the retained ``reported`` document equal to what this box serves; a component."""
 
@@ -282,6 +356,39 @@ def _bundle(stored: StoredBundle) -> Bundle:
         path=stored.path,
         content=stored,
     )
+
+
+def _news(model: SurveyedModel) -> News:
+    return News(
+        team=model.team,
+        name=model.name,
+        channels={channel: _mark(item) for channel, item in model.channels.items()},
+        newest=_mark(model.newest) if model.newest is not None else None,
+        revoked=tuple(map(_mark, model.revoked)),
+        deprecated=tuple(map(_mark, model.deprecated)),
+    )
+
+
+def _mark(item: IndexedVersion) -> Mark:
+    return Mark(version=item.version, digest=item.digest, seq=item.seq, size_bytes=item.bytes, reason=item.reason)
+
+
+def _kept(item: collection.Stored) -> Kept:
+    return Kept(
+        team=item.team,
+        name=item.name,
+        version=item.version,
+        digest=item.digest,
+        seq=item.seq,
+        path=item.path,
+        size_bytes=item.size_bytes,
+    )
+
+
+def _collected(removal: collection.Removal) -> Collected:
+    item = removal.item
+    what = f"{item.team}/{item.name} {item.version}" if item.kind == "version" else f"pull of {item.digest[:12]}"
+    return Collected(what=what, path=item.path, size_bytes=item.size_bytes, reason=removal.reason)
 
 
 def _progress(line: Mapping[str, Any]) -> Progress:

@@ -48,6 +48,7 @@ def status_text(value: Mapping[str, Any], failures: Mapping[str, str]) -> Text:
             f"profile {shown(device['profile'])}, GPU: {gpus}"
         ),
         Text(f"telemetry: {link_text(value['telemetry'])}"),
+        *([Text(f"trust: {freshness_text(value['trust'])}")] if value.get("trust") else []),
         *_model_lines(value["models"], value.get("slots", []), failures),
         columns(
             ("process", "pid", "PSS"),
@@ -100,6 +101,28 @@ def link_text(link: Mapping[str, Any]) -> str:
         return "connected, nothing waits"
     why = shown(reason) if reason else "for their turn, or until somebody subscribes to their topics"
     return f"connected, {waiting} rows wait ({why})"
+
+
+def freshness_text(standing: Mapping[str, Any]) -> str:
+    """Return how far the box may trust what it last heard of its store, in one line."""
+    freshness = standing["freshness"]
+    heard = "no store was ever verified" if freshness == "unknown" else f"signed {age(standing['age_s'])} ago"
+    clock = "" if standing["clock_trusted"] else "; the clock is wrong: it is before that signature"
+    return f"{shown(freshness).replace('_', ' ')}, {heard}{clock}"
+
+
+def age(seconds: float) -> str:
+    """Return ``seconds`` as a person tells an age: days once there are two."""
+    return f"{int(seconds // 86_400)} days" if seconds >= 2 * 86_400 else duration(seconds)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for a person."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
 
 
 def event_text(row: Mapping[str, Any]) -> str:

@@ -142,6 +142,9 @@ class StoreConfig(Section, frozen=True):
     disk_reserve_bytes: int = 64 * MIB  # never filled by a pull
     bundle_bytes_max: int = 16 * 1024 * MIB  # a larger bundle is refused before it is fetched
     tries: int = 3  # per chunk and source
+    sideload_path: str = ""  # a folder where media are mounted: a store on one is taken without being asked for
+    sideload_poll_s: float = 5.0  # it is looked at so often
+    collect_above_percent: float = 85.0  # with a fuller disk, older versions than the newest two go, too
 
     def __post_init__(self) -> None:
         for url in self.urls:
@@ -152,6 +155,9 @@ class StoreConfig(Section, frozen=True):
         _require(self.disk_reserve_bytes >= 0, "disk_reserve_bytes: not negative")
         _require(self.bundle_bytes_max >= 1, "bundle_bytes_max: at least 1")
         _require(1 <= self.tries <= 20, "tries: 1..20")
+        _require(not self.sideload_path or self.sideload_path.startswith("/"), "sideload_path: an absolute path")
+        _require(0.1 <= self.sideload_poll_s <= 3600, "sideload_poll_s: 0.1..3600")
+        _require(0 < self.collect_above_percent <= 100, "collect_above_percent: above 0, at most 100")
 
 
 class PolicyConfig(Section, frozen=True):
@@ -163,6 +169,10 @@ class PolicyConfig(Section, frozen=True):
         "prefer"  # require: the best variant or none; cpu: CPU variants only
     )
     sandbox: Literal["enforce", "best_effort"] = "enforce"  # enforce: no worker without seccomp and Landlock
+    on_revoked: Literal["fallback", "stop", "warn"] = (
+        "fallback"  # when what serves is revoked. fallback: an earlier version on this box, else stop; warn: only tell
+    )
+    on_long_offline: Literal["continue", "stop"] = "continue"  # after 30 days without word from the store's signers
 
 
 class WorkersConfig(Section, frozen=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from agent import __version__
+from agent.arguments import integer_of, shortened, text_of, wait_s_of, wish_of
 from agent.config import Config
+from agent.control_store import StoreVerbs
 from agent.deploy.desired import Desired
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.state import FINAL, State
@@ -26,7 +27,6 @@ from agent.errors import (
     AgentError,
     CommandError,
     ForbiddenError,
-    InvalidInputError,
     NotFoundError,
     UnavailableError,
     by_code,
@@ -42,9 +42,6 @@ _IMPLIED: Final[Mapping[str, Roles]] = {
     "operate": frozenset({"operate", "admin"}),
     "admin": frozenset({"admin"}),
 }
-_WAIT_S_MAX: Final = 60.0
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}(-[0-9A-Za-z.-]{1,32})?")
 _GOOD_ENDS: Final = frozenset({State.CONFIRMED})
 
 
@@ -70,8 +67,16 @@ class Control:
     """Carries out verbs after checking the caller's roles."""
 
     def __init__(
-        self, box: Box, *, engine: Engine, reconciler: Reconciler, events: EventBus, telemetry: TelemetryView
+        self,
+        box: Box,
+        *,
+        engine: Engine,
+        reconciler: Reconciler,
+        events: EventBus,
+        telemetry: TelemetryView,
+        store: StoreVerbs,
     ) -> None:
+        self._store = store
         self._box = box
         self._engine = engine
         self._reconciler = reconciler
@@ -87,7 +92,9 @@ class Control:
             "selftest": ("operate", self._self_test),
             "deploy": ("operate", self._deploy),
             "rollback": ("operate", self._rollback),
+            "pin": ("operate", self._pin),
             "unpin": ("operate", self._unpin),
+            **store.verbs(),
         }
 
     async def call(self, method: str, args: dict[str, Any], roles: Roles, peer: str) -> Any:
@@ -105,7 +112,7 @@ class Control:
             self._events.emit(Stream.AUDIT, "call.refused", Severity.WARNING, method=method, peer=peer)
             raise ForbiddenError(f"{method} needs the role {role!r}; {peer} has {', '.join(sorted(roles)) or 'none'}")
         if role in ("operate", "admin"):
-            self._events.emit(Stream.AUDIT, f"call.{method}", peer=peer, args=_short(args))
+            self._events.emit(Stream.AUDIT, f"call.{method}", peer=peer, args=shortened(args))
         return await verb(args, peer)
 
     # The fleet's side: telemetry's Commander port
@@ -124,9 +131,9 @@ class Control:
             return await self._status({}, "fleet")
         if name not in ("deploy", "rollback"):
             raise CommandError(f"no command {name!r}")
-        model = _text(args, "model")
+        model = text_of(args, "model")
         if name == "deploy":
-            wish = _wish(command_id, args, "fleet")
+            wish = wish_of(command_id, args, "fleet")
         else:
             wish = await self._rollback_wish(model, command_id, "fleet")
         await self._reconciler.want(wish)
@@ -167,6 +174,7 @@ class Control:
             },
             "models": self._engine.status(),
             "slots": self._reconciler.slots(),
+            "trust": self._store.standing(),
             "telemetry": await self._telemetry.status(),
             "processes": await asyncio.to_thread(self._processes),
         }
@@ -191,7 +199,7 @@ class Control:
         return rows
 
     async def _recent_events(self, args: dict[str, Any], _peer: str) -> list[dict[str, Any]]:
-        after, wait_s = _integer(args, "after", 0), _wait_s(args)
+        after, wait_s = integer_of(args, "after", 0), wait_s_of(args)
         found = self._events.recent(after=after)
         if not found and wait_s:
             heard = asyncio.Event()
@@ -203,15 +211,15 @@ class Control:
     async def _deployments(self, args: dict[str, Any], _peer: str) -> list[dict[str, Any]]:
         return [
             {**record.plain(), "final": record.state in FINAL}
-            for record in await self._reconciler.history(limit=_integer(args, "limit", 50, least=1, most=200))
+            for record in await self._reconciler.history(limit=integer_of(args, "limit", 50, least=1, most=200))
         ]
 
     async def _deployment(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         """Return the deployment as soon as it is past ``after_step`` or its bytes moved, at most ``wait_s`` later."""
-        seen = (_integer(args, "after_step", -1, least=-1), _integer(args, "after_bytes", -1, least=-1))
-        deployment_id = _text(args, "id")
+        seen = (integer_of(args, "after_step", -1, least=-1), integer_of(args, "after_bytes", -1, least=-1))
+        deployment_id = text_of(args, "id")
         try:
-            record = await asyncio.wait_for(self._reconciler.beyond(deployment_id, seen), _wait_s(args) or 0.05)
+            record = await asyncio.wait_for(self._reconciler.beyond(deployment_id, seen), wait_s_of(args) or 0.05)
         except TimeoutError:
             known = await self._reconciler.find(deployment_id)
             if known is None:
@@ -220,27 +228,35 @@ class Control:
         return {**record.plain(), "final": record.state in FINAL}
 
     async def _self_test(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
-        version = self._engine.active(_text(args, "model"))
+        version = self._engine.active(text_of(args, "model"))
         if version is None:
             raise UnavailableError(f"{args['model']!r} serves nothing")
         return await version.self_test(timeout_s=30.0)
 
     async def _deploy(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
-        model = _text(args, "model")
+        model = text_of(args, "model")
         team = str(args.get("team") or self._reconciler.active_team(model) or "")
-        if not team:
-            raise InvalidInputError(f"{model!r} is new on this box: name its team (inferctl deploy --team TEAM)")
-        wish = _wish(f"pin-{uuid.uuid4().hex[:12]}", {**args, "model": model, "team": team}, "pin")
+        wish = wish_of(f"pin-{uuid.uuid4().hex[:12]}", {**args, "model": model, "team": team}, "pin")
         await self._reconciler.want(wish)
         return {"deployment": wish.id}
 
     async def _rollback(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
-        wish = await self._rollback_wish(_text(args, "model"), f"pin-{uuid.uuid4().hex[:12]}", "pin")
+        wish = await self._rollback_wish(text_of(args, "model"), f"pin-{uuid.uuid4().hex[:12]}", "pin")
         await self._reconciler.want(wish)
         return {"deployment": wish.id, "version": wish.version}
 
+    async def _pin(self, args: dict[str, Any], peer: str) -> dict[str, Any]:
+        """Pin what serves, or the version named: a deployment that finds its version serving already just ends."""
+        model = text_of(args, "model")
+        if not args.get("version"):
+            serving = self._reconciler.active_version(model)
+            if serving is None:
+                raise NotFoundError(f"{model!r} serves nothing: name a version (inferctl pin {model}@VERSION)")
+            args = {**args, "version": serving}
+        return await self._deploy(args, peer)
+
     async def _unpin(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
-        await self._reconciler.unpin(_text(args, "model"))
+        await self._reconciler.unpin(text_of(args, "model"))
         return {"model": args["model"]}
 
     async def _rollback_wish(self, model: str, wish_id: str, source: str) -> Desired:
@@ -250,53 +266,3 @@ class Control:
         else:
             team, version = self._reconciler.previous_version(model)
         return Desired(id=wish_id, slot=model, team=team, version=version, source=source, local=True)
-
-
-def _wish(wish_id: str, args: dict[str, Any], source: str) -> Desired:
-    """Return the wish of a deploy; checked here, because what is stored stays in force.
-
-    Raises:
-        InvalidInputError: a name or version that no store can hold.
-    """
-    version = args.get("version") or ""
-    channel = args.get("channel") or "stable"
-    names = {"model": _text(args, "model"), "team": _text(args, "team"), "channel": channel}
-    for what, value in names.items():
-        if not isinstance(value, str) or not _NAME.fullmatch(value):
-            raise InvalidInputError(f"{what} {value!r}: lower-case letters, digits, '.', '_', '-', at most 64")
-    if not isinstance(version, str) or (version and not _VERSION.fullmatch(version)):
-        raise InvalidInputError(f"version {version!r}: three numbers such as 1.4.0, or 1.4.0-rc.1")
-    return Desired(
-        id=wish_id,
-        slot=names["model"],
-        team=names["team"],
-        version=version,
-        channel=names["channel"],
-        source=source,
-        force=bool(args.get("force")),
-    )
-
-
-def _text(args: dict[str, Any], name: str) -> str:
-    value = args.get(name)
-    if not isinstance(value, str) or not value:
-        raise InvalidInputError(f"{name!r} is missing")
-    return value
-
-
-def _wait_s(args: dict[str, Any]) -> float:
-    value = args.get("wait_s", 0.0)
-    if type(value) not in (int, float) or not 0 <= value <= _WAIT_S_MAX:
-        raise InvalidInputError(f"'wait_s' must be a number from 0 to {_WAIT_S_MAX:g}")
-    return float(value)
-
-
-def _integer(args: dict[str, Any], name: str, default: int, *, least: int = 0, most: int = 1 << 62) -> int:
-    value = args.get(name, default)
-    if type(value) is not int or not least <= value <= most:
-        raise InvalidInputError(f"{name!r} must be an integer from {least} to {most}")
-    return value
-
-
-def _short(args: dict[str, Any]) -> dict[str, str]:
-    return {name: str(value)[:200] for name, value in list(args.items())[:16]}

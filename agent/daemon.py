@@ -22,16 +22,19 @@ from typing import Any, Final
 import uvloop
 
 from agent import __version__, sdnotify
-from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker
+from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker, TrustRecord
 from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
 from agent.config import EXIT_BAD_CONFIG, Config, ServingConfig
 from agent.control import Box, Control
+from agent.control_store import StoreVerbs
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.refusals import Refusals
+from agent.deploy.sideload import KnownMedia, MediumWatch, Sideload
+from agent.deploy.watch import Watch
 from agent.engine.engine import Engine
 from agent.engine.spawn import Spawned
 from agent.engine.zygote import become_subreaper
@@ -197,9 +200,15 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
         specs = SpecMaker(engine=config.engine, policy=config.policy, serving=config.serving, profile=profile)
         journal = Journal(state_dir / "journal.db")
         stack.push_async_callback(journal.close)
+        store = BundleStore(
+            puller,
+            state_dir,
+            keep_versions=config.deploy.keep_versions,
+            collect_above_percent=config.store.collect_above_percent,
+        )
         reconciler = Reconciler(
             config.deploy,
-            store=BundleStore(puller, state_dir, keep_versions=config.deploy.keep_versions),
+            store=store,
             host=EngineHost(engine, specs.version_spec),
             journal=journal,
             events=events,
@@ -208,8 +217,23 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             configured=[_configured(model) for model in config.models],
             poll_interval_s=config.store.poll_interval_s,
             refusals=refusals,
+            on_revoked=config.policy.on_revoked,
         )
+        watch = Watch(
+            store=store,
+            reconciler=reconciler,
+            standing=TrustRecord(state_dir, clock),
+            on_long_offline=config.policy.on_long_offline,
+            poll_interval_s=config.store.poll_interval_s,
+            events=events,
+            refusals=refusals,
+            clock=clock,
+            metrics=metrics,
+            rng=random.Random(),
+        )
+        sideload = Sideload(reconciler, watch, refusals, events)
         await reconciler.open()
+        watch.look()
         if not reconciler.booted.is_set():
             engine.warm("onnx")
         # The fleet.
@@ -235,9 +259,14 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             reconciler=reconciler,
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
+            store=StoreVerbs(config.policy, reconciler=reconciler, watch=watch, sideload=sideload, trust=puller.trust),
         )
         keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
-        components: list[Component] = [engine, reconciler, reporter, keeper, HeapTrimmer(clock)]
+        components: list[Component] = [engine, reconciler, watch, reporter, keeper, HeapTrimmer(clock)]
+        if config.store.sideload_path:
+            known = KnownMedia(state_dir / "media.json")
+            poll_s = config.store.sideload_poll_s
+            components.append(MediumWatch(config.store.sideload_path, sideload, known, clock=clock, poll_s=poll_s))
         if link is not None:
             commands = CommandInbox(
                 state_dir / "commands.db",

@@ -1,8 +1,8 @@
 """How far this box may trust what it last heard from its store, and what follows from that. Pure.
 
 Time here is *trusted time*: the system clock, but never before the newest verified signature. The age of the metadata
-is what lies between that signature and trusted time. A box that hears nothing keeps serving at any age; only what has not
-served before needs fresh word from the signers.
+is what lies between that signature and trusted time. A box that hears nothing keeps serving at any age; only what has
+not served before needs fresh word from the signers.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -60,6 +60,45 @@ class ResolvedVersion:
     manifest_sha256: str
     bytes_total: int
     bytes_missing: int
+
+
+class IndexedVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """A version as a signed index names it."""
+
+    version: str
+    seq: int
+    digest: str
+    bytes: int
+    reason: str
+
+
+class SurveyedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What the store says of one model."""
+
+    team: str
+    name: str
+    channels: dict[str, IndexedVersion]
+    newest: IndexedVersion | None
+    revoked: tuple[IndexedVersion, ...]
+    deprecated: tuple[IndexedVersion, ...]
+
+
+class MissingModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model of which the store says nothing, and why."""
+
+    team: str
+    name: str
+    reason: str
+
+
+class SurveyAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The child's ``surveyed`` line."""
+
+    issued: int
+    trusted_time: int
+    origin: str
+    models: tuple[SurveyedModel, ...]
+    missing: tuple[MissingModel, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,19 +153,20 @@ class Puller:
         version: str,
         channel: str,
         *,
+        medium: str = "",
         on_progress: OnProgress = lambda line: None,
     ) -> StoredBundle:
         """Return the version asked for, or the one ``channel`` points to if ``version`` is empty.
+
+        ``medium`` is a folder that holds a store, asked instead of the configured ones.
 
         ``on_progress`` gets the ``resolved``, ``progress`` and ``verifying`` lines as they are (``child.py``).
 
         Raises:
             BundleError, StoreError, StateError: by the child's code. Nothing that serves was touched.
         """
-        answer = await self._ask(
-            {"op": "fetch", "team": team, "name": name, "version": version, "channel": channel}, "done", on_progress
-        )
-        return _stored(answer)
+        request = {"op": "fetch", "team": team, "name": name, "version": version, "channel": channel, "medium": medium}
+        return _stored(await self._ask(request, "done", on_progress))
 
     async def check(self, path: Path) -> StoredBundle:
         """Return the bundle in ``path`` after every byte was hashed again; neither network nor expiry matter.
@@ -136,17 +176,31 @@ class Puller:
         """
         return _stored(await self._ask({"op": "check", "path": str(path)}, "done"))
 
-    async def resolve(self, team: str, name: str, version: str, channel: str) -> ResolvedVersion:
-        """Return what the store offers now, two requests if that is nothing new.
+    async def resolve(self, team: str, name: str, version: str, channel: str, *, medium: str = "") -> ResolvedVersion:
+        """Return what the store, or ``medium``, offers now; two requests if that is nothing new.
 
         Raises:
             BundleError, StoreError, StateError: by the child's code.
         """
-        answer = await self._ask(
-            {"op": "resolve", "team": team, "name": name, "version": version, "channel": channel}, "resolved"
-        )
+        request = {"op": "resolve", "team": team, "name": name, "version": version, "channel": channel}
+        answer = await self._ask({**request, "medium": medium}, "resolved")
         del answer["event"]
         return msgspec.convert(answer, ResolvedVersion)
+
+    async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> SurveyAnswer:
+        """Refresh, and return what the store, or ``medium``, says of these models (team, name).
+
+        Raises:
+            BundleError, StoreError, StateError, InvalidInputError: by the child's code.
+        """
+        answer = await self._ask({"op": "survey", "models": list(models), "medium": medium}, "surveyed")
+        return msgspec.convert(answer, SurveyAnswer)
+
+    async def trust(self) -> dict[str, Any]:
+        """Return whom this box trusts and how far, from its disk alone (``survey.trust_line``)."""
+        answer = await self._ask({"op": "trust"}, "trust")
+        del answer["event"]
+        return answer
 
     async def verify_command(self, envelope: bytes) -> VerifiedCommand:
         """Return the payload of a signed command.

@@ -1,7 +1,7 @@
-"""The versions and unfinished pulls on this box: listing them and removing what nothing needs.
+"""The versions and unfinished pulls on this box: listing and discarding them.
 
 A version directory appears whole by one rename and leaves whole by another (into ``trash/``), so a reader never meets
-half of one. Which versions a slot serves is not known here: the caller of ``collect`` says what must stay.
+half of one. What may go is decided elsewhere (``collection.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,38 +63,12 @@ def local_manifests(layout: Layout, *, team: str, name: str) -> Iterator[tuple[P
             continue  # a damaged version is no source; ``check`` reports it
 
 
-def collect(layout: Layout, keep: Collection[Path], *, newest: int) -> list[Path]:
-    """Remove versions that nothing needs; return their former paths.
-
-    Args:
-        keep: Version directories that stay whatever their age: active, previous, on trial, pinned.
-        newest: So many of each model stay beside those.
-
-    Raises:
-        OSError: a directory cannot be renamed or deleted.
-    """
-    keep = {path.resolve() for path in keep}
-    removed: list[Path] = []
-    spared: dict[tuple[str, str], int] = {}
-    for item in list_versions(layout):
-        if item.path.resolve() in keep:
-            continue
-        model = (item.team, item.name)
-        spared[model] = spared.get(model, 0) + 1
-        if spared[model] > newest:
-            discard(layout, item.path)
-            removed.append(item.path)
-    empty_trash(layout)
-    _collect_manifests(layout)
-    return removed
-
-
 def collect_staging(layout: Layout, *, now: float, age_s_max: float = STAGING_AGE_S_MAX) -> list[Path]:
     """Remove unfinished pulls that were last touched more than ``age_s_max`` before ``now`` and that nobody holds."""
     removed = []
     for path in _folders(layout.staging):
         newest = max((entry.stat().st_mtime for entry in (path, *path.iterdir())), default=0.0)
-        if now - newest > age_s_max and _unheld(path):
+        if now - newest > age_s_max and unheld(path):
             discard(layout, path)
             removed.append(path)
     empty_trash(layout)
@@ -130,12 +104,25 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _collect_manifests(layout: Layout) -> None:
+def collect_manifests(layout: Layout) -> None:
     """Delete cached manifests of versions that are neither here nor on their way."""
     needed = {item.digest for item in list_versions(layout)} | {path.name[:12] for path in _folders(layout.staging)}
     for path in layout.root.glob("manifests/*.json"):
         if path.name[:12] not in needed:
             path.unlink(missing_ok=True)
+
+
+def unheld(path: Path) -> bool:
+    """Say whether no process holds the staging folder ``path``."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -151,15 +138,3 @@ def _order(version: str) -> tuple[bool, object]:
         return True, version_key(version)
     except ValueError:
         return False, version
-
-
-def _unheld(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        return True
-    finally:
-        os.close(descriptor)

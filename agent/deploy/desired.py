@@ -31,6 +31,7 @@ class Desired:
     source: str = "file"
     local: bool = False  # take it from disk, without network
     force: bool = False  # although it failed here before
+    medium: str = ""  # the folder to take it from, instead of the configured stores
 
 
 class Action(StrEnum):

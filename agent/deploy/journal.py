@@ -1,7 +1,8 @@
 """The deployment journal: SQLite, written before each effect, read once at start.
 
-A row per deployment and one per desired slot. An unreadable file is set aside and reported; the pointers, which live
-elsewhere, keep the box serving. All calls run on the journal's own thread, so that the loop never waits for a disk.
+A row per deployment, one per desired slot, and what is known of versions: failed here, served here, revoked. An
+unreadable file is set aside and reported; the pointers, which live elsewhere, keep the box serving. All calls run on
+the journal's own thread, so that the loop never waits for a disk.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from agent.deploy.desired import Desired
+from agent.deploy.revocation import Revoked
 from agent.deploy.state import Record
 from agent.durable import set_aside
 from agent.errors import DiskFullError, StateError
@@ -32,6 +34,8 @@ CREATE TABLE IF NOT EXISTS deployment (
 CREATE INDEX IF NOT EXISTS deployment_slot ON deployment (slot, number);
 CREATE TABLE IF NOT EXISTS desired (slot TEXT, source TEXT, row TEXT NOT NULL, PRIMARY KEY (slot, source));
 CREATE TABLE IF NOT EXISTS refused (slot TEXT, digest TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest));
+CREATE TABLE IF NOT EXISTS revoked (digest TEXT PRIMARY KEY, row TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS served (slot TEXT, digest TEXT, PRIMARY KEY (slot, digest));
 """
 # The disk's fault, not the file's; source: sqlite.org/rescode.html.
 _DISK_FAULTS: Final = frozenset(
@@ -124,6 +128,29 @@ class Journal:
             lambda: self._query("SELECT reason FROM refused WHERE slot = ? AND digest = ?", slot, digest)
         )
         return str(rows[0][0]) if rows else ""
+
+    async def all_refused(self) -> list[tuple[str, str, str]]:
+        """Return slot, digest and reason of every version that failed here."""
+        rows = await self._do(lambda: self._query("SELECT slot, digest, reason FROM refused ORDER BY slot, digest"))
+        return [(slot, digest, reason) for slot, digest, reason in rows]
+
+    async def revoke(self, revoked: Revoked) -> None:
+        """Remember, for good, that a version was revoked."""
+        row = json.dumps(asdict(revoked))
+        await self._do(lambda: self._execute("INSERT OR REPLACE INTO revoked VALUES (?, ?)", revoked.digest, row))
+
+    async def revoked(self) -> list[Revoked]:
+        """Return every version that is known to be revoked."""
+        return list(_decoded(await self._do(lambda: self._query("SELECT row FROM revoked")), Revoked))
+
+    async def note_served(self, slot: str, digest: str) -> None:
+        """Remember that a version earned trust in this slot."""
+        await self._do(lambda: self._execute("INSERT OR IGNORE INTO served VALUES (?, ?)", slot, digest))
+
+    async def served(self, slot: str) -> frozenset[str]:
+        """Return the digests of the versions that earned trust in this slot."""
+        rows = await self._do(lambda: self._query("SELECT digest FROM served WHERE slot = ?", slot))
+        return frozenset(digest for (digest,) in rows)
 
     async def _do(self, work: Callable[[], _T]) -> _T:
         try:

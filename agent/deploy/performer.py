@@ -20,11 +20,20 @@ from agent.deploy import trial
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
 from agent.deploy.pointer import Pointer, Pointers, Target
-from agent.deploy.ports import Bundle, Host, Loaded, Progress, Store
+from agent.deploy.ports import Bundle, Host, Kept, Loaded, Progress, Store
 from agent.deploy.probation import Verdict, judge
 from agent.deploy.refusals import Refusals
 from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State, advance
-from agent.errors import AgentError, BundleError, SelfTestError, StateError, StoreError, UntrustedError
+from agent.errors import (
+    AgentError,
+    BundleError,
+    DiskFullError,
+    PolicyError,
+    SelfTestError,
+    StateError,
+    StoreError,
+    UntrustedError,
+)
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 
@@ -53,6 +62,8 @@ class Performer:
         clock: Clock,
         state_dir: Path,
         superseded: Callable[[Record], bool],
+        revoked: Callable[[str], str],
+        make_room: Callable[[frozenset[str]], Awaitable[bool]],
         changed: Callable[[Record], None],
     ) -> None:
         self.slot = slot
@@ -70,7 +81,11 @@ class Performer:
         self._clock = clock
         self._state_dir = state_dir
         self._superseded = superseded  # whether another wish has won meanwhile
+        self._revoked = revoked  # why a digest was revoked, and policy keeps it from being loaded; else empty
+        self._make_room = make_room  # leaving the versions of these digests; whether anything went
         self._changed = changed
+        self._medium = ""  # a folder that a waiting deployment may be taken from
+        self._medium_came = asyncio.Event()
         self._before: Loaded | None = None  # what served before the trial, still loaded
         self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
@@ -94,6 +109,9 @@ class Performer:
     async def boot(self, pointer: Pointer) -> None:
         """Load what the pointer names; fall back to the previous version when that does not work."""
         self.pointer = pointer
+        if reason := self._revoked(pointer.active.digest):
+            self._host.expect(self.slot, _revoked_text(pointer.active.version, reason))
+            return  # what serves instead is for the reconciler to say
         try:
             if pointer.trial:
                 pointer = self._begin_start(pointer)
@@ -186,7 +204,21 @@ class Performer:
                 pointer = self._record_start(pointer, running=True)
             self.active = await self._bring_up(pointer.active)
 
+    async def suspend(self, reason: str) -> None:
+        """Stop serving, for a reason that requests are told; the pointer stays as it is."""
+        loaded, self.active = self.active, None
+        if loaded is not None:
+            await self._host.retire(loaded)
+        self._host.expect(self.slot, reason)
+
+    def offer(self, medium: str) -> None:
+        """Let a deployment that waits for its store be taken from the folder ``medium``."""
+        self._medium = medium
+        self._medium_came.set()
+
     async def _bring_up(self, target: Target) -> Loaded:
+        if reason := self._revoked(target.digest):
+            raise PolicyError(_revoked_text(target.version, reason))
         bundle = await self._store.check(self._state_dir / target.path)
         if bundle.digest != target.digest:
             raise UntrustedError(f"{target.path} holds another manifest than the pointer names")
@@ -196,8 +228,8 @@ class Performer:
 
     # Deployments
 
-    async def begin(self, wish: Desired, *, deployment_id: str) -> None:
-        """Perform a new deployment for ``wish`` to its end."""
+    async def begin(self, wish: Desired, *, deployment_id: str, begun: Callable[[], None] = lambda: None) -> None:
+        """Perform a new deployment for ``wish`` to its end; ``begun`` is called once it is recorded."""
         now = self._clock.wall()
         record = Record(
             id=deployment_id,
@@ -208,12 +240,14 @@ class Performer:
             source=wish.source,
             local=wish.local,
             force=wish.force,
+            medium=wish.medium,
             previous=self.pointer.active.version if self.pointer is not None else "",
             created=now,
             updated=now,
         )
         await self._journal.begin(record)
         self._tell(record)
+        begun()
         await self.perform(record)
 
     async def resume(self, record: Record) -> None:
@@ -282,14 +316,19 @@ class Performer:
     async def _obtain_local(self, record: Record) -> Record:
         pointer = self.pointer
         known = [target for target in (pointer and pointer.previous, pointer and pointer.active) if target]
-        target = next((target for target in known if target.version == record.wanted), None)
+        known += [self._kept_target(kept) for kept in (await self._store.inventory()).versions]
+        model = (record.team, self.slot, record.wanted)
+        target = next((item for item in known if (item.team, item.name, item.version) == model), None)
         if target is None:
             raise BundleError(f"version {record.wanted} is not kept on this box")
         if pointer is not None and target is pointer.active and not pointer.trial:
             return await self._step(record, Event.ALREADY, version=target.version, digest=target.digest)
-        self._bundle = await self._store.check(self._state_dir / target.path)
+        bundle = await self._store.check(self._state_dir / target.path)
+        if reason := self._revoked(bundle.digest):
+            raise PolicyError(_revoked_text(target.version, reason))
+        self._bundle = bundle
         while record.state is not State.STAGED:
-            record = await self._step(record, Event.DONE, version=target.version, digest=target.digest)
+            record = await self._step(record, Event.DONE, version=target.version, digest=bundle.digest)
         return record
 
     async def _obtain_remote(self, record: Record) -> Record:
@@ -320,6 +359,7 @@ class Performer:
                 version=record.wanted,
                 channel=record.channel,
                 on_progress=progress.put_nowait,
+                medium=record.medium or self._medium,
             )
         except AgentError as error:
             return error
@@ -354,15 +394,32 @@ class Performer:
 
     async def _obtain_failed(self, record: Record, error: AgentError) -> Record:
         cause = {"code": error.code, "message": str(error)}
+        medium, self._medium = self._medium, ""
         if isinstance(error, BundleError):
-            version = record.version or record.wanted
-            self._refusals.bundle(error, team=record.team, name=self.slot, version=version)
+            version, source = record.version or record.wanted, record.medium or medium
+            self._refusals.bundle(error, team=record.team, name=self.slot, version=version, source=source)
+        if medium and not record.medium:  # it was only offered: the store is waited for again
+            _log.warning("medium is of no use", slot=self.slot, medium=medium, **cause)
+            return record if record.state is State.FETCH_WAIT else await self._step(record, Event.OFFLINE, **cause)
+        if isinstance(error, BundleError):
             return await self._step(record, Event.REJECT, **cause)
-        if not isinstance(error, StoreError) or not error.retryable or error.code == "disk_full":
+        if not isinstance(error, StoreError) or not error.retryable:
+            return await self._step(record, Event.FAIL, **cause)
+        if isinstance(error, DiskFullError) and not await self._room_was_made(record):
             return await self._step(record, Event.FAIL, **cause)
         if record.state is State.FETCH_WAIT:
             return record
         return await self._step(record, Event.OFFLINE, **cause)
+
+    async def _room_was_made(self, record: Record) -> bool:
+        """Let go what nothing needs, but nothing of this deployment."""
+        try:
+            _, digest = await self._store.resolve(
+                team=record.team, name=self.slot, version=record.wanted, channel=record.channel, medium=record.medium
+            )
+        except AgentError:
+            digest = record.digest
+        return bool(digest) and await self._make_room(frozenset({digest}))
 
     async def _wait_for_store(self, record: Record) -> Record:
         """Ask again and again until the store answers; one transition however long it takes."""
@@ -370,14 +427,29 @@ class Performer:
         self._waiting_since = self._waiting_since or now
         if now - self._waiting_since > self._config.fetch_limit_s:
             return await self._step(record, Event.FAIL, code="offline", message="the store stayed out of reach")
-        await self._clock.sleep(0.1 + self._retry.next())
+        await self._until_medium(0.1 + self._retry.next())
         if self._superseded(record):
             return record
         try:
-            await self._store.resolve(team=record.team, name=record.slot, version=record.wanted, channel=record.channel)
+            await self._store.resolve(
+                team=record.team,
+                name=record.slot,
+                version=record.wanted,
+                channel=record.channel,
+                medium=record.medium or self._medium,
+            )
         except AgentError as error:
             return await self._obtain_failed(record, error)
         return await self._step(record, Event.DONE, code="", message="")
+
+    async def _until_medium(self, wait_s: float) -> None:
+        """Wait so long, or until a medium is offered."""
+        async with asyncio.TaskGroup() as group:
+            waits = [group.create_task(self._medium_came.wait()), group.create_task(self._clock.sleep(wait_s))]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        self._medium_came.clear()
 
     async def _staged(self, record: Record) -> Record:
         return await self._step(record, Event.DONE)
@@ -385,6 +457,9 @@ class Performer:
     async def _load(self, record: Record) -> Record:
         if self._bundle is None:
             return await self._step(record, Event.RESUME)
+        if reason := self._revoked(record.digest):
+            message = _revoked_text(record.version, reason)
+            return await self._step(record, Event.REJECT, code=PolicyError.code, message=message)
         try:
             self._candidate = await self._host.load(self._bundle)
         except AgentError as error:
@@ -434,6 +509,9 @@ class Performer:
                 return await self._confirm(record, judgement.reason)
             if judgement.verdict is Verdict.ROLL_BACK:
                 return await self._step(record, Event.FAIL, code="probation_failed", message=judgement.reason)
+            if reason := self._revoked(record.digest):
+                message = _revoked_text(record.version, reason)
+                return await self._step(record, Event.FAIL, code=PolicyError.code, message=message)
             if self._superseded(record) and self.pointer is not None and self.pointer.previous is not None:
                 return await self._step(
                     record, Event.SUPERSEDE, code=_SUPERSEDED, message="another version was asked for while on trial"
@@ -448,6 +526,7 @@ class Performer:
         if self.pointer is not None and self.pointer.trial:
             self._point(replace(self.pointer, trial=False, starts_in_trial=0, running=False))
         await self._journal.forgive(self.slot, record.digest)
+        await self._journal.note_served(self.slot, record.digest)
         record = await self._step(record, Event.DONE, message=reason)
         before, self._before = self._before, None
         if before is not None:
@@ -508,6 +587,10 @@ class Performer:
         self.pointer = pointer
         return pointer
 
+    def _kept_target(self, kept: Kept) -> Target:
+        path = kept.path.relative_to(self._state_dir)
+        return Target(team=kept.team, name=kept.name, version=kept.version, digest=kept.digest, path=str(path))
+
     def _target(self, bundle: Bundle) -> Target:
         path = bundle.path.relative_to(self._state_dir)
         return Target(team=bundle.team, name=bundle.name, version=bundle.version, digest=bundle.digest, path=str(path))
@@ -516,6 +599,10 @@ class Performer:
         candidate, self._candidate, self._bundle = self._candidate, None, None
         if candidate is not None:
             await self._host.retire(candidate)
+
+
+def _revoked_text(version: str, reason: str) -> str:
+    return f"version {version} was revoked: {reason}"
 
 
 _FAILABLE: Final = frozenset((state, Event.FAIL) for state in State if state not in FINAL)

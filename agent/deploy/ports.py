@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,22 +43,132 @@ class Evidence:
     variant: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A version on this box, not checked."""
+
+    team: str
+    name: str
+    version: str
+    digest: str  # the first 12 digits
+    seq: int
+    path: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pull:
+    """An unfinished pull on this box."""
+
+    digest: str
+    size_bytes: int
+    idle_s: float
+    held: bool  # a process is at it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """What is on this box's disk; ``versions`` by model, the newest first."""
+
+    versions: tuple[Kept, ...] = ()
+    pulls: tuple[Pull, ...] = ()
+    free_bytes: int = 0
+    used_share: float = 0.0  # of the whole disk, 0..1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needed:
+    """What a collection must leave: paths in use, and the digests of unfinished deployments."""
+
+    paths: frozenset[Path] = frozenset()
+    digests: frozenset[str] = frozenset()
+    revoked: frozenset[str] = frozenset()  # these go first once they are not in use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """One thing that was removed, or would be."""
+
+    what: str  # team/name version, or a pull's digest
+    path: Path
+    size_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A version as a signed index names it."""
+
+    version: str
+    digest: str
+    seq: int = 0
+    size_bytes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class News:
+    """What the store says of one model."""
+
+    team: str
+    name: str
+    channels: Mapping[str, Mark]
+    newest: Mark | None
+    revoked: tuple[Mark, ...]
+    deprecated: tuple[Mark, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """One refresh. ``missing``: why the store says nothing of a model, by ``team/name``."""
+
+    issued: int  # Unix seconds
+    origin: str  # network; stick: newer than this box was; mirror: older, only bytes were taken
+    models: tuple[News, ...]
+    missing: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How far this box may trust what it last heard."""
+
+    freshness: str  # fresh, stale, long_offline, unknown
+    clock_trusted: bool
+    age_s: int
+
+
 class Store(Protocol):
-    """Fetches and checks bundles. Errors are ``agent.errors`` classes."""
+    """Fetches and checks bundles. Errors are ``agent.errors`` classes.
+
+    ``medium`` is a folder that holds a store; it is asked instead of the configured ones.
+    """
 
     async def fetch(
-        self, *, team: str, name: str, version: str, channel: str, on_progress: Callable[[Progress], None]
+        self,
+        *,
+        team: str,
+        name: str,
+        version: str,
+        channel: str,
+        on_progress: Callable[[Progress], None],
+        medium: str = "",
     ) -> Bundle:
         """Return the bundle, fetched and verified."""
 
     async def check(self, path: Path) -> Bundle:
         """Return the bundle in ``path`` after checking every byte again, without network or expiry."""
 
-    async def resolve(self, *, team: str, name: str, version: str, channel: str) -> tuple[str, str]:
+    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> tuple[str, str]:
         """Return the version and manifest digest the store offers now."""
 
-    async def collect(self, keep: frozenset[Path]) -> None:
-        """Remove versions that nothing needs."""
+    async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
+        """Refresh, and return what the store says of these models (team, name)."""
+
+    async def inventory(self) -> Inventory:
+        """Return what is on disk."""
+
+    async def collect(self, needed: Needed, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
+        """Remove what nothing needs, and more of it if ``room`` is short; ``dry_run`` only says what would go."""
 
 
 class Loaded(Protocol):

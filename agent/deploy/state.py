@@ -108,9 +108,10 @@ class Record:
     team: str
     wanted: str  # version asked for; empty: the channel's
     channel: str = "stable"
-    source: str = "file"  # file, fleet, pin
+    source: str = "file"  # file, fleet, pin; revocation: back to a version that is not revoked
     local: bool = False  # from disk only: a rollback
     force: bool = False
+    medium: str = ""  # the folder it is taken from, instead of the configured stores
     state: State = State.RECEIVED
     step: int = 0
     version: str = ""  # resolved

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from agent.deploy.ports import Bundle, Evidence, Progress
+from agent.deploy.ports import Bundle, Collected, Evidence, Inventory, Kept, Mark, Needed, News, Progress, Survey
 from agent.errors import AgentError, LoadError, TargetNotFoundError, WorkerDiedError
 
 
@@ -25,15 +25,26 @@ class FakeStore:
         self.fetch_errors: list[AgentError] = []
         self.check_errors: dict[str, AgentError] = {}
         self.fetched: list[str] = []
-        self.kept: frozenset[Path] = frozenset()
+        self.media: dict[str, dict[str, list[str]]] = {}
+        self.revoked: dict[str, str] = {}  # version to reason
+        self.deprecated: dict[str, str] = {}
+        self.needed = Needed()
+        self.collectable: list[Collected] = []
 
     async def fetch(
-        self, *, team: str, name: str, version: str, channel: str, on_progress: Callable[[Progress], None]
+        self,
+        *,
+        team: str,
+        name: str,
+        version: str,
+        channel: str,
+        on_progress: Callable[[Progress], None],
+        medium: str = "",
     ) -> Bundle:
         await asyncio.sleep(0)
-        if self.fetch_errors:
+        if self.fetch_errors and not medium:
             raise self.fetch_errors.pop(0)
-        version, digest = await self.resolve(team=team, name=name, version=version, channel=channel)
+        version, digest = await self.resolve(team=team, name=name, version=version, channel=channel, medium=medium)
         on_progress(Progress(phase="resolved", version=version, digest=digest, bytes_total=100))
         await asyncio.sleep(0)
         on_progress(Progress(phase="progress", bytes_done=50, bytes_total=100))
@@ -54,18 +65,54 @@ class FakeStore:
         name, team = path.parent.name, path.parent.parent.name
         return Bundle(team=team, name=name, version=version, digest=digest_of(name, version), path=path, content=None)
 
-    async def resolve(self, *, team: str, name: str, version: str, channel: str) -> tuple[str, str]:
+    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> tuple[str, str]:
         await asyncio.sleep(0)
-        if self.fetch_errors:
+        if self.fetch_errors and not medium:
             raise self.fetch_errors.pop(0)
-        offered = self.offered.get(name, [])
+        offered = (self.media[medium] if medium else self.offered).get(name, [])
         wanted = version or (offered[-1] if offered else "")
         if wanted not in offered:
             raise TargetNotFoundError(f"{name}@{wanted}")
         return wanted, digest_of(name, wanted)
 
-    async def collect(self, keep: frozenset[Path]) -> None:
-        self.kept = keep
+    async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
+        await asyncio.sleep(0)
+        if self.fetch_errors and not medium:
+            raise self.fetch_errors.pop(0)
+        news = [
+            News(
+                team=team,
+                name=name,
+                channels={},
+                newest=None,
+                revoked=self._marks(name, self.revoked),
+                deprecated=self._marks(name, self.deprecated),
+            )
+            for team, name in models
+        ]
+        return Survey(issued=1, origin="stick" if medium else "network", models=tuple(news), missing={})
+
+    async def inventory(self) -> Inventory:
+        versions = []
+        for path in sorted(self.state_dir.glob("versions/*/*/*"), reverse=True):
+            version, _, digest = path.name.partition("~")
+            team, name = path.parent.parent.name, path.parent.name
+            seq = int(version.split(".")[0])
+            versions.append(
+                Kept(team=team, name=name, version=version, digest=digest, seq=seq, path=path, size_bytes=1)
+            )
+        return Inventory(versions=tuple(versions))
+
+    async def collect(self, needed: Needed, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
+        self.needed = needed
+        found, self.collectable = self.collectable, self.collectable if dry_run else []
+        return found
+
+    def _marks(self, name: str, versions: dict[str, str]) -> tuple[Mark, ...]:
+        return tuple(
+            Mark(version=version, digest=digest_of(name, version), reason=reason)
+            for version, reason in versions.items()
+        )
 
 
 @dataclass

@@ -127,6 +127,14 @@ def test_each_verb_speaks_to_a_person_too(centre: Path) -> None:
         ("publish", "bundle", "--store", "store", *SIGNING),
         ("promote", "vision/linear@1.0.0", "--store", "store", *SIGNING, "--channel", "stable"),
         ("refresh-timestamp", "--store", "store", "--online-key", "keys/online"),
+        ("export", "vision/linear", "--to", "usb", "--store", "store", "--online-key", "keys/online"),
+        ("deprecate", "vision/linear@1.0.0", "--store", "store", *SIGNING),
+        ("renew", "--role", "team:vision", "--store", "store", "--sign-with", "keys/team",
+         "--sign-with", "keys/online"),
+        ("rotate-keys", "--role", "operator", "--add", "keys/team.pub", "--store", "store", "--sign-with",
+         "keys/targets"),
+        ("show-keys", "--store", "store"),
+        ("store", "gc", "--store", "store", "--grace", "30d", "--dry-run"),
         ("verify", "--store", "store"),
         ("ls", "--store", "store"),
         ("show", "vision/linear", "--store", "store"),
@@ -172,6 +180,106 @@ def test_a_password_file_and_unencrypted_keys_work_without_a_prompt(centre: Path
     hub("refresh-timestamp", "--store", "store", "--online-key", "keys/online", "--password-file", "password",
         password=None)  # fmt: skip
     assert not hub("keygen", "--role", "team", "--out", "keys/open", "--unencrypted", password=None)["encrypted"]
+
+
+def test_a_version_is_withdrawn_and_a_device_hears_of_it(centre: Path) -> None:
+    hub("pack", "source", "--out", "bundle")
+    hub("publish", "bundle", "--store", "store", *SIGNING, "--channel", "stable")
+    toml = (centre / "source/model.toml").read_text().replace('"1.0.0"', '"1.1.0"').replace("seq = 1", "seq = 2")
+    (centre / "source/model.toml").write_text(toml)
+    hub("pack", "source", "--out", "next")
+    hub("publish", "next", "--store", "store", *SIGNING, "--channel", "stable")
+
+    one = ("vision/linear@1.0.0", "--store", "store", *SIGNING)
+    assert hub("deprecate", *one, "--reason", "use 1.1")["status"] == "deprecated"
+    assert hub("deprecate", *one, "--undo")["status"] == "active"
+    two = ("vision/linear@1.1.0", "--store", "store", *SIGNING, "--reason", "wrong labels")
+    refused = hub("revoke", *two, fails="version_conflict")
+    assert "--to VERSION" in refused["error"]["hint"]
+    done = hub("revoke", *two, "--to", "1.0.0")
+    assert (done["status"], done["channels"], done["changed"]) == ("revoked", {"stable": "1.0.0"}, True)
+    assert not hub("revoke", *two, "--to", "1.0.0")["changed"]
+    hub("publish", "next", "--store", "store", *SIGNING, "--channel", "stable", fails="version_conflict")
+    hub("promote", "vision/linear@1.1.0", "--store", "store", *SIGNING, "--channel", "canary", fails="version_conflict")
+
+    anchor, store = centre / "anchor/root.json", f"file://{centre}/store"
+    assert pull(store, anchor, centre / "state", version="1.1.0")[-1]["code"] == "policy_refused"
+    assert pull(store, anchor, centre / "state", channel="stable")[-1]["version"] == "1.0.0"
+
+
+def test_a_stick_feeds_a_device_that_has_no_network(centre: Path) -> None:
+    hub("pack", "source", "--out", "bundle")
+    hub("publish", "bundle", "--store", "store", *SIGNING, "--channel", "stable")
+    done = hub("export", "vision/linear", "--to", "usb", "--store", "store", "--online-key", "keys/online")
+    assert (done["blobs_new"], done["models"][0]["version"]) == (done["blobs"], "1.0.0")
+    assert hub("verify", "--store", "usb", "--model", "vision/linear@1.0.0", "--deep")["timestamp"] == done["issued"]
+    (centre / "store").rename(centre / "away")
+    lines = pull(f"file://{centre}/usb", centre / "anchor/root.json", centre / "state")
+    assert lines[-1]["event"] == "done", lines[-1]
+    again = hub(
+        "export", "vision/linear@1.0.0", "--have", lines[-1]["path"], "--to", "usb-2", "--store", "away",
+        "--online-key", "keys/online",
+    )  # fmt: skip
+    assert again["blobs_new"] < done["blobs_new"]
+    hub("export", "vision/linear", "--to", "away", "--store", "away", "--online-key", "keys/online",
+        fails="invalid_input")  # fmt: skip
+
+
+def test_a_root_ceremony_on_three_machines(centre: Path) -> None:
+    hub("keygen", "--role", "root", "--out", "keys/root-d")
+    hub("keygen", "--role", "online", "--out", "keys/online-2")
+    change = ("--role", "root", "--add", "keys/root-d.pub", "--remove", "keys/root-a.pub")
+    begun = hub("rotate-keys", *change, "--store", "store", "--sign-with", "keys/root-b")
+    assert (begun["complete"], begun["published"], begun["pending"]) == (False, False, "root.pending.json")
+    assert [(len(need["signed"]), need["threshold"]) for need in begun["needs"]] == [(1, 2), (1, 2)]
+
+    carried = centre / "elsewhere/pending.json"  # another machine, without a store
+    carried.parent.mkdir()
+    (centre / "root.pending.json").rename(carried)
+    told = run("rotate-keys", "--pending", str(carried), "--sign-with", "keys/root-d").stdout
+    assert "root: 1 of 2 signatures by the keys of root 1, still needed: 1 of " in told
+    assert "root: 2 of 2 signatures by the keys of root 2" in told
+    hub("rotate-keys", "--pending", str(carried), "--sign-with", "keys/operator", fails="key_not_allowed")
+    assert hub("rotate-keys", "--pending", str(carried), "--sign-with", "keys/root-c")["complete"]
+
+    done = hub("rotate-keys", "--pending", str(carried), "--store", "store")
+    assert (done["published"], done["changed"], done["versions"]) == (True, True, {"root": 2})
+    assert not carried.exists()
+    assert not hub("rotate-keys", *change, "--store", "store")["changed"]
+
+    online = ("--role", "online", "--add", "keys/online-2.pub", "--remove", "keys/online.pub", "--store", "store")
+    roots = ("--sign-with", "keys/root-c", "--sign-with", "keys/root-d")
+    assert not hub("rotate-keys", *online, *roots)["published"]  # an online key has to be there
+    changed = hub("rotate-keys", *online, "--sign-with", "keys/online", "--sign-with", "keys/online-2")
+    assert changed["versions"] == {"root": 3}
+    assert hub("renew", "--role", "root", "--store", "store", *roots)["versions"] == {"root": 4}
+    seen = hub("verify", "--store", "store", "--anchor", "anchor/root.json")
+    assert seen["root"] == 4
+    shown = {row["role"]: row for row in hub("show-keys", "--store", "store")["roles"]}
+    assert (shown["root"]["threshold"], len(shown["root"]["keys"]), shown["root"]["renew"]) == (2, 3, False)
+    hub("refresh-timestamp", "--store", "store", "--online-key", "keys/online", fails="key_not_allowed")
+
+    hub("pack", "source", "--out", "bundle")
+    hub("publish", "bundle", "--store", "store", "--team-key", "keys/team", "--online-key", "keys/online-2",
+        "--channel", "stable")  # fmt: skip
+    lines = pull(f"file://{centre}/store", centre / "anchor/root.json", centre / "state")
+    assert lines[-1]["event"] == "done", lines[-1]
+
+
+def test_a_retired_team_is_gone_and_may_come_back(centre: Path) -> None:
+    hub("pack", "source", "--out", "bundle")
+    hub("publish", "bundle", "--store", "store", *SIGNING, "--channel", "stable")
+    retire = ("retire-team", "vision", "--store", "store", "--targets-key", "keys/targets", *SIGNING[2:])
+    assert hub(*retire)["changed"]
+    assert not hub(*retire)["changed"]
+    assert hub("ls", "--store", "store")["models"] == []
+    collected = hub("store", "gc", "--store", "store")
+    assert (collected["names"], collected["blobs_kept"]) == ([], 3)  # not for 90 days
+    assert len(hub("store", "gc", "--store", "store", "--grace", "0d", "--dry-run")["names"]) > 0
+    hub("publish", "bundle", "--store", "store", *SIGNING, fails="key_not_allowed")
+    hub("rotate-keys", "--role", "team:vision", "--add", "keys/team.pub", "--remove", "keys/targets.pub", "--store",
+        "store", "--sign-with", "keys/targets", "--sign-with", "keys/team", "--sign-with", "keys/online")  # fmt: skip
+    assert hub("publish", "bundle", "--store", "store", *SIGNING)["changed"]
 
 
 WRONG_GOLDEN = safetensors.dump({"y": X[:, :3] + 1})

@@ -240,7 +240,7 @@ def test_a_refused_socket_names_the_group(tmp_path: Path, monkeypatch: pytest.Mo
         def connect(self, address: Any) -> None:
             raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("agent.cli.socket.socket", Refusing)
+    monkeypatch.setattr("agent.cli_session.socket.socket", Refusing)
     done = CliRunner().invoke(main, ["--socket", str(tmp_path / "s"), "status"])
     assert done.exit_code == 3
     assert "group inferd" in done.stderr

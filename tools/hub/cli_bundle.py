@@ -10,7 +10,6 @@ from typing import Literal
 import click
 import msgspec
 
-from agent.errors import InvalidInputError
 from tools.hub.bundle import open_bundle
 from tools.hub.cli import (
     Passwords,
@@ -23,7 +22,7 @@ from tools.hub.cli import (
     publisher,
     store_option,
 )
-from tools.hub.cli_store import parse_model
+from tools.hub.cli_store import parse_version
 from tools.hub.description import FILE_NAME, load
 from tools.hub.publish import rfc3339
 
@@ -203,9 +202,7 @@ def promote(model: str, store: str, channel: str, team_key: Path, online_key: Pa
     Example: inferhub promote vision/yolo@1.4.0 --channel stable --store store --team-key keys/vision \\
                  --online-key keys/online
     """
-    team, name, version = parse_model(model)
-    if not version:
-        raise InvalidInputError(f"{model!r} lacks @VERSION")
+    team, name, version = parse_version(model)
     with publisher(store) as (publishing, _):
         done = publishing.promote(
             team,

@@ -34,7 +34,7 @@ from tools.hub.errors import KeyNotAllowedError
 from tools.hub.objects import folder_of
 from tools.hub.publish import operators_document, read_index, rfc3339
 from tools.hub.repository import Repository
-from tools.hub.verify import StoreFetcher, store_url
+from tools.hub.verify import Part, StoreFetcher, store_url
 from tools.hub.verify import verify as verify_store
 
 _WIDTH: Final = 160  # of a table that goes to a file
@@ -193,13 +193,17 @@ def refresh_timestamp(store: str, online_key: Path, passwords: Passwords) -> Non
     "--anchor", type=_FILE, metavar="FILE", help="The root devices are built with. Default: the store's own first."
 )
 @click.option("--deep", is_flag=True, help="Fetch and hash every blob.")
+@click.option("--model", "models", multiple=True, metavar="TEAM/NAME[@VERSION]",
+              help="Look at this only, as for a stick that holds nothing else; may be repeated.")  # fmt: skip
 @json_option
-def verify(store: str, anchor: Path | None, deep: bool) -> None:
+def verify(store: str, anchor: Path | None, deep: bool, models: tuple[str, ...]) -> None:
     """Check the store as a device sees it, from the anchor to every blob.
 
     \b
     Example: inferhub verify --store https://models.example/ --anchor anchor/root.json --deep
+             inferhub verify --store /media/usb --model vision/yolo@1.4.0
     """
+    parts = [Part(*parse_model(model)) for model in models]
     if anchor is not None:
         try:
             root = anchor.read_bytes()
@@ -208,15 +212,13 @@ def verify(store: str, anchor: Path | None, deep: bool) -> None:
     else:
         root = StoreFetcher().read(store_url(store) + "metadata/1.root.json", size_bytes_max=512_000)
     with progress() as bars:
-        found = verify_store(store, root, deep=deep, listener=bars)
-    models = [
-        f"  {m['team']}/{m['name']}: {', '.join(m['versions'])}  {_channels(m['channels'])}" for m in found.models
-    ]
+        found = verify_store(store, root, deep=deep, parts=parts, listener=bars)
+    lines = [f"  {m['team']}/{m['name']}: {', '.join(m['versions'])}  {_channels(m['channels'])}" for m in found.models]
     emit(
         {"ok": True, "anchor": str(anchor) if anchor else "store", **found.as_dict()},
         f"good: root {found.root}, signed {rfc3339(found.timestamp)}, valid until {found.expires}; "
         f"{found.operators} operator keys",
-        *models,
+        *lines,
         f"{found.manifests} manifests, {found.blobs} blobs, {human_bytes(found.bytes)}"
         f"{', every byte hashed' if deep else ' by size only (--deep hashes them)'}",
         *([] if anchor else ["the anchor came from the store itself: this proves consistency, not origin (--anchor)"]),
@@ -300,6 +302,14 @@ def parse_model(text: str) -> tuple[str, str, str]:
     team, slash, name = path.partition("/")
     if not (team and slash and name):
         raise InvalidInputError(f"{text!r} is not of the form TEAM/NAME or TEAM/NAME@VERSION")
+    return team, name, version
+
+
+def parse_version(text: str) -> tuple[str, str, str]:
+    """Return team, name and version of ``TEAM/NAME@VERSION``; ``InvalidInputError`` if it is not of this form."""
+    team, name, version = parse_model(text)
+    if not version:
+        raise InvalidInputError(f"{text!r} lacks @VERSION")
     return team, name, version
 
 

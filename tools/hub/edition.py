@@ -4,10 +4,13 @@
 
     targets, team roles, the targets role, snapshot, and last of all timestamp.json
 
+A new root is in force as soon as it is there, whatever the timestamp says. So it comes last if all before it is signed
+for the old root as well as for the new one; else just before the timestamp, and between the two readers wait.
+
 Promises: nothing but timestamp.json is ever replaced; a cut before the timestamp leaves the old state in force, and
 doing the same again succeeds (a number taken by a file of the cut attempt is skipped); each signature is checked
 against its delegator before anything is written; ``timestamp.version`` is Unix seconds and only grows.
-Absent on purpose: the root, which only ``repository.py`` writes, and blobs, which are no TUF targets.
+Absent on purpose: what goes into a root (``rotation.py``), and blobs, which are no TUF targets.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any, Final, TypeVar
 
 from securesystemslib.signer import Key, Signer
@@ -47,6 +51,7 @@ SNAPSHOT_DAYS: Final = 90
 TIMESTAMP_DAYS: Final = 7
 SNAPSHOT_RENEW_DAYS: Final = 30  # with so much left the snapshot is signed again, by the key that signs timestamps
 ALERT_DAYS: Final = 30  # roles that need an offline key are named this long before they expire
+ROOT_ALERT_DAYS: Final = 90  # a ceremony takes several people
 
 TIMESTAMP: Final = "metadata/timestamp.json"
 _CLOCK_TOLERANCE_S: Final = 3600
@@ -69,6 +74,15 @@ def target_object(path: str, data_sha256: str) -> str:
     return f"targets/{folder}/{data_sha256}.{name}" if folder else f"targets/{data_sha256}.{name}"
 
 
+def expiring(dates: Mapping[str, datetime], now: float) -> dict[str, datetime]:
+    """Return those of ``dates`` (role to expiry) that are to be renewed at ``now``: root early, the others later."""
+    return {
+        role: date
+        for role, date in dates.items()
+        if date < expiry(now, ROOT_ALERT_DAYS if role == Root.type else ALERT_DAYS)
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """One published state. ``teams`` holds the roles that have been published, by team."""
@@ -85,11 +99,10 @@ class State:
         return sorted(team_of(name) for name in (held.roles if held else None) or {})
 
     def expiring(self, now: float) -> dict[str, datetime]:
-        """Return the roles that only an offline key can renew and that expire within ``ALERT_DAYS`` of ``now``."""
+        """Return the roles that only an offline key can renew and that should be renewed at ``now``."""
         offline: dict[str, Metadata[Any]] = {"root": self.root, "targets": self.targets}
         offline |= {team_role(team): metadata for team, metadata in self.teams.items()}
-        limit = expiry(now, ALERT_DAYS)
-        return {role: metadata.signed.expires for role, metadata in offline.items() if metadata.signed.expires < limit}
+        return expiring({role: metadata.signed.expires for role, metadata in offline.items()}, now)
 
 
 @dataclass(slots=True)
@@ -99,6 +112,7 @@ class Edition:
     _objects: Objects
     _now: Now
     _state: State
+    _root: Metadata[Root] | None = None
     _target_objects: dict[str, bytes] = field(default_factory=dict)
     _team_roles: dict[str, Metadata[Targets]] = field(default_factory=dict)
     _top: Metadata[Targets] | None = None
@@ -133,6 +147,41 @@ class Edition:
             raise ConflictError(f"team {team} exists already")
         top.delegations = Delegations(held.keys | fresh.keys, roles | (fresh.roles or {}))
 
+    def take_root(self, root: Metadata[Root]) -> None:
+        """Stage the next root, signed; from here on everything is checked against it."""
+        self._root = root
+
+    def take_top(self, targets: Metadata[Targets], files: Mapping[str, bytes]) -> None:
+        """Stage a signed next version of the top-level role, with the targets that are new in it.
+
+        Raises:
+            KeyNotAllowedError: the root does not accept its signatures.
+        """
+        require_signed(self._root or self._state.root, Targets.type, targets)
+        self._top = targets
+        for path, data in files.items():
+            self._target_objects[target_object(path, targets.signed.targets[path].hashes["sha256"])] = data
+
+    def take_team(self, team: str, metadata: Metadata[Targets]) -> None:
+        """Stage a signed next version of a team's role; raises as ``take_top``."""
+        require_signed(self._top or self._state.targets, team_role(team), metadata)
+        self._team_roles[team] = metadata
+
+    def retire_team(self, team: str, signer: Signer) -> None:
+        """Empty a team's role and give it to ``signer``, so that the team's own keys are worth nothing any more.
+
+        The role itself stays for ever: devices refuse a store in which one has vanished.
+
+        Raises:
+            KeyNotAllowedError: the store has no such team.
+        """
+        top, role = self._editable_top().signed, team_role(team)
+        for keyid in list(_delegation(self._editable_top(), team).keyids):
+            top.revoke_key(keyid, role)
+        top.add_key(signer.public_key, role)
+        self._editable_team(team).signed.targets.clear()
+        self.sign_team(team, signer)
+
     def sign_team(self, team: str, signer: Signer) -> None:
         """Sign the team's role as a new version.
 
@@ -149,40 +198,61 @@ class Edition:
         """Sign the top-level targets role as a new version; raises ``KeyNotAllowedError`` for another key."""
         top = self._editable_top()
         self._renew(top, "targets", TARGETS_DAYS, signer)
-        require_signed(self._state.root, "targets", top)
+        require_signed(self._in_force, "targets", top)
 
-    def seal(self, signer: Signer) -> None:
-        """Sign the timestamp, and before it the snapshot if a role changed or the snapshot grows old.
+    def seal(self, *signers: Signer, covers_days: int = SNAPSHOT_RENEW_DAYS, later_s: int = 0) -> None:
+        """Sign the timestamp, and before it the snapshot if a role changed or it expires within ``covers_days``.
+
+        ``later_s`` dates the timestamp so many seconds later, which leaves versions before it for ``aside``.
 
         Raises:
-            KeyNotAllowedError: ``signer`` is not the online key.
+            KeyNotAllowedError: none of ``signers`` is the online key.
             StoreStateError: the store's timestamp is far ahead of this machine's clock.
         """
         changed = {team_role(team): metadata for team, metadata in self._team_roles.items()}
         if self._top is not None:
             changed["targets"] = self._top
         timestamp = deepcopy(self._state.timestamp)
-        if changed or self._state.snapshot.signed.expires < expiry(self._now(), SNAPSHOT_RENEW_DAYS):
+        stale = self._state.snapshot.signed.expires < expiry(self._now(), covers_days)
+        if changed or stale or not accepts(self._in_force, "snapshot", self._state.snapshot):
             self._snapshot = deepcopy(self._state.snapshot)
             for role, metadata in changed.items():
                 self._snapshot.signed.meta[f"{role}.json"] = _meta(metadata)
-            self._renew(self._snapshot, "snapshot", SNAPSHOT_DAYS, signer)
-            require_signed(self._state.root, "snapshot", self._snapshot)
+            self._renew(self._snapshot, "snapshot", SNAPSHOT_DAYS, *signers)
+            require_signed(self._in_force, "snapshot", self._snapshot)
             timestamp.signed.snapshot_meta = _meta(self._snapshot)
-        timestamp.signed.version = self._timestamp_version(timestamp.signed.version)
+        timestamp.signed.version = self._timestamp_version(timestamp.signed.version) + later_s
         timestamp.signed.expires = expiry(self._now(), TIMESTAMP_DAYS)
-        sign(timestamp, [signer])
-        require_signed(self._state.root, "timestamp", timestamp)
+        sign(timestamp, signers)
+        require_signed(self._in_force, "timestamp", timestamp)
         self._timestamp = timestamp
+
+    def aside(self, signer: Signer, *, valid_days: int) -> Metadata[Timestamp]:
+        """Return a timestamp for a copy of the sealed state: one second older than its own, valid for other days.
+
+        A box that has seen the copy takes the store's own timestamp as newer, never the other way round.
+        """
+        if self._timestamp is None:
+            raise AssertionError("an edition is sealed before it is copied")
+        timestamp = deepcopy(self._timestamp)
+        timestamp.signed.version -= 1
+        timestamp.signed.expires = expiry(self._now(), valid_days)
+        sign(timestamp, [signer])
+        return timestamp
 
     def write(self) -> int:
         """Store everything, the timestamp last; return its version.
 
         Raises:
             ConflictError: an object of that name exists with other content.
+            KeyNotAllowedError: a device could not get from an older root to the staged one, or not on from there.
         """
+        self._require_walk()
         if self._timestamp is None:
-            raise AssertionError("an edition is sealed before it is written")
+            if self._root is None:
+                raise AssertionError("an edition is sealed before it is written")
+            self._put_root()
+            return self._state.timestamp.signed.version
         for name, data in self._target_objects.items():
             self._objects.put(name, data)
         for team, metadata in self._team_roles.items():
@@ -191,8 +261,41 @@ class Edition:
             self._put("targets", self._top)
         if self._snapshot is not None:
             self._put("snapshot", self._snapshot)
+        root_last = self._is_good_for(self._state.root)
+        if not root_last:
+            self._put_root()
         self._objects.replace(TIMESTAMP, serialise(self._timestamp))
+        if root_last:
+            self._put_root()
         return self._timestamp.signed.version
+
+    @property
+    def _in_force(self) -> Metadata[Root]:
+        return self._root or self._state.root
+
+    def _is_good_for(self, root: Metadata[Root]) -> bool:
+        staged = {"targets": self._top, "snapshot": self._snapshot, "timestamp": self._timestamp}
+        return all(accepts(root, role, metadata) for role, metadata in staged.items() if metadata is not None)
+
+    def _require_walk(self) -> None:
+        """Raise unless a device with any published root gets to the staged one, and from it to all metadata."""
+        if self._root is None:
+            return
+        newest = self._root.signed.version
+        chain = [
+            Metadata[Root].from_bytes(self._objects.read(metadata_object("root", version)))
+            for version in range(1, newest)
+        ]
+        for before, after in pairwise((*chain, self._root)):
+            require_signed(before, "root", after)
+            require_signed(after, "root", after)
+        require_signed(self._root, "targets", self._top or self._state.targets)
+        require_signed(self._root, "snapshot", self._snapshot or self._state.snapshot)
+        require_signed(self._root, "timestamp", self._timestamp or self._state.timestamp)
+
+    def _put_root(self) -> None:
+        if self._root is not None:
+            self._objects.put(metadata_object("root", self._root.signed.version), serialise(self._root))
 
     def _editable_top(self) -> Metadata[Targets]:
         if self._top is None:
@@ -210,17 +313,16 @@ class Edition:
         role.signed.targets[path] = file
         self._target_objects[target_object(path, file.hashes["sha256"])] = data
 
-    def _renew(self, metadata: Metadata[Targets] | Metadata[Snapshot], role: str, days: int, signer: Signer) -> None:
-        version = metadata.signed.version + 1
-        while self._objects.size(metadata_object(role, version)) is not None:  # left by a cut attempt, never in force
-            version += 1
-        metadata.signed.version = version
+    def _renew(self, metadata: Metadata[Targets] | Metadata[Snapshot], role: str, days: int, *signers: Signer) -> None:
+        metadata.signed.version = free_version(self._objects, role, metadata.signed.version + 1)
         metadata.signed.expires = expiry(self._now(), days)
-        sign(metadata, [signer])
+        sign(metadata, signers)
 
     def _timestamp_version(self, previous: int) -> int:
         now = int(self._now())
         if previous > now + _CLOCK_TOLERANCE_S:
+            if not accepts(self._in_force, "timestamp", self._state.timestamp):
+                return now  # devices drop what a key signed that the new root does not name
             raise StoreStateError(
                 f"the store was signed {previous - now} s in the future of this machine's clock",
                 hint="Set this machine's clock; if the store is wrong, rotate the online key.",
@@ -229,6 +331,13 @@ class Edition:
 
     def _put(self, role: str, metadata: Metadata[Targets] | Metadata[Snapshot]) -> None:
         self._objects.put(metadata_object(role, metadata.signed.version), serialise(metadata))
+
+
+def free_version(objects: Objects, role: str, version: int) -> int:
+    """Return the first version from ``version`` on that no file has: a cut attempt's were never in force."""
+    while objects.size(metadata_object(role, version)) is not None:
+        version += 1
+    return version
 
 
 def unsigned(signed: Signed) -> Metadata[Signed]:
@@ -240,6 +349,14 @@ def unsigned(signed: Signed) -> Metadata[Signed]:
 def metadata_object(role: str, version: int) -> str:
     """Return where a version of a role is stored (the timestamp has a place of its own)."""
     return f"metadata/{version}.{role}.json"
+
+
+def root_versions(objects: Objects) -> range:
+    """Return the versions of the root that the store holds, the first to the newest."""
+    version = 1
+    while objects.size(metadata_object("root", version + 1)) is not None:
+        version += 1
+    return range(1, version + 1)
 
 
 def delegations(teams: Mapping[str, Key]) -> Delegations:
@@ -283,6 +400,12 @@ def sign(metadata: Metadata[Any], signers: Iterable[Signer]) -> None:
     metadata.signatures.clear()
     for signer in signers:
         metadata.sign(signer, append=True)
+
+
+def accepts(delegator: Metadata[Root] | Metadata[Targets], role: str, metadata: Metadata[Any]) -> bool:
+    """Tell whether ``metadata`` is signed as ``delegator`` demands of ``role``."""
+    result = delegator.signed.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
+    return bool(result)
 
 
 def require_signed(delegator: Metadata[Root] | Metadata[Targets], role: str, metadata: Metadata[Any]) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -45,8 +46,20 @@ class Objects(Protocol):
     def replace(self, name: str, data: bytes) -> None:
         """Replace the one mutable object atomically."""
 
-    def names(self, folder: str) -> list[str]:
-        """Return the names of the objects directly in ``folder``, sorted."""
+    def stored(self, folder: str) -> Iterator[Stored]:
+        """Yield every object below ``folder``, what a cut left half written included."""
+
+    def remove(self, name: str) -> None:
+        """Delete an object; one that is gone is fine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An object as a listing shows it."""
+
+    name: str
+    size: int
+    modified: float  # Unix seconds
 
 
 class Folder:
@@ -102,12 +115,15 @@ class Folder:
         self._make_folder(path.parent)
         write_file(path, data, mode=_MODE)
 
-    def names(self, folder: str) -> list[str]:
-        try:
-            found = sorted(entry.name for entry in (self.root / folder).iterdir() if not entry.name.startswith("."))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return [f"{folder}/{name}" for name in found]
+    def stored(self, folder: str) -> Iterator[Stored]:
+        for path, _, files in os.walk(self.root / folder):
+            for name in files:
+                file = Path(path, name)
+                facts = file.lstat()
+                yield Stored(file.relative_to(self.root).as_posix(), facts.st_size, facts.st_mtime)
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
 
     @contextmanager
     def lock(self, *, create: bool = False) -> Iterator[None]:

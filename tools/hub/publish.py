@@ -25,8 +25,9 @@ from agent.bundles.manifest import (
     parse_index,
     parse_operators,
 )
-from agent.bundles.names import check_name, index_target, manifest_target, version_key
+from agent.bundles.names import check_name, index_target, manifest_target
 from agent.errors import TargetNotFoundError
+from tools.hub import indexes
 from tools.hub.bundle import Bundle, check_blob, distinct_chunks
 from tools.hub.chunks import blob_name
 from tools.hub.edition import Edition, Now, State
@@ -51,6 +52,20 @@ class Published:
     blobs_new: int
     bytes: int  # as stored
     bytes_new: int
+    timestamp_version: int  # 0 if nothing changed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marked:
+    """What became of a published version. ``changed`` is false if the store said so already."""
+
+    team: str
+    name: str
+    version: str
+    status: str
+    reason: str
+    channels: dict[str, str]  # all of the model's, as they are now
+    changed: bool
     timestamp_version: int  # 0 if nothing changed
 
 
@@ -85,7 +100,7 @@ class Publisher:
 
         Raises:
             KeyNotAllowedError: a key may not sign its role; nothing was uploaded.
-            ConflictError: this version is published with other content, or ``seq`` does not grow.
+            ConflictError: this version is published with other content, ``seq`` does not grow, or it is revoked.
             SourceError: a blob of the bundle is damaged.
             StoreStateError: see ``Repository.state``.
         """
@@ -102,12 +117,8 @@ class Publisher:
                 f"{bundle.title} is published with another manifest ({known.manifest_sha256[:12]})",
                 hint="A published version never changes: raise the version and pack again.",
             )
-        entries = index.versions if known else (*index.versions, self._entry(bundle))
-        changed = msgspec.structs.replace(
-            index,
-            versions=tuple(sorted(entries, key=lambda entry: version_key(entry.version))),
-            channels=index.channels | {check_name(channel, "channel"): manifest.version for channel in channels},
-        )
+        changed = index if known else indexes.added(index, self._entry(bundle))
+        changed = indexes.pointed(changed, channels, manifest.version)
         if changed == index:
             return _report(index, manifest.version)
         changed = msgspec.structs.replace(changed, generated=self._time())
@@ -130,18 +141,52 @@ class Publisher:
         """
         state = self._repository.state()
         index = self.index(state, team, name)
-        entry = next((entry for entry in index.versions if entry.version == version), None)
-        if entry is None:
-            offered = ", ".join(entry.version for entry in index.versions)
-            raise TargetNotFoundError(f"{team}/{name} has no version {version}; published are: {offered}")
-        if entry.status == "revoked":
-            raise ConflictError(f"{team}/{name}@{version} is revoked: {entry.reason}")
-        if index.channels.get(check_name(channel, "channel")) == version:
+        changed = indexes.pointed(index, [channel], version)
+        if changed == index:
             return _report(index, version)
-        changed = msgspec.structs.replace(index, channels=index.channels | {channel: version}, generated=self._time())
-        edition = self._repository.edition(state)
-        self._seal(edition, changed, team_signer, online_signer)
-        return _report(changed, version, timestamp=edition.write())
+        return _report(changed, version, timestamp=self._replace(state, changed, team_signer, online_signer))
+
+    def deprecate(
+        self, team: str, name: str, version: str, *, reason: str, team_signer: Signer, online_signer: Signer
+    ) -> Marked:
+        """Mark a version as one that nobody should choose any more; boxes that run it go on.
+
+        Raises:
+            TargetNotFoundError, ConflictError, InvalidInputError: see ``indexes.deprecated``.
+            KeyNotAllowedError: a key may not sign its role.
+        """
+        state = self._repository.state()
+        index = self.index(state, team, name)
+        return self._mark(state, index, indexes.deprecated(index, version, reason), version, team_signer, online_signer)
+
+    def reinstate(self, team: str, name: str, version: str, *, team_signer: Signer, online_signer: Signer) -> Marked:
+        """Take a deprecation back; raises as ``deprecate``."""
+        state = self._repository.state()
+        index = self.index(state, team, name)
+        return self._mark(state, index, indexes.reinstated(index, version), version, team_signer, online_signer)
+
+    def revoke(
+        self,
+        team: str,
+        name: str,
+        version: str,
+        *,
+        reason: str,
+        replacement: str = "",
+        drop_channels: bool = False,
+        team_signer: Signer,
+        online_signer: Signer,
+    ) -> Marked:
+        """Withdraw a version for good: no box loads it any more once it has heard of this.
+
+        Raises:
+            TargetNotFoundError, ConflictError, InvalidInputError: see ``indexes.revoked``.
+            KeyNotAllowedError: a key may not sign its role.
+        """
+        state = self._repository.state()
+        index = self.index(state, team, name)
+        changed = indexes.revoked(index, version, reason, replacement=replacement, drop_channels=drop_channels)
+        return self._mark(state, index, changed, version, team_signer, online_signer)
 
     def index(self, state: State, team: str, name: str) -> Index:
         """Return a published model's index; raises ``TargetNotFoundError``."""
@@ -149,6 +194,28 @@ class Publisher:
         if index is None:
             raise TargetNotFoundError(f"the store has no model {team}/{name}; see: inferhub ls")
         return index
+
+    def _mark(
+        self, state: State, index: Index, changed: Index, version: str, team_signer: Signer, online_signer: Signer
+    ) -> Marked:
+        timestamp = self._replace(state, changed, team_signer, online_signer) if changed != index else 0
+        entry = indexes.entry_of(changed, version)
+        return Marked(
+            team=index.team,
+            name=index.name,
+            version=version,
+            status=entry.status,
+            reason=entry.reason,
+            channels=dict(changed.channels),
+            changed=timestamp > 0,
+            timestamp_version=timestamp,
+        )
+
+    def _replace(self, state: State, index: Index, team_signer: Signer, online_signer: Signer) -> int:
+        edition = self._repository.edition(state)
+        index = msgspec.structs.replace(index, generated=self._time())
+        self._seal(edition, index, team_signer, online_signer)
+        return edition.write()
 
     def _seal(self, edition: Edition, index: Index, team_signer: Signer, online_signer: Signer) -> None:
         data = encode(index)
@@ -223,7 +290,7 @@ def _require_growth(index: Index, bundle: Bundle) -> None:
 
 
 def _report(index: Index, version: str, uploaded: Uploaded | None = None, *, timestamp: int = 0) -> Published:
-    entry = next(entry for entry in index.versions if entry.version == version)
+    entry = indexes.entry_of(index, version)
     uploaded = uploaded or Uploaded()
     return Published(
         team=index.team,
@@ -231,7 +298,7 @@ def _report(index: Index, version: str, uploaded: Uploaded | None = None, *, tim
         version=version,
         seq=entry.seq,
         manifest_sha256=entry.manifest_sha256,
-        channels=tuple(sorted(channel for channel, target in index.channels.items() if target == version)),
+        channels=indexes.channels_of(index, version),
         changed=timestamp > 0,
         blobs=uploaded.blobs,
         blobs_new=uploaded.blobs_new,

@@ -2,7 +2,7 @@
 
 A ``Repository`` reads the state that ``metadata/timestamp.json`` names; changes are ``edition.py``'s.
 Promises: what it returns was signed, from the newest root down; a cut ``initialise`` can be repeated.
-Absent on purpose: what manifests and indexes say (``publish.py``), and key rotation.
+Absent on purpose: what manifests and indexes say (``publish.py``), and the next root (``rotation.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hashlib import sha256
 
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
+from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp
 from tuf.api.serialization import DeserializationError
 
 from agent.errors import NotFoundError
@@ -27,6 +27,7 @@ from tools.hub.edition import (
     expiry,
     metadata_object,
     require_signed,
+    root_versions,
     serialise,
     sign,
     target_object,
@@ -44,14 +45,17 @@ class Repository:
         self._objects = objects
         self._now = now
 
-    def state(self) -> State:
+    def state(self, *, root: Metadata[Root] | None = None) -> State:
         """Return what readers see now, signatures checked from the newest root down.
+
+        Args:
+            root: In place of the newest, for a rotation that was cut between its root and its timestamp.
 
         Raises:
             StoreStateError: there is no complete repository here, or it is damaged.
         """
         try:
-            root = self._newest_root()
+            root = root or self.newest_root()
             timestamp = self._checked(root, "timestamp", TIMESTAMP, Timestamp)
             snapshot_version = timestamp.signed.snapshot_meta.version
             snapshot = self._checked(root, "snapshot", metadata_object("snapshot", snapshot_version), Snapshot)
@@ -67,7 +71,8 @@ class Repository:
             ) from error
         except (DeserializationError, RepositoryError, ValueError) as error:
             raise StoreStateError(
-                f"the store's metadata is damaged: {error}", hint="Restore it from a mirror."
+                f"the store's metadata is damaged: {error}",
+                hint="Repeat a cut rotate-keys with its --pending file, or restore the store from a mirror.",
             ) from error
         return State(root=root, targets=targets, snapshot=snapshot, timestamp=timestamp, teams=teams)
 
@@ -78,17 +83,11 @@ class Repository:
             StoreStateError: the stored bytes are missing or differ from the signed hash.
         """
         role = state.teams.get(team)
-        file = role.signed.targets.get(path) if role else None
-        if file is None:
-            return None
-        name = target_object(path, file.hashes["sha256"])
-        try:
-            data = self._objects.read(name)
-        except NotFoundError as error:
-            raise StoreStateError(f"{name} is named by signed metadata and missing") from error
-        if len(data) != file.length or sha256(data).hexdigest() != file.hashes["sha256"]:
-            raise StoreStateError(f"{name}: stored bytes differ from the signed hash", hint="Restore it from a mirror.")
-        return data
+        return self._read(path, role.signed.targets.get(path) if role else None)
+
+    def read_top_target(self, state: State, path: str) -> bytes | None:
+        """Return the bytes of a target of the top-level role; as ``read_target``."""
+        return self._read(path, state.targets.signed.targets.get(path))
 
     def edition(self, state: State) -> Edition:
         """Return an empty next state on top of ``state``."""
@@ -133,6 +132,18 @@ class Repository:
         edition.write()
         return data
 
+    def _read(self, path: str, file: TargetFile | None) -> bytes | None:
+        if file is None:
+            return None
+        name = target_object(path, file.hashes["sha256"])
+        try:
+            data = self._objects.read(name)
+        except NotFoundError as error:
+            raise StoreStateError(f"{name} is named by signed metadata and missing") from error
+        if len(data) != file.length or sha256(data).hexdigest() != file.hashes["sha256"]:
+            raise StoreStateError(f"{name}: stored bytes differ from the signed hash", hint="Restore it from a mirror.")
+        return data
+
     def _first_root(
         self,
         root_keys: Sequence[Key],
@@ -161,11 +172,10 @@ class Repository:
             )
         return earlier
 
-    def _newest_root(self) -> Metadata[Root]:
-        version = 1
-        while self._objects.size(metadata_object("root", version + 1)) is not None:
-            version += 1
-        root = Metadata[Root].from_bytes(self._objects.read(metadata_object("root", version)))
+    def newest_root(self) -> Metadata[Root]:
+        """Return the root in force, checked against itself; raises what tuf raises."""
+        newest = root_versions(self._objects)[-1]
+        root = Metadata[Root].from_bytes(self._objects.read(metadata_object("root", newest)))
         root.signed.verify_delegate("root", root.signed_bytes, root.signatures)
         return root
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -46,6 +46,7 @@ class Verified:
     root: int
     timestamp: int
     expires: str
+    expires_by_role: dict[str, str] = field(default_factory=dict)  # RFC 3339
     teams: list[str] = field(default_factory=list)
     operators: int = 0
     models: list[dict[str, Any]] = field(default_factory=list)  # team, name, channels, versions
@@ -59,13 +60,32 @@ class Verified:
         return asdict(self)
 
 
-def verify(store: str, anchor: bytes, *, deep: bool, listener: Listener | None = None) -> Verified:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model, or with ``version`` one version of it."""
+
+    team: str
+    name: str
+    version: str = ""
+
+
+def verify(
+    store: str,
+    anchor: bytes,
+    *,
+    deep: bool,
+    parts: Collection[Part] = (),
+    held: Collection[str] = (),
+    listener: Listener | None = None,
+) -> Verified:
     """Check everything that the store offers.
 
     Args:
         store: A folder, ``file://`` or ``http(s)://`` URL.
         anchor: The root metadata a device is built with, the first one at best.
         deep: Fetch every blob and check its hashes; otherwise only its size.
+        parts: Look at these only, as an exported stick holds them; empty: at all.
+        held: Hashes of raw chunks that need not be there.
         listener: Told about progress.
 
     Raises:
@@ -79,8 +99,8 @@ def verify(store: str, anchor: bytes, *, deep: bool, listener: Listener | None =
     url = store_url(store)
     fetcher = StoreFetcher()
     with tempfile.TemporaryDirectory(prefix="inferhub-verify-") as folder:
-        client = _Client(url, anchor, Path(folder), fetcher)
-        return client.walk(deep=deep, listener=listener or Listener())
+        client = _Client(url, anchor, Path(folder), fetcher, parts)
+        return client.walk(deep=deep, held=held, listener=listener or Listener())
 
 
 def store_url(store: str) -> str:
@@ -132,9 +152,10 @@ class StoreFetcher(FetcherInterface):
 
 
 class _Client:
-    def __init__(self, url: str, anchor: bytes, folder: Path, fetcher: StoreFetcher) -> None:
+    def __init__(self, url: str, anchor: bytes, folder: Path, fetcher: StoreFetcher, parts: Collection[Part]) -> None:
         self._url = url
         self._fetcher = fetcher
+        self._parts = parts
         self._metadata = folder / "metadata"
         targets = folder / "targets"
         self._metadata.mkdir()
@@ -149,7 +170,7 @@ class _Client:
                 bootstrap=anchor,
             )
 
-    def walk(self, *, deep: bool, listener: Listener) -> Verified:
+    def walk(self, *, deep: bool, held: Collection[str], listener: Listener) -> Verified:
         with _translated(self._url):
             self._updater.refresh()
             timestamp = self._signed("timestamp")
@@ -166,6 +187,10 @@ class _Client:
             for team in self._teams():
                 seen.teams.append(team)
                 self._walk_team(team, seen, blobs)
+        self._require_parts(seen)
+        roles = ("root", "timestamp", "snapshot", "targets", *(f"team-{team}" for team in seen.teams))
+        seen.expires_by_role = {role: self._signed(role)["expires"] for role in roles}
+        blobs = {blob: chunk for blob, chunk in blobs.items() if chunk.sha256 not in held}
         listener.stage("verify blobs", sum(chunk.blob_size for chunk in blobs.values()), "bytes")
         for chunk in blobs.values():
             self._check_blob(chunk, deep=deep)
@@ -177,17 +202,33 @@ class _Client:
     def _teams(self) -> list[str]:
         published = self._signed("snapshot")["meta"]
         roles = (self._signed("targets").get("delegations") or {}).get("roles", [])
-        return [role["name"].removeprefix("team-") for role in roles if f"{role['name']}.json" in published]
+        teams = [role["name"].removeprefix("team-") for role in roles if f"{role['name']}.json" in published]
+        return [team for team in teams if not self._parts or any(part.team == team for part in self._parts)]
+
+    def _wants(self, team: str, name: str, version: str = "") -> bool:
+        return not self._parts or any(
+            (part.team, part.name) == (team, name) and (not version or part.version in ("", version))
+            for part in self._parts
+        )
+
+    def _require_parts(self, seen: Verified) -> None:
+        there = {(model["team"], model["name"]): model["versions"] for model in seen.models}
+        for part in self._parts:
+            versions = there.get((part.team, part.name))
+            if versions is None or (part.version and part.version not in versions):
+                wanted = f"{part.team}/{part.name}" + (f"@{part.version}" if part.version else "")
+                raise TargetNotFoundError(f"{self._url}: nothing signed here is {wanted}")
 
     def _walk_team(self, team: str, seen: Verified, blobs: dict[str, Chunk]) -> None:
         self._updater.get_targetinfo(f"models/{team}/-/-")  # makes the client load and check the role
         for path in sorted(self._signed(f"team-{team}")["targets"]):
-            if not path.endswith("/index.json"):
+            if not path.endswith("/index.json") or not self._wants(team, path.split("/")[2]):
                 continue
             index = parse_index(self._target(path))
             if path != f"models/{team}/{index.name}/index.json" or index.team != team:
                 raise UntrustedError(f"{path} is the index of {index.team}/{index.name}")
-            for entry in index.versions:
+            entries = [entry for entry in index.versions if self._wants(team, index.name, entry.version)]
+            for entry in entries:
                 manifest = self._manifest(team, index.name, entry.version, entry.manifest_sha256)
                 blobs |= {chunk.blob: chunk for chunk in distinct_chunks(manifest)}
                 seen.manifests += 1
@@ -196,7 +237,7 @@ class _Client:
                     "team": team,
                     "name": index.name,
                     "channels": dict(index.channels),
-                    "versions": [entry.version for entry in index.versions],
+                    "versions": [entry.version for entry in entries],
                 }
             )
 

@@ -39,31 +39,6 @@ def test_versions_are_listed_newest_first(layout: Layout) -> None:
     assert [item.version for item in versions.list_versions(layout)] == ["1.10.0", "1.10.0-rc.1", "1.9.0"]
 
 
-def test_collecting_keeps_what_is_named_and_the_newest(layout: Layout) -> None:
-    paths = {version: stored(layout, version) for version in ("1.0.0", "2.0.0", "3.0.0", "4.0.0", "5.0.0")}
-    other = stored(layout, "1.0.0", name="other")
-    removed = versions.collect(layout, [paths["1.0.0"], paths["5.0.0"]], newest=1)
-    assert sorted(removed) == [paths["2.0.0"], paths["3.0.0"]]
-    assert all(paths[version].exists() for version in ("1.0.0", "4.0.0", "5.0.0"))
-    assert other.exists()
-    assert list(layout.trash.iterdir()) == []
-
-
-def test_collecting_drops_manifests_of_versions_that_are_gone(layout: Layout) -> None:
-    stored(layout, "1.0.0")
-    (layout.staging / ("cd" * 32)).mkdir(parents=True)
-    for digest in ("ab", "cd", "ef"):
-        path = layout.manifest(digest * 32)
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"{}")
-    versions.collect(layout, [], newest=1)
-    assert sorted(path.name[:2] for path in layout.root.glob("manifests/*")) == ["ab", "cd"]
-
-
-def test_collecting_without_versions_does_nothing(layout: Layout) -> None:
-    assert versions.collect(layout, [], newest=0) == []
-
-
 def test_old_staging_goes_and_held_staging_stays(layout: Layout) -> None:
     for name in ("old", "held", "new"):
         (layout.staging / name).mkdir(parents=True)

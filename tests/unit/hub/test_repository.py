@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -62,30 +60,6 @@ def test_publishing_again_changes_not_one_byte(centre: Centre, tmp_path: Path, c
     clock.seconds += 100
     assert not centre.publish(one, "stable").changed
     assert {path: path.read_bytes() for path in centre.root.rglob("*") if path.is_file()} == before
-
-
-def test_a_cut_at_any_write_leaves_the_old_state_and_repeating_finishes(
-    centre: Centre, tmp_path: Path, clock: Clock
-) -> None:
-    centre.publish(bundle(tmp_path), "stable")
-    whole = centre.root
-    new = bundle(tmp_path, "1.1.0", seq=2, seed=2)
-    for cut in count():
-        centre.root = Path(shutil.copytree(whole, tmp_path / f"cut-{cut}"))
-        try:
-            centre.publish(new, "stable", objects=FailingFolder(centre.root, left=cut))
-        except PowerCutError:
-            found = seen(centre)
-            assert found.models[0]["versions"] == ["1.0.0"]
-            assert found.models[0]["channels"] == {"stable": "1.0.0"}
-        else:
-            break
-        clock.seconds += 1
-        assert centre.publish(new, "stable").changed
-        found = seen(centre)
-        assert found.models[0]["versions"] == ["1.0.0", "1.1.0"]
-        assert found.models[0]["channels"] == {"stable": "1.1.0"}
-    assert cut == 6  # weights, manifest, index, team role, snapshot, timestamp
 
 
 def test_a_cut_init_can_be_repeated_with_the_same_keys_only(tmp_path: Path, clock: Clock) -> None:

@@ -1,0 +1,72 @@
+"""The arguments of verbs, checked where they enter: ``InvalidInputError`` names what is wrong."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from agent.deploy.desired import Desired
+from agent.errors import InvalidInputError
+
+_WAIT_S_MAX: Final = 60.0
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}(-[0-9A-Za-z.-]{1,32})?")
+
+
+def wish_of(wish_id: str, args: dict[str, Any], source: str, *, medium: str = "") -> Desired:
+    """Return the wish of a deploy; checked here, because what is stored stays in force.
+
+    ``medium``: a folder to take it from.
+
+    Raises:
+        InvalidInputError: a name or version that no store can hold.
+    """
+    version = args.get("version") or ""
+    channel = args.get("channel") or "stable"
+    if not args.get("team"):
+        raise InvalidInputError(f"{args.get('model')!r} is new on this box: name its team (--team TEAM)")
+    names = {"model": text_of(args, "model"), "team": text_of(args, "team"), "channel": channel}
+    for what, value in names.items():
+        if not isinstance(value, str) or not _NAME.fullmatch(value):
+            raise InvalidInputError(f"{what} {value!r}: lower-case letters, digits, '.', '_', '-', at most 64")
+    if not isinstance(version, str) or (version and not _VERSION.fullmatch(version)):
+        raise InvalidInputError(f"version {version!r}: three numbers such as 1.4.0, or 1.4.0-rc.1")
+    return Desired(
+        id=wish_id,
+        slot=names["model"],
+        team=names["team"],
+        version=version,
+        channel=names["channel"],
+        source=source,
+        force=bool(args.get("force")),
+        medium=medium,
+    )
+
+
+def text_of(args: dict[str, Any], name: str) -> str:
+    """Return a text that must be there and not empty."""
+    value = args.get(name)
+    if not isinstance(value, str) or not value:
+        raise InvalidInputError(f"{name!r} is missing")
+    return value
+
+
+def wait_s_of(args: dict[str, Any]) -> float:
+    """Return how long the caller would wait (seconds), 0 if it does not say."""
+    value = args.get("wait_s", 0.0)
+    if type(value) not in (int, float) or not 0 <= value <= _WAIT_S_MAX:
+        raise InvalidInputError(f"'wait_s' must be a number from 0 to {_WAIT_S_MAX:g}")
+    return float(value)
+
+
+def integer_of(args: dict[str, Any], name: str, default: int, *, least: int = 0, most: int = 1 << 62) -> int:
+    """Return a whole number within bounds, ``default`` if it is not there."""
+    value = args.get(name, default)
+    if type(value) is not int or not least <= value <= most:
+        raise InvalidInputError(f"{name!r} must be an integer from {least} to {most}")
+    return value
+
+
+def shortened(args: dict[str, Any]) -> dict[str, str]:
+    """Return arguments as an audit event may hold them."""
+    return {name: str(value)[:200] for name, value in list(args.items())[:16]}

@@ -1,0 +1,334 @@
+"""The verbs about who may sign, and for how long: show-keys, rotate-keys, renew, retire-team."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from securesystemslib.signer import Signer
+
+from agent.errors import InvalidInputError
+from tools.hub import keys
+from tools.hub.cli import Passwords, emit, json_option, key_option, open_repository, password_option, store_option
+from tools.hub.edition import State, expiring, team_role
+from tools.hub.errors import KeyNotAllowedError
+from tools.hub.objects import Folder
+from tools.hub.pending import Pending, load
+from tools.hub.publish import rfc3339
+from tools.hub.repository import Repository
+from tools.hub.rotation import ROLES, TEAM_PREFIX, Change, Rotated, begin, keys_of
+from tools.hub.rotation import publish as publish_rotation
+
+_FILE: Final = click.Path(path_type=Path, dir_okay=False)
+_SHORT: Final = 12
+_DIGITS_MIN: Final = 8  # of a key id, to name a key whose file is gone
+
+
+def _collecting(verb: Any) -> Any:
+    """Add the options of verbs that collect signatures."""
+    for option in (
+        click.option("--store", metavar="DIR", envvar="INFERHUB_STORE", help="The store: a folder or file:// URL. "
+                     "Only needed to begin and to publish."),
+        click.option("--sign-with", "signing", multiple=True, metavar="KEY", type=_FILE,
+                     help="A key that signs: root, targets, team and online keys, each where it is needed. Repeat."),
+        click.option("--pending", type=_FILE, metavar="FILE", help="File that collects signatures and travels between "
+                     "the signers' machines.  [default: ROLE.pending.json]"),
+        password_option,
+        json_option,
+    ):  # fmt: skip
+        verb = option(verb)
+    return verb
+
+
+@click.command("rotate-keys")
+@click.option(
+    "--role", metavar="ROLE", help="root, targets, online, operator or team:NAME. Left out on other machines."
+)
+@click.option("--add", "added", multiple=True, metavar="KEY.pub", type=_FILE, help="A key it gets; may be repeated.")
+@click.option("--remove", "removed", multiple=True, metavar="KEY", help="A key it loses: a file, or 8 or more "
+              "digits of its id; may be repeated.")  # fmt: skip
+@click.option("--threshold", type=click.IntRange(1, 16), default=None, help="Root signatures needed from now on.")
+@_collecting
+def rotate_keys(
+    role: str | None,
+    added: tuple[Path, ...],
+    removed: tuple[str, ...],
+    threshold: int | None,
+    store: str | None,
+    signing: tuple[Path, ...],
+    pending: Path | None,
+    passwords: Passwords,
+) -> None:
+    """Change who may sign. Begins with --role, goes on with --pending until all have signed, and then publishes.
+
+    The old root's keys and the new one's both have to sign a root. With the old and the new online (or targets) key
+    among --sign-with, boxes notice nothing; with the new one alone they wait between two writes. Safe to repeat.
+
+    \b
+    Example: inferhub rotate-keys --role root --add keys/root-d.pub --remove keys/root-a.pub --store store \\
+                 --sign-with keys/root-b                      (writes root.pending.json: 1 of 2 signatures)
+             inferhub rotate-keys --pending root.pending.json --sign-with keys/root-c      (on another machine)
+             inferhub rotate-keys --pending root.pending.json --store store                (publishes)
+             inferhub rotate-keys --role online --add keys/online-2.pub --remove keys/online.pub --store store \\
+                 --sign-with keys/root-b --sign-with keys/root-c --sign-with keys/online --sign-with keys/online-2
+    """
+    if role is None and (added or removed or threshold):
+        raise click.UsageError("--add, --remove and --threshold need --role")
+    if role is not None and not (added or removed or threshold):
+        raise click.UsageError("nothing to change: give --add, --remove or --threshold; inferhub renew keeps the keys")
+    _carry_on(role, added, removed, threshold or 0, store, signing, pending, passwords, renew=False)
+
+
+@click.command()
+@click.option("--role", metavar="ROLE", help="root, targets or team:NAME. Only needed to begin.")
+@_collecting
+def renew(
+    role: str | None, store: str | None, signing: tuple[Path, ...], pending: Path | None, passwords: Passwords
+) -> None:
+    """Sign a role again before it expires, with the keys it has. `inferhub ls` and `verify` say when.
+
+    The snapshot is renewed by refresh-timestamp, a team's role by each of its publications.
+
+    \b
+    Example: inferhub renew --role root --store store --sign-with keys/root-a --sign-with keys/root-b
+             inferhub renew --role team:vision --store store --sign-with keys/vision --sign-with keys/online
+    """
+    _carry_on(role, (), (), 0, store, signing, pending, passwords, renew=True)
+
+
+@click.command("retire-team")
+@click.argument("team")
+@store_option
+@key_option("--targets-key", "Signs the list of teams, and from now on the team's empty role.")
+@key_option("--online-key", "Signs snapshot and timestamp.")
+@password_option
+@json_option
+def retire_team(team: str, store: str, targets_key: Path, online_key: Path, passwords: Passwords) -> None:
+    """Take everything TEAM published out of the store, and its keys' power with it.
+
+    Boxes keep what they run. The role stays, empty and signed by the targets key, for boxes refuse a store in which a
+    role has vanished. `inferhub store gc` removes the blobs after its grace time.
+
+    \b
+    Example: inferhub retire-team audio --store store --targets-key keys/targets --online-key keys/online
+    """
+    objects, repository = open_repository(store)
+    with objects.lock():
+        state = repository.state()
+        signer = passwords.signer(targets_key)
+        held = [key.keyid for key in keys_of(repository, state, TEAM_PREFIX + team)]
+        role = state.teams.get(team)
+        if held == [signer.public_key.keyid] and role is not None and not role.signed.targets:
+            emit({"team": team, "changed": False, "timestamp_version": 0}, f"team {team} is retired already")
+            return
+        edition = repository.edition(state)
+        edition.retire_team(team, signer)
+        edition.sign_top(signer)
+        edition.seal(passwords.signer(online_key))
+        version = edition.write()
+    emit(
+        {"team": team, "changed": True, "timestamp_version": version},
+        f"team {team} is retired; signed {rfc3339(version)}",
+        f"it comes back with: inferhub rotate-keys --role {TEAM_PREFIX}{team} --add KEY.pub ...",
+    )
+
+
+@click.command("show-keys")
+@store_option
+@json_option
+def show_keys(store: str) -> None:
+    """Show which keys may sign what, how many are needed, and until when the signatures hold.
+
+    \b
+    Example: inferhub show-keys --store store
+    """
+    _, repository = open_repository(store)
+    state = repository.state()
+    rows = _roles(repository, state)
+    emit(
+        {"roles": rows},
+        *(
+            f"{row['role']:<20} {row['threshold']} of {len(row['keys'])}  until {row['expires'] or '-':<11}"
+            f"{' '.join(key[:_SHORT] for key in row['keys'])}{'  renew it now' if row['renew'] else ''}"
+            for row in rows
+        ),
+    )
+
+
+def _carry_on(
+    role: str | None,
+    added: tuple[Path, ...],
+    removed: tuple[str, ...],
+    threshold: int,
+    store: str | None,
+    signing: tuple[Path, ...],
+    path: Path | None,
+    passwords: Passwords,
+    *,
+    renew: bool,
+) -> None:
+    if path is None:
+        if role is None:
+            raise click.UsageError("give --role to begin, or --pending FILE to go on")
+        path = Path(f"{role.replace(':', '-')}.pending.json")
+    if store is None and (role is not None and not path.exists()):
+        raise click.UsageError("beginning a change needs --store")
+    if store is None:
+        _collect(load(path), path, signing, passwords)
+        return
+    objects, repository = open_repository(store)
+    with objects.lock():
+        if role is not None:
+            pending = _begin(objects, repository, path, role, added, removed, threshold, renew=renew)
+        else:
+            pending = load(path)
+        if pending is None:
+            emit({"complete": True, "published": True, "changed": False}, f"{role} is so already; nothing changed")
+            return
+        online = _collect(pending, path, signing, passwords, quiet=True)
+        needs_online = set(pending.next) != {"root"} or pending.request.get("role") == "online"
+        if not pending.complete or (needs_online and not online):
+            _report(pending, path, "--sign-with the online key" if pending.complete else "")
+            return
+        done = publish_rotation(pending, objects, repository, online, time.time)
+        path.unlink(missing_ok=True)
+    _report_published(pending, done)
+
+
+def _begin(
+    objects: Folder,
+    repository: Repository,
+    path: Path,
+    role: str,
+    added: tuple[Path, ...],
+    removed: tuple[str, ...],
+    threshold: int,
+    *,
+    renew: bool,
+) -> Pending | None:
+    """Return what ``path`` holds if it is about the same change, else the change begun now."""
+    new = tuple(keys.load_public(file) for file in added)
+    if path.exists():
+        pending = load(path)
+        request = pending.request
+        gone = [_named_key(word, request.get("remove", [])) for word in removed]
+        change = Change(role=role, add=new, remove=tuple(gone), threshold=threshold, renew=renew)
+        if change.as_dict() != request:
+            raise InvalidInputError(
+                f"{path} waits for signatures of another change; delete it, or give another --pending"
+            )
+        return pending
+    state = repository.state()
+    present = [key.keyid for key in keys_of(repository, state, role)]
+    change = Change(
+        role=role,
+        add=new,
+        remove=tuple(_named_key(word, present) for word in removed),
+        threshold=threshold,
+        renew=renew,
+    )
+    return begin(objects, repository, state, change, time.time)
+
+
+def _collect(
+    pending: Pending, path: Path, signing: tuple[Path, ...], passwords: Passwords, *, quiet: bool = False
+) -> list[Signer]:
+    """Let the given keys sign, save, and return those that sign snapshot and timestamp."""
+    signers = [passwords.signer(key) for key in signing]
+    online = _online_keys(pending)
+    idle = [signer for signer in pending.sign(signers) if signer.public_key.keyid not in online]
+    if idle:
+        allowed = "; ".join(str(need) for need in pending.needs())
+        raise KeyNotAllowedError(f"key {idle[0].public_key.keyid[:_SHORT]} has nothing to sign here: {allowed}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pending.save(path)
+    if not quiet:
+        _report(pending, path, "")
+    return [signer for signer in signers if signer.public_key.keyid in online]
+
+
+def _online_keys(pending: Pending) -> set[str]:
+    roots = [item["root"] for item in (pending.base, pending.next) if "root" in item]
+    return {
+        keyid for root in roots for name in ROLES["online"] for keyid in root.signed.get_delegated_role(name).keyids
+    }
+
+
+def _named_key(word: str, present: list[str]) -> str:
+    if Path(word).exists():
+        return str(keys.load_public(Path(word)).keyid)
+    found = [keyid for keyid in present if keyid.startswith(word)]
+    if len(word) >= _DIGITS_MIN and len(found) == 1:
+        return found[0]
+    raise InvalidInputError(
+        f"--remove {word}: neither a file nor the beginning of one key's id; see: inferhub show-keys"
+    )
+
+
+def _report(pending: Pending, path: Path, also: str) -> None:
+    needs = pending.needs()
+    if not pending.complete:
+        following = (
+            f"next: inferhub rotate-keys --pending {path} --sign-with KEY, on the machine of whoever has not signed"
+        )
+    else:
+        following = f"complete; publish it with: inferhub rotate-keys --pending {path} --store DIR {also}".rstrip()
+    emit(
+        {
+            "pending": str(path),
+            "complete": pending.complete,
+            "published": False,
+            "changed": False,
+            "needs": [asdict(need) for need in needs],
+            "changes": pending.changes(),
+        },
+        *pending.changes(),
+        *map(str, needs),
+        following,
+    )
+
+
+def _report_published(pending: Pending, done: Rotated) -> None:
+    emit(
+        {
+            "pending": "",
+            "complete": True,
+            "published": True,
+            "changed": done.changed,
+            "versions": done.versions,
+            "timestamp_version": done.timestamp_version,
+            "changes": pending.changes(),
+        },
+        *pending.changes(),
+        "published" if done.changed else "it was published already; nothing changed",
+    )
+
+
+def _roles(repository: Repository, state: State) -> list[dict[str, Any]]:
+    expires = {
+        "root": state.root.signed.expires,
+        "targets": state.targets.signed.expires,
+        "online": min(state.snapshot.signed.expires, state.timestamp.signed.expires),
+    }
+    expires |= {TEAM_PREFIX + team: role.signed.expires for team, role in state.teams.items()}
+    soon = expiring({role: date for role, date in expires.items() if role != "online"}, time.time())
+    rows = []
+    for role in (*ROLES, *(TEAM_PREFIX + team for team in state.team_names()), "operator"):
+        threshold = 1
+        if role in ROLES:
+            threshold = state.root.signed.roles[ROLES[role][-1]].threshold
+        elif role.startswith(TEAM_PREFIX):
+            threshold = state.targets.signed.get_delegated_role(team_role(role.removeprefix(TEAM_PREFIX))).threshold
+        rows.append(
+            {
+                "role": role,
+                "threshold": threshold,
+                "keys": [key.keyid for key in keys_of(repository, state, role)],
+                "expires": f"{expires[role]:%Y-%m-%d}" if role in expires else "",
+                "renew": role in soon,
+            }
+        )
+    return rows
