@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -72,6 +73,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     envelope: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """The world of a request: the system clock (Unix seconds), whether it follows a time server (``None``: as the
+    kernel says), and who is told the lines before the answer."""
+
+    wall: Callable[[], float]
+    synchronised: Callable[[], bool] | None
+    emit: recheck.Emit
+
+
 def main() -> int:
     """Serve one request."""
     _die_with_parent()
@@ -87,14 +98,12 @@ def main() -> int:
     return 0
 
 
-def handle(request: Request, *, wall: Callable[[], float] = time.time) -> dict[str, Any]:
-    """Carry out ``request`` and return the answer line; ``AgentError`` if it fails.
-
-    ``wall`` is the system clock, Unix seconds.
-    """
+def handle(request: Request, around: Surroundings | None = None) -> dict[str, Any]:
+    """Carry out ``request`` and return the answer line; ``AgentError`` if it fails."""
+    around = around or Surroundings(wall=time.time, synchronised=None, emit=emit)
     layout = Layout(Path(request.state_dir))
     if request.op == "check":
-        return recheck.check(Path(request.path), _box(request), emit)
+        return recheck.check(Path(request.path), _box(request), around.emit)
     # Here, because a check runs at every boot before anything serves and needs none of the trust libraries.
     from agent.bundles import pull, survey
     from agent.bundles.fetcher import Transport
@@ -104,12 +113,20 @@ def handle(request: Request, *, wall: Callable[[], float] = time.time) -> dict[s
     if request.medium:
         store = msgspec.structs.replace(store, urls=(medium_url(request.medium),))
     transport = Transport(stall_timeout_s=store.stall_timeout_s, connections=store.connections)
-    resolver = Resolver(layout, store, transport, wall=wall, on_refused=_tell_refused, from_medium=bool(request.medium))
+    resolver = Resolver(
+        layout,
+        store,
+        transport,
+        wall=around.wall,
+        synchronised=around.synchronised,
+        on_refused=lambda source, error: _tell_refused(around, source, error),
+        from_medium=bool(request.medium),
+    )
     match request.op:
         case "verify_command":
             return verify_command(request.envelope.encode(), resolver, layout)
         case "trust":
-            return survey.trust_line(resolver, layout, store, wall())
+            return survey.trust_line(resolver, layout, store, around.wall())
         case "survey":
             return survey.survey_line(resolver, request.models)
         case "resolve":
@@ -118,7 +135,7 @@ def handle(request: Request, *, wall: Callable[[], float] = time.time) -> dict[s
             here = layout.version(manifest.team, manifest.name, manifest.version, resolved.manifest_sha256).exists()
             return pull.resolved_line(resolved, manifest.total_size, 0 if here else manifest.total_size)
         case "fetch":
-            return _fetch(request, store, layout, resolver, transport, wall)
+            return _fetch(request, store, layout, resolver, transport, around)
 
 
 def _fetch(
@@ -127,7 +144,7 @@ def _fetch(
     layout: Layout,
     resolver: Resolver,
     transport: Transport,
-    wall: Callable[[], float],
+    around: Surroundings,
 ) -> dict[str, Any]:
     """Bring a version here, or take what an earlier fetch brought, if no store answers."""
     from agent.bundles import approved, pull  # see handle()
@@ -136,11 +153,15 @@ def _fetch(
     try:
         resolved = resolver.version(*wanted, activate=True)
     except StoreError as unreachable:
-        line = None if request.medium else approved.take(resolver, wanted, _box(request), layout, wall(), emit)
+        line = (
+            None
+            if request.medium
+            else approved.take(resolver, wanted, _box(request), layout, around.wall(), around.emit)
+        )
         if line is None:
             raise unreachable
         return line
-    answer = pull.fetch(resolved, _box(request), layout, store, transport, emit)
+    answer = pull.fetch(resolved, _box(request), layout, store, transport, around.emit)
     resolver.require_timely(resolved)  # a slow link may have taken days
     return answer
 
@@ -194,8 +215,8 @@ def emit(line: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _tell_refused(source: str, error: AgentError) -> None:
-    emit({"event": "refused", "source": source, "code": error.code, "message": str(error)})
+def _tell_refused(around: Surroundings, source: str, error: AgentError) -> None:
+    around.emit({"event": "refused", "source": source, "code": error.code, "message": str(error)})
 
 
 def installed_runtimes() -> dict[str, Runtime]:

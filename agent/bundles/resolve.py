@@ -92,6 +92,7 @@ class Resolver:
     Args:
         transport: How to reach it.
         wall: Unix seconds as the system clock has them.
+        synchronised: Whether that clock follows a time server; default: as the kernel says.
         on_refused: Told of each mirror whose answer was refused and is not what is raised.
         from_medium: ``store`` names one medium.
     """
@@ -103,6 +104,7 @@ class Resolver:
         transport: Transport,
         *,
         wall: Callable[[], float] = time.time,
+        synchronised: Callable[[], bool] | None = None,
         on_refused: OnRefused = lambda url, error: None,
         from_medium: bool = False,
     ) -> None:
@@ -111,6 +113,7 @@ class Resolver:
         self._store = store
         self._transport = transport
         self._wall = wall
+        self._synchronised = synchronised or clock_synchronised
         self._on_refused = on_refused
 
     def version(self, team: str, name: str, version: str, channel: str, *, activate: bool = False) -> Resolved:
@@ -297,7 +300,7 @@ class Resolver:
             url=url,
             transport=self._transport,
             wall=self._wall(),
-            synchronised=clock_synchronised(),
+            synchronised=self._synchronised(),
             metadata_timeout_s=self._store.metadata_timeout_s,
             own_metadata=origin is Origin.MIRROR,
         )

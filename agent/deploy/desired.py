@@ -15,6 +15,7 @@ from agent.deploy.pointer import Pointer
 from agent.deploy.state import FINAL, TRIAL, Record, State
 
 PRECEDENCE: Final = ("pin", "fleet", "file")  # strongest first
+REVOCATION: Final = "revocation"  # nobody's wish: away from a version that was revoked, before anything else
 # Ends whose cause may pass by itself: the wish is tried again now and then.
 TRANSIENT: Final = frozenset({"metadata_expired", "disk_full", "offline", "store_transient", "store_failed"})
 
@@ -63,7 +64,12 @@ def decide(wish: Desired | None, pointer: Pointer | None, latest: Record | None)
         latest: The slot's newest deployment.
     """
     if latest is not None and latest.state not in FINAL:
-        if wish is None or _serves(latest, wish) or latest.state in TRIAL - {State.PROBATION}:
+        if (
+            wish is None
+            or latest.source == REVOCATION
+            or _serves(latest, wish)
+            or latest.state in TRIAL - {State.PROBATION}
+        ):
             return Action.RESUME
         return Action.SUPERSEDE
     if wish is None:

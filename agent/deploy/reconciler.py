@@ -17,7 +17,7 @@ from typing import Final
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
-from agent.deploy.desired import TRANSIENT, Action, Desired, decide, effective
+from agent.deploy.desired import REVOCATION, TRANSIENT, Action, Desired, decide, effective
 from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
@@ -451,8 +451,9 @@ class Reconciler:
             served=await self._journal.served(slot),
             policy=self._on_revoked,
         )
-        tried = kept is not None and await self._journal.get(_fall_back_id(pointer, kept)) is not None
-        return (Measure.STOP, None) if tried else (measure, kept)
+        before = await self._journal.get(_fall_back_id(pointer, kept)) if kept is not None else None
+        failed = before is not None and before.state in FINAL - {State.CONFIRMED, State.SUPERSEDED}
+        return (Measure.STOP, None) if failed else (measure, kept)
 
     async def _enforce(self, performer: Performer, measure: Measure) -> str:
         """Stop what may not serve; return why the slot is stopped, or an empty text."""
@@ -480,7 +481,7 @@ class Reconciler:
         self._tell_revoked(revoked, Measure.FALL_BACK)
         wish_id = _fall_back_id(performer.pointer, kept)
         wish = Desired(
-            id=wish_id, slot=performer.slot, team=kept.team, version=kept.version, source="revocation", local=True
+            id=wish_id, slot=performer.slot, team=kept.team, version=kept.version, source=REVOCATION, local=True
         )
         await performer.begin(wish, deployment_id=wish_id)
         await self._collect()
@@ -656,6 +657,8 @@ class Reconciler:
 
     def _is_superseded(self, record: Record) -> bool:
         wish = self._wishes.get(record.slot)
+        if record.source == REVOCATION:
+            return False
         return wish is not None and wish.id != record.id and not record.id.startswith(f"{wish.id}@")
 
     def _hint(self, slot: str) -> asyncio.Event:

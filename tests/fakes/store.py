@@ -12,10 +12,10 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -136,17 +136,55 @@ class StoreWorld:
     def rotate_online_key(self) -> None:
         """Publish a root that replaces the key of timestamp and snapshot, and sign both with the new one."""
         stolen, self.online = self.online, CryptoSigner.generate_ed25519()
+
+        def change(root: Root) -> None:
+            for role in ("timestamp", "snapshot"):
+                root.revoke_key(stolen.public_key.keyid, role)
+                root.add_key(self.online.public_key, role)
+
+        self._publish_root(change, self.root_signers[:2])
+        self._resign_snapshot()
+
+    def rotate_root_key(self) -> CryptoSigner:
+        """Replace the first root key; old and new keys sign. Return the key that may sign no more."""
+        old, new = self.root_signers[0], CryptoSigner.generate_ed25519()
+
+        def change(root: Root) -> None:
+            root.revoke_key(old.public_key.keyid, "root")
+            root.add_key(new.public_key, "root")
+
+        self._publish_root(change, [old, new, self.root_signers[1]])
+        self.root_signers[0] = new
+        return old
+
+    def maintain(self) -> None:
+        """Sign every role anew, as its people do before it expires."""
+        self._publish_root(lambda root: None, self.root_signers[:2])
+        edition = self._repository.edition(self._repository.state())
+        edition.add_top_target(OPERATORS_TARGET, operators_document("default", [self.operator.public_key]))
+        edition.sign_top(self.targets)
+        for team, signer in self.teams.items():
+            edition.sign_team(team, signer)
+        edition.seal(self.online)
+        edition.write()
+
+    def fast_forward(self, version: int) -> None:
+        """What a thief of the online key does: snapshot and timestamp so far ahead that nothing may follow."""
+        self._resign_snapshot(version=1_000_000_000, stamp=version)
+
+    def _publish_root(self, change: Callable[[Root], None], signers: Sequence[CryptoSigner]) -> None:
         path = max((self.root / "metadata").glob("*.root.json"), key=lambda item: int(item.name.split(".")[0]))
         metadata = Metadata[Root].from_bytes(path.read_bytes())
-        for role in ("timestamp", "snapshot"):
-            metadata.signed.revoke_key(stolen.public_key.keyid, role)
-            metadata.signed.add_key(self.online.public_key, role)
+        change(metadata.signed)
         metadata.signed.version += 1
+        metadata.signed.expires = self._in_days(365)
         metadata.signatures.clear()
-        for signer in self.root_signers[:2]:
+        for signer in signers:
             metadata.sign(signer, append=True)
         (path.parent / f"{metadata.signed.version}.root.json").write_bytes(metadata.to_bytes(JSONSerializer()))
-        self._resign_snapshot()
+
+    def _in_days(self, days: int) -> datetime:
+        return datetime.fromtimestamp(int(self.now()) + days * 86_400, UTC)
 
     def command(self, payload: dict[str, Any], *, signer: CryptoSigner | None = None) -> bytes:
         """Return ``payload`` in a signed envelope."""
@@ -169,18 +207,20 @@ class StoreWorld:
         edition.seal(self.online)
         edition.write()
 
-    def _resign_snapshot(self) -> None:
+    def _resign_snapshot(self, *, version: int = 0, stamp: int = 0) -> None:
         timestamp = Metadata[Timestamp].from_bytes((self.root / "metadata" / "timestamp.json").read_bytes())
         old = timestamp.signed.snapshot_meta.version
         snapshot: Metadata[Any] = Metadata.from_bytes((self.root / "metadata" / f"{old}.snapshot.json").read_bytes())
-        snapshot.signed.version = old + 1
+        version = version or old + 1
+        snapshot.signed.version = version
+        snapshot.signed.expires = self._in_days(90)
         snapshot.sign(self.online)
         data = snapshot.to_bytes(JSONSerializer())
-        (self.root / "metadata" / f"{old + 1}.snapshot.json").write_bytes(data)
+        (self.root / "metadata" / f"{version}.snapshot.json").write_bytes(data)
         meta = timestamp.signed.snapshot_meta
-        meta.version, meta.length, meta.hashes = old + 1, len(data), {"sha256": _sha256(data)}
-        timestamp.signed.version = int(self.now())
-        timestamp.signed.expires = datetime.now(UTC).replace(microsecond=0) + timedelta(days=7)
+        meta.version, meta.length, meta.hashes = version, len(data), {"sha256": _sha256(data)}
+        timestamp.signed.version = stamp or int(self.now())
+        timestamp.signed.expires = datetime.fromtimestamp(timestamp.signed.version + 7 * 86_400, UTC)
         timestamp.sign(self.online)
         (self.root / "metadata" / "timestamp.json").write_bytes(timestamp.to_bytes(JSONSerializer()))
 
