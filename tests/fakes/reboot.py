@@ -7,16 +7,14 @@ The engine alone is false: its host takes a version only if every byte of it is 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -38,6 +36,7 @@ from tests.fakes.device import HARDWARE, PROFILE
 
 SLOT = "tiny"
 DEPLOY = DeployConfig(probation_s=0.05, probation_calls_min=1, probation_limit_s=30)
+T = TypeVar("T")
 Published = Mapping[str, Mapping[str, str]]  # version to the sha256 of each of its files
 
 
@@ -54,19 +53,17 @@ class InlinePuller(Puller):
     async def _ask(
         self, request: dict[str, Any], wanted: str, on_line: OnProgress = lambda line: None
     ) -> dict[str, Any]:
-        lines = io.StringIO()
+        def emit(line: dict[str, Any]) -> None:
+            if line["event"] == "refused":
+                self._tell_refused(line, request)
+            else:
+                on_line(line)
+
+        value = msgspec.json.decode(json.dumps(self._request | request), type=child.Request)
         try:
-            with contextlib.redirect_stdout(lines):
-                value = msgspec.json.decode(json.dumps(self._request | request), type=child.Request)
-                return child.handle(value, wall=self._wall)
+            return child.handle(value, child.Surroundings(wall=self._wall, synchronised=None, emit=emit))
         except AgentError as error:
             raise by_code(error.code, str(error)) from error  # as it crosses from the child
-        finally:
-            for line in map(json.loads, lines.getvalue().splitlines()):
-                if line["event"] == "refused":
-                    self._tell_refused(line, request)
-                else:
-                    on_line(line)
 
 
 class StrictHost(FakeHost):
@@ -112,18 +109,13 @@ class Reboot:
     async def running(self) -> AsyncIterator[None]:
         """Boot; the block begins once what is on disk serves."""
         await self.reconciler.open()
-        task = asyncio.ensure_future(self.reconciler.run())
-        booted = asyncio.ensure_future(self.reconciler.booted.wait())
+        self._task = asyncio.ensure_future(self.reconciler.run())
         try:
-            async with asyncio.timeout(90):
-                await asyncio.wait({task, booted}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
+            await self._while_alive(self.reconciler.booted.wait())
             yield
         finally:
-            for waiting in (task, booted):
-                waiting.cancel()
-            await asyncio.wait({task, booted})
+            self._task.cancel()
+            await asyncio.wait({self._task})
             self.reconciler.stopped()
             await self.journal.close()
             self._heard.__exit__(None, None, None)
@@ -134,8 +126,19 @@ class Reboot:
         known = await self.journal.wanted()
         if all(item.id != wish.id for item in known) and await self.reconciler.find(wish.id) is None:
             await self.reconciler.want(wish)
-        async with asyncio.timeout(90):
-            return await self.reconciler.outcome(wish.id)
+        return await self._while_alive(self.reconciler.outcome(wish.id))
+
+    async def _while_alive(self, waited: Coroutine[Any, Any, T]) -> T:
+        """Return what comes, unless the reconciler ends before or a minute and a half passes."""
+        task = asyncio.ensure_future(waited)
+        try:
+            await asyncio.wait({self._task, task}, timeout=90, return_when=asyncio.FIRST_COMPLETED)
+            if self._task.done():
+                self._task.result()
+            assert task.done(), "the reconciler neither comes to an end nor fails"
+            return task.result()
+        finally:
+            task.cancel()
 
     def serving(self) -> str:
         """Return the version that answers requests, ``""`` if there is none."""
