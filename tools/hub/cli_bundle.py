@@ -24,6 +24,7 @@ from tools.hub.cli import (
 )
 from tools.hub.cli_store import parse_version
 from tools.hub.description import FILE_NAME, load
+from tools.hub.oms import upstream_record
 from tools.hub.publish import rfc3339
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -36,14 +37,28 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--out", type=_FOLDER, required=True, metavar="BUNDLE", help="Folder to make.")
 @click.option("--seq", type=click.IntRange(min=1), help="Number that only grows per model.  [default: Unix seconds]")
 @click.option("--untried", multiple=True, metavar="VARIANT", help="Accept a variant that this machine cannot run.")
+@click.option("--upstream-oms", type=_FILE, metavar="FILE", help="OpenSSF model signature that came with the model; "
+              "checked and recorded.")  # fmt: skip
+@click.option("--upstream-key", type=_FILE, metavar="PUB", help="Whose it must be: public key or certificate, in PEM.")
+@click.option("--upstream-dir", type=_FOLDER, metavar="DIR", help="The folder it was made for.  [default: SRC]")
 @json_option
-def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untried: tuple[str, ...]) -> None:
+def pack(
+    source: Path,
+    manifest: Path | None,
+    out: Path,
+    seq: int | None,
+    untried: tuple[str, ...],
+    upstream_oms: Path | None,
+    upstream_key: Path | None,
+    upstream_dir: Path | None,
+) -> None:
     """Check, try and chunk the model in SRC; write an unsigned bundle.
 
     Each variant is loaded in a process of its own, must reproduce the recorded (golden) outputs, and is measured.
 
     \b
     Example: inferhub pack magika-1.0.0 --out bundles/magika-1.0.0
+             inferhub pack resnet --out bundles/resnet --upstream-oms resnet/model.sig --upstream-key vendor.pem
 
     \b
     SRC/model.toml, shortest useful form:
@@ -69,9 +84,16 @@ def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untrie
     description = load(manifest or source / FILE_NAME)
     if seq is not None:
         description = msgspec.structs.replace(description, seq=seq)
+    if upstream_oms is not None:
+        if upstream_key is None:
+            raise click.UsageError("--upstream-oms needs --upstream-key: whose signature must it be?")
+        checked = upstream_record(upstream_dir or source, upstream_oms, upstream_key, verified_at=rfc3339(time.time()))
+        provenance = msgspec.structs.replace(description.provenance, upstream_oms=checked)
+        description = msgspec.structs.replace(description, provenance=provenance)
     with progress() as bars:
         packed = pack_bundle(source, description, out, now=time.time(), untried_allowed=untried, listener=bars)
     bundle = packed.bundle
+    upstream = bundle.manifest.provenance.upstream_oms
     variants = {
         variant.id: {
             "precision": variant.precision,
@@ -92,6 +114,7 @@ def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untrie
             "bytes": packed.raw_bytes,
             "stored_bytes": packed.stored_bytes,
             "variants": variants,
+            "upstream_oms": upstream,
         },
         f"{bundle.title}  seq {bundle.manifest.seq}  manifest {bundle.sha256[:12]}",
         f"{len(bundle.manifest.files)} files, {human_bytes(packed.raw_bytes)}, "
@@ -102,6 +125,7 @@ def pack(source: Path, manifest: Path | None, out: Path, seq: int | None, untrie
             else f"  {name}: NOT TRIED: {packed.untried[name]}"
             for name, facts in variants.items()
         ),
+        *([f"upstream signature: {upstream['files']} files by {upstream['identity']}"] if upstream_oms else []),
         f"wrote {out}; publish it with: inferhub publish {out} --store DIR --team-key KEY --online-key KEY",
     )
 
@@ -154,17 +178,26 @@ def quantize(
 @store_option
 @key_option("--team-key", "The team's key; signs the manifest and the index.")
 @key_option("--online-key", "Signs snapshot and timestamp.")
+@key_option("--oms-key", "Also sign the files as OpenSSF model signing does; ECDSA P-256.", required=False)
 @click.option("--channel", "channels", multiple=True, metavar="NAME", help="Point this channel to it; may be repeated.")
 @password_option
 @json_option
 def publish(
-    folder: Path, store: str, team_key: Path, online_key: Path, channels: tuple[str, ...], passwords: Passwords
+    folder: Path,
+    store: str,
+    team_key: str,
+    online_key: str,
+    oms_key: str | None,
+    channels: tuple[str, ...],
+    passwords: Passwords,
 ) -> None:
     """Publish a packed bundle. Safe to repeat: after a cut it goes on, when done it changes nothing.
 
     \b
     Example: inferhub publish bundles/magika-1.0.0 --store store --team-key keys/demo --online-key keys/online \\
                  --channel stable
+             inferhub publish bundles/resnet --store store --team-key awskms:alias/vision --online-key keys/online \
+                 --oms-key keys/oms
     """
     bundle = open_bundle(folder)
     with publisher(store) as (publishing, _), progress() as bars:
@@ -172,6 +205,7 @@ def publish(
             bundle,
             team_signer=passwords.signer(team_key),
             online_signer=passwords.signer(online_key),
+            oms_signer=passwords.signer(oms_key) if oms_key else None,
             channels=channels,
             listener=bars,
         )
@@ -195,7 +229,7 @@ def publish(
 @key_option("--online-key", "Signs snapshot and timestamp.")
 @password_option
 @json_option
-def promote(model: str, store: str, channel: str, team_key: Path, online_key: Path, passwords: Passwords) -> None:
+def promote(model: str, store: str, channel: str, team_key: str, online_key: str, passwords: Passwords) -> None:
     """Point a channel to a published version.
 
     \b

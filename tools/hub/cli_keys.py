@@ -11,10 +11,10 @@ import click
 from securesystemslib.signer import Signer
 
 from agent.errors import InvalidInputError
-from tools.hub import keys
 from tools.hub.cli import Passwords, emit, json_option, key_option, open_repository, password_option, store_option
 from tools.hub.edition import State, expiring, team_role
 from tools.hub.errors import KeyNotAllowedError
+from tools.hub.keyservice import is_uri
 from tools.hub.objects import Folder
 from tools.hub.pending import Pending, load
 from tools.hub.publish import rfc3339
@@ -32,7 +32,7 @@ def _collecting(verb: Any) -> Any:
     for option in (
         click.option("--store", metavar="DIR", envvar="INFERHUB_STORE", help="The store: a folder or file:// URL. "
                      "Only needed to begin and to publish."),
-        click.option("--sign-with", "signing", multiple=True, metavar="KEY", type=_FILE,
+        click.option("--sign-with", "signing", multiple=True, metavar="KEY",
                      help="A key that signs: root, targets, team and online keys, each where it is needed. Repeat."),
         click.option("--pending", type=_FILE, metavar="FILE", help="File that collects signatures and travels between "
                      "the signers' machines.  [default: ROLE.pending.json]"),
@@ -47,18 +47,18 @@ def _collecting(verb: Any) -> Any:
 @click.option(
     "--role", metavar="ROLE", help="root, targets, online, operator or team:NAME. Left out on other machines."
 )
-@click.option("--add", "added", multiple=True, metavar="KEY.pub", type=_FILE, help="A key it gets; may be repeated.")
+@click.option("--add", "added", multiple=True, metavar="KEY.pub", help="A key it gets; may be repeated.")
 @click.option("--remove", "removed", multiple=True, metavar="KEY", help="A key it loses: a file, or 8 or more "
               "digits of its id; may be repeated.")  # fmt: skip
 @click.option("--threshold", type=click.IntRange(1, 16), default=None, help="Root signatures needed from now on.")
 @_collecting
 def rotate_keys(
     role: str | None,
-    added: tuple[Path, ...],
+    added: tuple[str, ...],
     removed: tuple[str, ...],
     threshold: int | None,
     store: str | None,
-    signing: tuple[Path, ...],
+    signing: tuple[str, ...],
     pending: Path | None,
     passwords: Passwords,
 ) -> None:
@@ -86,7 +86,7 @@ def rotate_keys(
 @click.option("--role", metavar="ROLE", help="root, targets or team:NAME. Only needed to begin.")
 @_collecting
 def renew(
-    role: str | None, store: str | None, signing: tuple[Path, ...], pending: Path | None, passwords: Passwords
+    role: str | None, store: str | None, signing: tuple[str, ...], pending: Path | None, passwords: Passwords
 ) -> None:
     """Sign a role again before it expires, with the keys it has. `inferhub ls` and `verify` say when.
 
@@ -106,7 +106,7 @@ def renew(
 @key_option("--online-key", "Signs snapshot and timestamp.")
 @password_option
 @json_option
-def retire_team(team: str, store: str, targets_key: Path, online_key: Path, passwords: Passwords) -> None:
+def retire_team(team: str, store: str, targets_key: str, online_key: str, passwords: Passwords) -> None:
     """Take everything TEAM published out of the store, and its keys' power with it.
 
     Boxes keep what they run. The role stays, empty and signed by the targets key, for boxes refuse a store in which a
@@ -160,11 +160,11 @@ def show_keys(store: str) -> None:
 
 def _carry_on(
     role: str | None,
-    added: tuple[Path, ...],
+    added: tuple[str, ...],
     removed: tuple[str, ...],
     threshold: int,
     store: str | None,
-    signing: tuple[Path, ...],
+    signing: tuple[str, ...],
     path: Path | None,
     passwords: Passwords,
     *,
@@ -182,7 +182,7 @@ def _carry_on(
     objects, repository = open_repository(store)
     with objects.lock():
         if role is not None:
-            pending = _begin(objects, repository, path, role, added, removed, threshold, renew=renew)
+            pending = _begin(objects, repository, path, role, added, removed, threshold, passwords, renew=renew)
         else:
             pending = load(path)
         if pending is None:
@@ -203,18 +203,19 @@ def _begin(
     repository: Repository,
     path: Path,
     role: str,
-    added: tuple[Path, ...],
+    added: tuple[str, ...],
     removed: tuple[str, ...],
     threshold: int,
+    passwords: Passwords,
     *,
     renew: bool,
 ) -> Pending | None:
     """Return what ``path`` holds if it is about the same change, else the change begun now."""
-    new = tuple(keys.load_public(file) for file in added)
+    new = tuple(passwords.public(key) for key in added)
     if path.exists():
         pending = load(path)
         request = pending.request
-        gone = [_named_key(word, request.get("remove", [])) for word in removed]
+        gone = [_named_key(word, request.get("remove", []), passwords) for word in removed]
         change = Change(role=role, add=new, remove=tuple(gone), threshold=threshold, renew=renew)
         if change.as_dict() != request:
             raise InvalidInputError(
@@ -226,7 +227,7 @@ def _begin(
     change = Change(
         role=role,
         add=new,
-        remove=tuple(_named_key(word, present) for word in removed),
+        remove=tuple(_named_key(word, present, passwords) for word in removed),
         threshold=threshold,
         renew=renew,
     )
@@ -234,7 +235,7 @@ def _begin(
 
 
 def _collect(
-    pending: Pending, path: Path, signing: tuple[Path, ...], passwords: Passwords, *, quiet: bool = False
+    pending: Pending, path: Path, signing: tuple[str, ...], passwords: Passwords, *, quiet: bool = False
 ) -> list[Signer]:
     """Let the given keys sign, save, and return those that sign snapshot and timestamp."""
     signers = [passwords.signer(key) for key in signing]
@@ -257,9 +258,9 @@ def _online_keys(pending: Pending) -> set[str]:
     }
 
 
-def _named_key(word: str, present: list[str]) -> str:
-    if Path(word).exists():
-        return str(keys.load_public(Path(word)).keyid)
+def _named_key(word: str, present: list[str], passwords: Passwords) -> str:
+    if is_uri(word) or Path(word).exists():
+        return str(passwords.public(word).keyid)
     found = [keyid for keyid in present if keyid.startswith(word)]
     if len(word) >= _DIGITS_MIN and len(found) == 1:
         return found[0]

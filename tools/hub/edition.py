@@ -37,7 +37,7 @@ from tuf.api.metadata import (
 )
 from tuf.api.serialization.json import JSONSerializer
 
-from tools.hub.errors import ConflictError, KeyNotAllowedError, StoreStateError
+from tools.hub.errors import ConflictError, KeyNotAllowedError, SigningKeyError, StoreStateError
 from tools.hub.objects import Objects
 
 Now = Callable[[], float]  # Unix seconds
@@ -52,6 +52,7 @@ TIMESTAMP_DAYS: Final = 7
 SNAPSHOT_RENEW_DAYS: Final = 30  # with so much left the snapshot is signed again, by the key that signs timestamps
 ALERT_DAYS: Final = 30  # roles that need an offline key are named this long before they expire
 ROOT_ALERT_DAYS: Final = 90  # a ceremony takes several people
+TIMESTAMP_ALERT_S: Final = 48 * 3600  # it is signed every day
 
 TIMESTAMP: Final = "metadata/timestamp.json"
 _CLOCK_TOLERANCE_S: Final = 3600
@@ -97,12 +98,6 @@ class State:
         """Return every team that holds a delegation, published or not."""
         held = self.targets.signed.delegations
         return sorted(team_of(name) for name in (held.roles if held else None) or {})
-
-    def expiring(self, now: float) -> dict[str, datetime]:
-        """Return the roles that only an offline key can renew and that should be renewed at ``now``."""
-        offline: dict[str, Metadata[Any]] = {"root": self.root, "targets": self.targets}
-        offline |= {team_role(team): metadata for team, metadata in self.teams.items()}
-        return expiring({role: metadata.signed.expires for role, metadata in offline.items()}, now)
 
 
 @dataclass(slots=True)
@@ -399,7 +394,17 @@ def sign(metadata: Metadata[Any], signers: Iterable[Signer]) -> None:
     """Replace all signatures."""
     metadata.signatures.clear()
     for signer in signers:
+        add_signature(metadata, signer)
+
+
+def add_signature(metadata: Metadata[Any], signer: Signer) -> None:
+    """Add one signature; ``SigningKeyError`` if the key cannot sign, as one in a service may."""
+    try:
         metadata.sign(signer, append=True)
+    except UnsignedMetadataError as error:
+        if isinstance(error.__cause__, SigningKeyError):
+            raise error.__cause__ from error
+        raise SigningKeyError(f"key {signer.public_key.keyid[:12]}: {error}") from error
 
 
 def accepts(delegator: Metadata[Root] | Metadata[Targets], role: str, metadata: Metadata[Any]) -> bool:

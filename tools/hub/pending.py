@@ -25,7 +25,7 @@ from tuf.api.serialization import DeserializationError
 
 from agent.durable import write_file
 from agent.errors import InvalidInputError
-from tools.hub.edition import team_of
+from tools.hub.edition import add_signature, team_of
 from tools.hub.errors import StoreStateError
 
 SCHEMA: Final = "inferhub-pending/1"
@@ -93,7 +93,7 @@ class Pending:
                 if keyid in self._allowed(name):
                     used = True
                     if not self._holds(name, keyid):
-                        metadata.sign(signer, append=True)
+                        add_signature(metadata, signer)
             if not used:
                 idle.append(signer)
         return idle
