@@ -150,13 +150,6 @@ def test_each_verb_speaks_to_a_person_too(centre: Path) -> None:
     assert "vision/linear" in run("ls", "--store", "store").stdout
 
 
-@pytest.mark.parametrize("verb", sorted(main.list_commands(None)))  # type: ignore[arg-type]
-def test_every_verb_has_help_with_an_example(verb: str) -> None:
-    result = run(verb, "--help")
-    assert result.exit_code == 0
-    assert f"inferhub {verb}" in result.stdout.partition("Example:")[2]
-
-
 def test_errors_name_a_code_and_what_to_do(centre: Path) -> None:
     hub("pack", "nowhere", "--out", "b", fails="bad_source")
     hub("publish", "nowhere", "--store", "store", *SIGNING, fails="bad_source")

@@ -15,6 +15,7 @@ Absent on purpose: what goes into a root (``rotation.py``), and blobs, which are
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ ROOT_ALERT_DAYS: Final = 90  # a ceremony takes several people
 TIMESTAMP_ALERT_S: Final = 48 * 3600  # it is signed every day
 
 TIMESTAMP: Final = "metadata/timestamp.json"
+STORE_FILE: Final = "store.json"  # tells whoever looks what is here; never trusted
 _CLOCK_TOLERANCE_S: Final = 3600
 _ROLE_PREFIX: Final = "team-"
 
@@ -82,6 +84,12 @@ def expiring(dates: Mapping[str, datetime], now: float) -> dict[str, datetime]:
         for role, date in dates.items()
         if date < expiry(now, ROOT_ALERT_DAYS if role == Root.type else ALERT_DAYS)
     }
+
+
+def store_document(**more: Any) -> bytes:
+    """Return what ``STORE_FILE`` says, with ``more`` beside the layout."""
+    layout = {"format": "inferd-store/1", "metadata": "metadata", "targets": "targets", "blobs": "blobs"}
+    return json.dumps(layout | more, indent=1).encode() + b"\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

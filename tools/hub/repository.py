@@ -18,6 +18,7 @@ from tuf.api.serialization import DeserializationError
 from agent.errors import NotFoundError
 from tools.hub.edition import (
     ROOT_DAYS,
+    STORE_FILE,
     TIMESTAMP,
     Edition,
     Now,
@@ -30,6 +31,7 @@ from tools.hub.edition import (
     root_versions,
     serialise,
     sign,
+    store_document,
     target_object,
     team_of,
     unsigned,
@@ -129,6 +131,7 @@ class Repository:
         edition.seal(online_signer)
         data = serialise(root)
         self._objects.put(metadata_object("root", 1), data)
+        self._objects.put(STORE_FILE, store_document())
         edition.write()
         return data
 

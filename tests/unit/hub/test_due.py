@@ -94,9 +94,10 @@ def verbs(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tupl
             yield (*path, name), command
 
 
-@pytest.mark.parametrize(
-    ("path", "verb"), list(verbs(main)), ids=lambda value: "-".join(value) if isinstance(value, tuple) else ""
-)
-def test_every_verb_speaks_json_and_has_an_example(path: tuple[str, ...], verb: click.Command) -> None:
-    assert any("--json" in option.opts for option in verb.params)
-    assert f"inferhub {' '.join(path)}" in (verb.help or "").partition("Example:")[2]
+VERBS = {" ".join(path): verb for path, verb in verbs(main)}
+
+
+@pytest.mark.parametrize("name", list(VERBS))
+def test_every_verb_speaks_json_and_has_an_example(name: str) -> None:
+    assert any("--json" in option.opts for option in VERBS[name].params)
+    assert f"inferhub {name}" in (VERBS[name].help or "").partition("Example:")[2]
