@@ -234,7 +234,14 @@ def test_a_root_ceremony_on_three_machines(centre: Path) -> None:
     assert "root: 1 of 2 signatures by the keys of root 1, still needed: 1 of " in told
     assert "root: 2 of 2 signatures by the keys of root 2" in told
     hub("rotate-keys", "--pending", str(carried), "--sign-with", "keys/operator", fails="key_not_allowed")
-    assert hub("rotate-keys", "--pending", str(carried), "--sign-with", "keys/root-c")["complete"]
+    hub("rotate-keys", "--role", "online", "--add", "keys/online-2.pub", "--pending", str(carried),
+        fails="invalid_input")  # fmt: skip
+    last = ("rotate-keys", "--pending", str(carried), "--sign-with", "keys/root-c")
+    (centre / "stranger.json").write_bytes(
+        (centre / "anchor/root.json").read_bytes().replace(b'"threshold":2', b'"threshold":1')
+    )
+    hub(*last, "--anchor", "stranger.json", fails="untrusted")
+    assert hub(*last, "--anchor", "anchor/root.json")["complete"]
 
     done = hub("rotate-keys", "--pending", str(carried), "--store", "store")
     assert (done["published"], done["changed"], done["versions"]) == (True, True, {"root": 2})

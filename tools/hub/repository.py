@@ -175,6 +175,13 @@ class Repository:
             )
         return earlier
 
+    def roots(self) -> list[Metadata[Root]]:
+        """Return every root, the first one first; raises what tuf raises."""
+        return [
+            Metadata[Root].from_bytes(self._objects.read(metadata_object("root", version)))
+            for version in root_versions(self._objects)
+        ]
+
     def newest_root(self) -> Metadata[Root]:
         """Return the root in force, checked against itself; raises what tuf raises."""
         newest = root_versions(self._objects)[-1]
