@@ -19,10 +19,10 @@ from typing import Any, Final, TypeVar
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from securesystemslib.signer import CryptoSigner
+from securesystemslib.signer import Signer, SSlibKey
 
 from agent.errors import AgentError, DiskFullError, StoreError
-from tools.hub import keys
+from tools.hub import keys, keyservice
 from tools.hub.errors import SigningKeyError
 from tools.hub.listener import Listener, Unit
 from tools.hub.objects import Folder, folder_of
@@ -118,11 +118,9 @@ def store_option(verb: Verb) -> Verb:
     )(verb)
 
 
-def key_option(name: str, help_text: str) -> Callable[[Verb], Verb]:
-    """Add a required option for a private key file."""
-    return click.option(
-        name, required=True, metavar="KEY", type=click.Path(path_type=Path, dir_okay=False), help=help_text
-    )
+def key_option(name: str, help_text: str, *, required: bool = True) -> Callable[[Verb], Verb]:
+    """Add an option for a private key: a file, or a URI such as ``awskms:...`` that ``Passwords`` understands."""
+    return click.option(name, required=required, metavar="KEY", help=help_text)
 
 
 def password_option(verb: Verb) -> Verb:
@@ -141,21 +139,40 @@ def password_option(verb: Verb) -> Verb:
 
 
 class Passwords:
-    """Opens key files, asking as seldom as possible."""
+    """Opens keys, by file or by the URI of a service, asking as seldom as possible."""
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._signers: dict[Path, CryptoSigner] = {}
+        self._signers: dict[str, Signer] = {}
+        self._publics: dict[str, SSlibKey] = {}
 
-    def signer(self, path: Path) -> CryptoSigner:
-        """Return the signer of ``path``.
+    def signer(self, key: str | Path) -> Signer:
+        """Return the signer of ``key``.
 
         Raises:
-            SigningKeyError: see ``keys.load_signer``.
+            SigningKeyError: see ``keys.load_signer`` and ``keyservice.signer``.
         """
-        if path not in self._signers:
-            self._signers[path] = self._open(path)
-        return self._signers[path]
+        name = str(key)
+        if name not in self._signers:
+            self._signers[name] = self._open(name)
+        return self._signers[name]
+
+    def public(self, key: str | Path) -> SSlibKey:
+        """Return the public half of ``key``; a ``.pub`` file will do.
+
+        Raises:
+            SigningKeyError: see ``keys.load_public`` and ``keyservice.public_key``.
+        """
+        name = str(key)
+        if not keyservice.is_uri(name):
+            return keys.load_public(Path(name))
+        if name not in self._publics:
+            self._publics[name] = keyservice.public_key(name, self._secret)
+        return self._publics[name]
+
+    def signs(self, key: str) -> bool:
+        """Tell whether ``key`` is a private one; raises ``SigningKeyError`` for a file that cannot be read."""
+        return keyservice.is_uri(key) or keys.is_private(Path(key))
 
     def new(self, path: Path) -> str:
         """Return the password that the new key ``path`` shall have.
@@ -180,13 +197,27 @@ class Passwords:
         remembered = click.get_current_context().meta.get(PASSWORD_VARIABLE)
         return str(remembered) if remembered else None
 
-    def _open(self, path: Path) -> CryptoSigner:
+    def _open(self, name: str) -> Signer:
+        if keyservice.is_uri(name):
+            return keyservice.signer(name, self.public(name), self._secret)
+        path = Path(name)
+        if uri := keys.uri_in(path):
+            return keyservice.signer(uri, keys.load_public(path), self._secret)
         if not keys.is_encrypted(path):
             return keys.load_signer(path, None)
         password = self._given()
         if password is None and sys.stdin.isatty():
             password = click.prompt(f"Password of {path}", hide_input=True, err=True)
         return keys.load_signer(path, password)
+
+    def _secret(self, name: str) -> str:
+        """Return the PIN or passphrase that a service's signer asks for."""
+        given = self._given()
+        if given is None and not sys.stdin.isatty():
+            raise SigningKeyError(
+                f"the key's {name} is needed", hint=f"Set {PASSWORD_VARIABLE} or give --password-file."
+            )
+        return given if given is not None else str(click.prompt(f"The key's {name}", hide_input=True, err=True))
 
 
 def open_repository(store: str) -> tuple[Folder, Repository]:

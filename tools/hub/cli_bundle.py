@@ -24,6 +24,7 @@ from tools.hub.cli import (
 )
 from tools.hub.cli_store import parse_version
 from tools.hub.description import FILE_NAME, load
+from tools.hub.oms import upstream_record
 from tools.hub.publish import rfc3339
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -39,6 +40,10 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
               help="auto: weights of ONNX files above 16 MiB get a file of their own; keep: as they are.")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Refuse what would only be warned about; nothing is written.")
 @click.option("--untried", multiple=True, metavar="VARIANT", help="Accept a variant that this machine cannot run.")
+@click.option("--upstream-oms", type=_FILE, metavar="FILE", help="OpenSSF model signature that came with the model; "
+              "checked and recorded.")  # fmt: skip
+@click.option("--upstream-key", type=_FILE, metavar="PUB", help="Whose it must be: public key or certificate, in PEM.")
+@click.option("--upstream-dir", type=_FOLDER, metavar="DIR", help="The folder it was made for.  [default: SRC]")
 @json_option
 def pack(
     source: Path,
@@ -48,6 +53,9 @@ def pack(
     external_data: Literal["auto", "keep"],
     strict: bool,
     untried: tuple[str, ...],
+    upstream_oms: Path | None,
+    upstream_key: Path | None,
+    upstream_dir: Path | None,
 ) -> None:
     """Check, try and chunk the model in SRC; write an unsigned bundle.
 
@@ -57,6 +65,7 @@ def pack(
 
     \b
     Example: inferhub pack magika-1.0.0 --out bundles/magika-1.0.0
+             inferhub pack resnet --out bundles/resnet --upstream-oms resnet/model.sig --upstream-key vendor.pem
 
     \b
     SRC/model.toml, shortest useful form:
@@ -82,10 +91,17 @@ def pack(
     description = load(manifest or source / FILE_NAME)
     if seq is not None:
         description = msgspec.structs.replace(description, seq=seq)
+    if upstream_oms is not None:
+        if upstream_key is None:
+            raise click.UsageError("--upstream-oms needs --upstream-key: whose signature must it be?")
+        checked = upstream_record(upstream_dir or source, upstream_oms, upstream_key, verified_at=rfc3339(time.time()))
+        provenance = msgspec.structs.replace(description.provenance, upstream_oms=checked)
+        description = msgspec.structs.replace(description, provenance=provenance)
     with progress() as bars:
         packed = pack_bundle(source, description, out, now=time.time(), untried_allowed=untried,
                              external_data=external_data, strict=strict, listener=bars)  # fmt: skip
     bundle = packed.bundle
+    upstream = bundle.manifest.provenance.upstream_oms
     variants = {
         variant.id: {
             "precision": variant.precision,
@@ -107,6 +123,7 @@ def pack(
             "stored_bytes": packed.stored_bytes,
             "variants": variants,
             "warnings": list(packed.warnings),
+            "upstream_oms": upstream,
         },
         f"{bundle.title}  seq {bundle.manifest.seq}  manifest {bundle.sha256[:12]}",
         f"{len(bundle.manifest.files)} files, {human_bytes(packed.raw_bytes)}, "
@@ -118,6 +135,7 @@ def pack(
             for name, facts in variants.items()
         ),
         *(f"warning: {warning}" for warning in packed.warnings),
+        *([f"upstream signature: {upstream['files']} files by {upstream['identity']}"] if upstream_oms else []),
         f"wrote {out}; publish it with: inferhub publish {out} --store DIR --team-key KEY --online-key KEY",
     )
 
@@ -127,17 +145,26 @@ def pack(
 @store_option
 @key_option("--team-key", "The team's key; signs the manifest and the index.")
 @key_option("--online-key", "Signs snapshot and timestamp.")
+@key_option("--oms-key", "Also sign the files as OpenSSF model signing does; ECDSA P-256.", required=False)
 @click.option("--channel", "channels", multiple=True, metavar="NAME", help="Point this channel to it; may be repeated.")
 @password_option
 @json_option
 def publish(
-    folder: Path, store: str, team_key: Path, online_key: Path, channels: tuple[str, ...], passwords: Passwords
+    folder: Path,
+    store: str,
+    team_key: str,
+    online_key: str,
+    oms_key: str | None,
+    channels: tuple[str, ...],
+    passwords: Passwords,
 ) -> None:
     """Publish a packed bundle. Safe to repeat: after a cut it goes on, when done it changes nothing.
 
     \b
     Example: inferhub publish bundles/magika-1.0.0 --store store --team-key keys/demo --online-key keys/online \\
                  --channel stable
+             inferhub publish bundles/resnet --store store --team-key awskms:alias/vision --online-key keys/online \
+                 --oms-key keys/oms
     """
     bundle = open_bundle(folder)
     with publisher(store) as (publishing, _), progress() as bars:
@@ -145,6 +172,7 @@ def publish(
             bundle,
             team_signer=passwords.signer(team_key),
             online_signer=passwords.signer(online_key),
+            oms_signer=passwords.signer(oms_key) if oms_key else None,
             channels=channels,
             listener=bars,
         )
@@ -168,7 +196,7 @@ def publish(
 @key_option("--online-key", "Signs snapshot and timestamp.")
 @password_option
 @json_option
-def promote(model: str, store: str, channel: str, team_key: Path, online_key: Path, passwords: Passwords) -> None:
+def promote(model: str, store: str, channel: str, team_key: str, online_key: str, passwords: Passwords) -> None:
     """Point a channel to a published version.
 
     \b

@@ -50,7 +50,7 @@ def export(
     channel: str,
     valid_days: int,
     held: tuple[Path, ...],
-    online_key: Path,
+    online_key: str,
     passwords: Passwords,
 ) -> None:
     """Copy versions to a stick as a small complete store, for inferctl sideload.

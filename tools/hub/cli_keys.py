@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,12 +11,12 @@ import click
 from securesystemslib.signer import Signer
 
 from agent.errors import InvalidInputError
-from tools.hub import keys
 from tools.hub.cli import Passwords, emit, json_option, key_option, open_repository, password_option, store_option
 from tools.hub.edition import State, expiring, team_role
 from tools.hub.errors import KeyNotAllowedError
+from tools.hub.keyservice import is_uri
 from tools.hub.objects import Folder
-from tools.hub.pending import Pending, load
+from tools.hub.pending import Document, Pending, load
 from tools.hub.publish import rfc3339
 from tools.hub.repository import Repository
 from tools.hub.rotation import ROLES, TEAM_PREFIX, Change, Rotated, begin, keys_of
@@ -32,10 +32,12 @@ def _collecting(verb: Any) -> Any:
     for option in (
         click.option("--store", metavar="DIR", envvar="INFERHUB_STORE", help="The store: a folder or file:// URL. "
                      "Only needed to begin and to publish."),
-        click.option("--sign-with", "signing", multiple=True, metavar="KEY", type=_FILE,
+        click.option("--sign-with", "signing", multiple=True, metavar="KEY",
                      help="A key that signs: root, targets, team and online keys, each where it is needed. Repeat."),
         click.option("--pending", type=_FILE, metavar="FILE", help="File that collects signatures and travels between "
                      "the signers' machines.  [default: ROLE.pending.json]"),
+        click.option("--anchor", type=_FILE, metavar="FILE", help="A root that this machine trusts, for example the "
+                     "boxes' anchor: what is signed must follow from it."),
         password_option,
         json_option,
     ):  # fmt: skip
@@ -47,19 +49,20 @@ def _collecting(verb: Any) -> Any:
 @click.option(
     "--role", metavar="ROLE", help="root, targets, online, operator or team:NAME. Left out on other machines."
 )
-@click.option("--add", "added", multiple=True, metavar="KEY.pub", type=_FILE, help="A key it gets; may be repeated.")
+@click.option("--add", "added", multiple=True, metavar="KEY.pub", help="A key it gets; may be repeated.")
 @click.option("--remove", "removed", multiple=True, metavar="KEY", help="A key it loses: a file, or 8 or more "
               "digits of its id; may be repeated.")  # fmt: skip
 @click.option("--threshold", type=click.IntRange(1, 16), default=None, help="Root signatures needed from now on.")
 @_collecting
 def rotate_keys(
     role: str | None,
-    added: tuple[Path, ...],
+    added: tuple[str, ...],
     removed: tuple[str, ...],
     threshold: int | None,
     store: str | None,
-    signing: tuple[Path, ...],
+    signing: tuple[str, ...],
     pending: Path | None,
+    anchor: Path | None,
     passwords: Passwords,
 ) -> None:
     """Change who may sign. Begins with --role, goes on with --pending until all have signed, and then publishes.
@@ -70,7 +73,8 @@ def rotate_keys(
     \b
     Example: inferhub rotate-keys --role root --add keys/root-d.pub --remove keys/root-a.pub --store store \\
                  --sign-with keys/root-b                      (writes root.pending.json: 1 of 2 signatures)
-             inferhub rotate-keys --pending root.pending.json --sign-with keys/root-c      (on another machine)
+             inferhub rotate-keys --pending root.pending.json --sign-with keys/root-c --anchor anchor/root.json
+                                                              (on another machine)
              inferhub rotate-keys --pending root.pending.json --store store                (publishes)
              inferhub rotate-keys --role online --add keys/online-2.pub --remove keys/online.pub --store store \\
                  --sign-with keys/root-b --sign-with keys/root-c --sign-with keys/online --sign-with keys/online-2
@@ -79,14 +83,20 @@ def rotate_keys(
         raise click.UsageError("--add, --remove and --threshold need --role")
     if role is not None and not (added or removed or threshold):
         raise click.UsageError("nothing to change: give --add, --remove or --threshold; inferhub renew keeps the keys")
-    _carry_on(role, added, removed, threshold or 0, store, signing, pending, passwords, renew=False)
+    asked = _Asked(role, added, removed, threshold or 0, renew=False)
+    _carry_on(asked, store, signing, pending, anchor, passwords)
 
 
 @click.command()
 @click.option("--role", metavar="ROLE", help="root, targets or team:NAME. Only needed to begin.")
 @_collecting
 def renew(
-    role: str | None, store: str | None, signing: tuple[Path, ...], pending: Path | None, passwords: Passwords
+    role: str | None,
+    store: str | None,
+    signing: tuple[str, ...],
+    pending: Path | None,
+    anchor: Path | None,
+    passwords: Passwords,
 ) -> None:
     """Sign a role again before it expires, with the keys it has. `inferhub ls` and `verify` say when.
 
@@ -96,7 +106,7 @@ def renew(
     Example: inferhub renew --role root --store store --sign-with keys/root-a --sign-with keys/root-b
              inferhub renew --role team:vision --store store --sign-with keys/vision --sign-with keys/online
     """
-    _carry_on(role, (), (), 0, store, signing, pending, passwords, renew=True)
+    _carry_on(_Asked(role, (), (), 0, renew=True), store, signing, pending, anchor, passwords)
 
 
 @click.command("retire-team")
@@ -106,7 +116,7 @@ def renew(
 @key_option("--online-key", "Signs snapshot and timestamp.")
 @password_option
 @json_option
-def retire_team(team: str, store: str, targets_key: Path, online_key: Path, passwords: Passwords) -> None:
+def retire_team(team: str, store: str, targets_key: str, online_key: str, passwords: Passwords) -> None:
     """Take everything TEAM published out of the store, and its keys' power with it.
 
     Boxes keep what they run. The role stays, empty and signed by the targets key, for boxes refuse a store in which a
@@ -158,108 +168,115 @@ def show_keys(store: str) -> None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The change that a command line names; ``role`` is ``None`` where it only goes on with one."""
+
+    role: str | None
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    threshold: int
+    renew: bool
+
+    def change(self, role: str, present: list[str], passwords: Passwords) -> Change:
+        """Return it with its keys read; ``present`` are those that ids may be short for."""
+        return Change(
+            role=role,
+            add=tuple(passwords.public(key) for key in self.added),
+            remove=tuple(_named_key(word, present, passwords) for word in self.removed),
+            threshold=self.threshold,
+            renew=self.renew,
+        )
+
+
 def _carry_on(
-    role: str | None,
-    added: tuple[Path, ...],
-    removed: tuple[str, ...],
-    threshold: int,
+    asked: _Asked,
     store: str | None,
-    signing: tuple[Path, ...],
+    signing: tuple[str, ...],
     path: Path | None,
+    anchor: Path | None,
     passwords: Passwords,
-    *,
-    renew: bool,
 ) -> None:
     if path is None:
-        if role is None:
+        if asked.role is None:
             raise click.UsageError("give --role to begin, or --pending FILE to go on")
-        path = Path(f"{role.replace(':', '-')}.pending.json")
-    if store is None and (role is not None and not path.exists()):
-        raise click.UsageError("beginning a change needs --store")
+        path = Path(f"{asked.role.replace(':', '-')}.pending.json")
+    pending = _resumed(asked, path, passwords) if asked.role is None or path.exists() else None
     if store is None:
-        _collect(load(path), path, signing, passwords)
+        if pending is None:
+            raise click.UsageError("beginning a change needs --store")
+        _collect(pending, path, signing, anchor, passwords)
+        _report(pending, path, anchor)
         return
     objects, repository = open_repository(store)
     with objects.lock():
-        if role is not None:
-            pending = _begin(objects, repository, path, role, added, removed, threshold, renew=renew)
-        else:
-            pending = load(path)
+        pending = pending or _begun(asked, objects, repository, passwords)
         if pending is None:
-            emit({"complete": True, "published": True, "changed": False}, f"{role} is so already; nothing changed")
+            emit({"complete": True, "published": True, "changed": False}, f"{asked.role} is so already")
             return
-        online = _collect(pending, path, signing, passwords, quiet=True)
-        needs_online = set(pending.next) != {"root"} or pending.request.get("role") == "online"
-        if not pending.complete or (needs_online and not online):
-            _report(pending, path, "--sign-with the online key" if pending.complete else "")
+        online = _collect(pending, path, signing, anchor, passwords)
+        if not pending.complete or (_needs_online(pending) and not online):
+            _report(pending, path, anchor)
             return
         done = publish_rotation(pending, objects, repository, online, time.time)
         path.unlink(missing_ok=True)
     _report_published(pending, done)
 
 
-def _begin(
-    objects: Folder,
-    repository: Repository,
-    path: Path,
-    role: str,
-    added: tuple[Path, ...],
-    removed: tuple[str, ...],
-    threshold: int,
-    *,
-    renew: bool,
-) -> Pending | None:
-    """Return what ``path`` holds if it is about the same change, else the change begun now."""
-    new = tuple(keys.load_public(file) for file in added)
-    if path.exists():
-        pending = load(path)
-        request = pending.request
-        gone = [_named_key(word, request.get("remove", [])) for word in removed]
-        change = Change(role=role, add=new, remove=tuple(gone), threshold=threshold, renew=renew)
-        if change.as_dict() != request:
-            raise InvalidInputError(
-                f"{path} waits for signatures of another change; delete it, or give another --pending"
-            )
-        return pending
+def _resumed(asked: _Asked, path: Path, passwords: Passwords) -> Pending:
+    """Return what ``path`` holds; if the command line names a change, it must be that one."""
+    pending = load(path)
+    if asked.role is not None:
+        change = asked.change(asked.role, list(pending.request.get("remove", [])), passwords)
+        if change.as_dict() != pending.request:
+            raise InvalidInputError(f"{path} collects signatures for another change: delete it, or give --pending")
+    return pending
+
+
+def _begun(asked: _Asked, objects: Folder, repository: Repository, passwords: Passwords) -> Pending | None:
+    assert asked.role is not None  # ``_carry_on`` loads the file otherwise
     state = repository.state()
-    present = [key.keyid for key in keys_of(repository, state, role)]
-    change = Change(
-        role=role,
-        add=new,
-        remove=tuple(_named_key(word, present) for word in removed),
-        threshold=threshold,
-        renew=renew,
-    )
-    return begin(objects, repository, state, change, time.time)
+    present = [key.keyid for key in keys_of(repository, state, asked.role)]
+    return begin(objects, repository, state, asked.change(asked.role, present, passwords), time.time)
 
 
 def _collect(
-    pending: Pending, path: Path, signing: tuple[Path, ...], passwords: Passwords, *, quiet: bool = False
+    pending: Pending, path: Path, signing: tuple[str, ...], anchor: Path | None, passwords: Passwords
 ) -> list[Signer]:
     """Let the given keys sign, save, and return those that sign snapshot and timestamp."""
+    if anchor is not None:
+        pending.follows(_read_anchor(anchor))
     signers = [passwords.signer(key) for key in signing]
-    online = _online_keys(pending)
+    online = _online_keys(pending.base) | _online_keys(pending.next)
     idle = [signer for signer in pending.sign(signers) if signer.public_key.keyid not in online]
     if idle:
         allowed = "; ".join(str(need) for need in pending.needs())
         raise KeyNotAllowedError(f"key {idle[0].public_key.keyid[:_SHORT]} has nothing to sign here: {allowed}")
     path.parent.mkdir(parents=True, exist_ok=True)
     pending.save(path)
-    if not quiet:
-        _report(pending, path, "")
     return [signer for signer in signers if signer.public_key.keyid in online]
 
 
-def _online_keys(pending: Pending) -> set[str]:
-    roots = [item["root"] for item in (pending.base, pending.next) if "root" in item]
-    return {
-        keyid for root in roots for name in ROLES["online"] for keyid in root.signed.get_delegated_role(name).keyids
-    }
+def _needs_online(pending: Pending) -> bool:
+    return set(pending.next) != {"root"} or _online_keys(pending.base) != _online_keys(pending.next)
 
 
-def _named_key(word: str, present: list[str]) -> str:
-    if Path(word).exists():
-        return str(keys.load_public(Path(word)).keyid)
+def _online_keys(documents: dict[str, Document]) -> set[str]:
+    root = documents.get("root")
+    held = [root.signed.get_delegated_role(name) for name in ROLES["online"]] if root else []
+    return {keyid for role in held for keyid in role.keyids}
+
+
+def _read_anchor(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidInputError(f"--anchor {path}: {error.strerror}") from error
+
+
+def _named_key(word: str, present: list[str], passwords: Passwords) -> str:
+    if is_uri(word) or Path(word).exists():
+        return str(passwords.public(word).keyid)
     found = [keyid for keyid in present if keyid.startswith(word)]
     if len(word) >= _DIGITS_MIN and len(found) == 1:
         return found[0]
@@ -268,14 +285,14 @@ def _named_key(word: str, present: list[str]) -> str:
     )
 
 
-def _report(pending: Pending, path: Path, also: str) -> None:
+def _report(pending: Pending, path: Path, anchor: Path | None) -> None:
     needs = pending.needs()
     if not pending.complete:
-        following = (
-            f"next: inferhub rotate-keys --pending {path} --sign-with KEY, on the machine of whoever has not signed"
-        )
+        following = f"next, where the other keys are: inferhub rotate-keys --pending {path} --sign-with KEY"
     else:
-        following = f"complete; publish it with: inferhub rotate-keys --pending {path} --store DIR {also}".rstrip()
+        online = " --sign-with ONLINE_KEY" if _needs_online(pending) else ""
+        following = f"complete; publish it with: inferhub rotate-keys --pending {path} --store DIR{online}"
+    unproven = f"attention: that root {pending.roots[-1].signed.version} is this store's was not checked (--anchor)"
     emit(
         {
             "pending": str(path),
@@ -287,6 +304,7 @@ def _report(pending: Pending, path: Path, also: str) -> None:
         },
         *pending.changes(),
         *map(str, needs),
+        *([] if anchor else [unproven]),
         following,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
@@ -23,7 +22,7 @@ from tools.hub.publish import Marked, rfc3339
 @password_option
 @json_option
 def deprecate(
-    model: str, store: str, reason: str, undo: bool, team_key: Path, online_key: Path, passwords: Passwords
+    model: str, store: str, reason: str, undo: bool, team_key: str, online_key: str, passwords: Passwords
 ) -> None:
     """Mark a version as one that nobody should choose any more. Boxes that run it go on.
 
@@ -61,8 +60,8 @@ def revoke(
     reason: str,
     replacement: str,
     drop_channels: bool,
-    team_key: Path,
-    online_key: Path,
+    team_key: str,
+    online_key: str,
     passwords: Passwords,
 ) -> None:
     """Withdraw a version for good. Boxes leave it as soon as they hear of this, and never load it again.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ import click
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from tuf.api.metadata import Metadata
 
 from agent.bundles.manifest import OPERATORS_TARGET, Index, parse_manifest
 from agent.bundles.names import check_name, manifest_target
@@ -29,9 +31,12 @@ from tools.hub.cli import (
     store_option,
     wants_json,
 )
-from tools.hub.edition import ROOT_DAYS, TIMESTAMP_DAYS, State
-from tools.hub.errors import KeyNotAllowedError
+from tools.hub.edition import ROOT_DAYS, TIMESTAMP_ALERT_S, TIMESTAMP_DAYS, State, expiring, team_role
+from tools.hub.errors import KeyNotAllowedError, SigningKeyError
+from tools.hub.indexes import channels_of, entry_of
+from tools.hub.keyservice import KNOWN_SCHEMES, is_uri
 from tools.hub.objects import folder_of
+from tools.hub.oms import load_key
 from tools.hub.publish import operators_document, read_index, rfc3339
 from tools.hub.repository import Repository
 from tools.hub.verify import Part, StoreFetcher, store_url
@@ -48,14 +53,29 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--role", type=click.Choice(keys.ROLES), required=True, help="What the key will sign.")
 @click.option("--out", type=_FILE, required=True, metavar="KEY", help="Private key file; the public one is KEY.pub.")
 @click.option("--unencrypted", is_flag=True, help="Write the private key without a password.")
+@click.option("--kms", "uri", metavar="URI", help="Make no key: refer to one in a service, as awskms:ID, gcpkms:NAME, "
+              "azurekms://VAULT.vault.azure.net/keys/KEY, hv:NAME/VERSION or hsm:2.")  # fmt: skip
 @password_option
 @json_option
-def keygen(role: keys.Role, out: Path, unencrypted: bool, passwords: Passwords) -> None:
-    """Make an ed25519 key pair.
+def keygen(role: keys.Role, out: Path, unencrypted: bool, uri: str | None, passwords: Passwords) -> None:
+    """Make an ed25519 key pair (P-256 for the role oms, which signs models), or refer to a key in a KMS or HSM.
+
+    Wherever a verb takes a private key, such a URI will do as well.
 
     \b
     Example: inferhub keygen --role team --out keys/vision
+             inferhub keygen --role online --kms awskms:alias/inferd-online --out keys/online
     """
+    if uri is not None:
+        if not is_uri(uri):
+            raise SigningKeyError(f"--kms {uri}: no service has this scheme", hint=KNOWN_SCHEMES)
+        keyid = keys.refer(out, uri, passwords.public(uri), role=role)
+        public = keys.public_path_of(out)
+        emit(
+            {"keyid": keyid, "role": role, "private": str(out), "public": str(public), "encrypted": False, "uri": uri},
+            f"{role} key {keyid[:12]}: {out} refers to {uri}, {public}",
+        )
+        return
     password = None if unencrypted else passwords.new(out)
     keyid = keys.generate(out, role=role, password=password)
     public = keys.public_path_of(out)
@@ -67,7 +87,7 @@ def keygen(role: keys.Role, out: Path, unencrypted: bool, passwords: Passwords) 
 
 @click.command()
 @click.argument("folder", metavar="DIR")
-@click.option("--root-key", "root_keys", type=_FILE, multiple=True, required=True, metavar="KEY",
+@click.option("--root-key", "root_keys", multiple=True, required=True, metavar="KEY",
               help="Repeat for each. A .pub file stands for a key that does not sign now.")  # fmt: skip
 @click.option("--threshold", type=click.IntRange(1, 16), default=2, show_default=True, help="Root signatures needed.")
 @key_option("--targets-key", "Signs the list of teams and operators. Keep it offline.")
@@ -75,7 +95,7 @@ def keygen(role: keys.Role, out: Path, unencrypted: bool, passwords: Passwords) 
 @click.option(
     "--team", "teams", multiple=True, metavar="TEAM=KEY.pub", help="A team and its public key; repeat for each."
 )
-@click.option("--operator-key", "operators", type=_FILE, multiple=True, metavar="KEY.pub",
+@click.option("--operator-key", "operators", multiple=True, metavar="KEY.pub",
               help="Public key that may command the fleet; repeat for each.")  # fmt: skip
 @click.option("--tenant", default="default", show_default=True, help="The fleet that the operators command.")
 @click.option(
@@ -85,12 +105,12 @@ def keygen(role: keys.Role, out: Path, unencrypted: bool, passwords: Passwords) 
 @json_option
 def init(
     folder: str,
-    root_keys: tuple[Path, ...],
+    root_keys: tuple[str, ...],
     threshold: int,
-    targets_key: Path,
-    online_key: Path,
+    targets_key: str,
+    online_key: str,
     teams: tuple[str, ...],
-    operators: tuple[Path, ...],
+    operators: tuple[str, ...],
     tenant: str,
     anchor: Path | None,
     passwords: Passwords,
@@ -107,13 +127,13 @@ def init(
     objects = folder_of(folder)
     with objects.lock(create=True):
         root = Repository(objects, time.time).initialise(
-            root_keys=[keys.load_public(path) for path in root_keys],
-            root_signers=[passwords.signer(path) for path in root_keys if keys.is_private(path)],
+            root_keys=[passwords.public(key) for key in root_keys],
+            root_signers=[passwords.signer(key) for key in root_keys if passwords.signs(key)],
             threshold=threshold,
             targets_signer=passwords.signer(targets_key),
             online_signer=passwords.signer(online_key),
-            teams=dict(_team(pair) for pair in teams),
-            top_targets={OPERATORS_TARGET: operators_document(tenant, [keys.load_public(path) for path in operators])},
+            teams=dict(_team(pair, passwords) for pair in teams),
+            top_targets={OPERATORS_TARGET: operators_document(tenant, [passwords.public(key) for key in operators])},
         )
     if anchor is not None:
         anchor.parent.mkdir(parents=True, exist_ok=True)
@@ -132,15 +152,13 @@ def init(
 
 @click.command("add-team")
 @click.argument("team")
-@click.argument("public_key", metavar="KEY.pub", type=_FILE)
+@click.argument("public_key", metavar="KEY.pub")
 @store_option
 @key_option("--targets-key", "Signs the list of teams.")
 @key_option("--online-key", "Signs snapshot and timestamp.")
 @password_option
 @json_option
-def add_team(
-    team: str, public_key: Path, store: str, targets_key: Path, online_key: Path, passwords: Passwords
-) -> None:
+def add_team(team: str, public_key: str, store: str, targets_key: str, online_key: str, passwords: Passwords) -> None:
     """Let TEAM publish models under models/TEAM/.
 
     \b
@@ -149,7 +167,7 @@ def add_team(
     objects, repository = open_repository(store)
     with objects.lock():
         edition = repository.edition(repository.state())
-        edition.add_team(check_name(team, "team"), keys.load_public(public_key))
+        edition.add_team(check_name(team, "team"), passwords.public(public_key))
         edition.sign_top(passwords.signer(targets_key))
         edition.seal(passwords.signer(online_key))
         version = edition.write()
@@ -161,7 +179,7 @@ def add_team(
 @key_option("--online-key", "Signs the timestamp.")
 @password_option
 @json_option
-def refresh_timestamp(store: str, online_key: Path, passwords: Passwords) -> None:
+def refresh_timestamp(store: str, online_key: str, passwords: Passwords) -> None:
     """Sign the timestamp again, so that devices know the store is alive. Once a day.
 
     \b
@@ -173,15 +191,15 @@ def refresh_timestamp(store: str, online_key: Path, passwords: Passwords) -> Non
         edition = repository.edition(state)
         edition.seal(passwords.signer(online_key))
         version = edition.write()
-    soon = {role: f"{when:%Y-%m-%d}" for role, when in state.expiring(time.time()).items()}
+    soon = _due(_expiries(state), version)
     emit(
         {
             "timestamp_version": version,
             "expires": rfc3339(time.time() + TIMESTAMP_DAYS * 86_400),
-            "expiring_roles": soon,
+            "due": soon,
         },
         f"signed {rfc3339(version)} (version {version}), valid {TIMESTAMP_DAYS} days",
-        *(f"attention: {role} expires on {when} and needs its own key" for role, when in soon.items()),
+        *_attention(soon),
     )
 
 
@@ -195,9 +213,10 @@ def refresh_timestamp(store: str, online_key: Path, passwords: Passwords) -> Non
 @click.option("--deep", is_flag=True, help="Fetch and hash every blob.")
 @click.option("--model", "models", multiple=True, metavar="TEAM/NAME[@VERSION]",
               help="Look at this only, as for a stick that holds nothing else; may be repeated.")  # fmt: skip
+@click.option("--oms-key", type=_FILE, metavar="PUB", help="Whose the OpenSSF model signatures must be, in PEM.")
 @json_option
-def verify(store: str, anchor: Path | None, deep: bool, models: tuple[str, ...]) -> None:
-    """Check the store as a device sees it, from the anchor to every blob.
+def verify(store: str, anchor: Path | None, deep: bool, models: tuple[str, ...], oms_key: Path | None) -> None:
+    """Check the store as a device sees it, from the anchor to every blob, and say what has to be signed again soon.
 
     \b
     Example: inferhub verify --store https://models.example/ --anchor anchor/root.json --deep
@@ -212,15 +231,23 @@ def verify(store: str, anchor: Path | None, deep: bool, models: tuple[str, ...])
     else:
         root = StoreFetcher().read(store_url(store) + "metadata/1.root.json", size_bytes_max=512_000)
     with progress() as bars:
-        found = verify_store(store, root, deep=deep, parts=parts, listener=bars)
+        found = verify_store(store, root, deep=deep, parts=parts, oms_key=load_key(oms_key) if oms_key else None,
+                             listener=bars)  # fmt: skip
+    soon = _due({role: datetime.fromisoformat(date) for role, date in found.expires_by_role.items()}, found.timestamp)
     lines = [f"  {m['team']}/{m['name']}: {', '.join(m['versions'])}  {_channels(m['channels'])}" for m in found.models]
     emit(
-        {"ok": True, "anchor": str(anchor) if anchor else "store", **found.as_dict()},
+        {"ok": True, "anchor": str(anchor) if anchor else "store", **found.as_dict(), "due": soon},
         f"good: root {found.root}, signed {rfc3339(found.timestamp)}, valid until {found.expires}; "
         f"{found.operators} operator keys",
         *lines,
         f"{found.manifests} manifests, {found.blobs} blobs, {human_bytes(found.bytes)}"
         f"{', every byte hashed' if deep else ' by size only (--deep hashes them)'}",
+        *(
+            [f"{found.model_signatures} OpenSSF model signatures{'' if oms_key else ' (--oms-key checks whose)'}"]
+            if found.model_signatures
+            else []
+        ),
+        *_attention(soon),
         *([] if anchor else ["the anchor came from the store itself: this proves consistency, not origin (--anchor)"]),
     )
 
@@ -237,8 +264,10 @@ def list_models(store: str) -> None:
     _, repository = open_repository(store)
     state = repository.state()
     indexes = _indexes(repository, state)
+    soon = _due(_expiries(state), state.timestamp.signed.version)
     if wants_json():
-        emit({"teams": state.team_names(), "models": [msgspec.to_builtins(index) for index in indexes]})
+        models = [msgspec.to_builtins(index) for index in indexes]
+        emit({"teams": state.team_names(), "models": models, "expires": _dates(_expiries(state)), "due": soon})
         return
     table = Table(box=None, pad_edge=False)
     for column in ("model", "version", "seq", "size", "status", "channels", "created"):
@@ -248,11 +277,14 @@ def list_models(store: str) -> None:
             channels = [channel for channel, version in sorted(index.channels.items()) if version == entry.version]
             table.add_row(
                 f"{index.team}/{index.name}", entry.version, str(entry.seq), human_bytes(entry.bytes),
-                entry.status, ",".join(channels), entry.created,
+                entry.status + (f": {entry.reason}" if entry.reason else ""), ",".join(channels), entry.created,
             )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else _WIDTH).print(
         table if indexes else "no models yet; publish one with: inferhub publish"
     )
+    click.echo(f"signed {rfc3339(state.timestamp.signed.version)}")
+    for line in _attention(soon):
+        click.echo(line)
 
 
 @click.command()
@@ -276,16 +308,20 @@ def show(model: str, store: str) -> None:
             msgspec.to_builtins(index),
             f"{team}/{name}  {_channels(index.channels)}",
             *(f"  {e.version}  seq {e.seq}  {human_bytes(e.bytes)}  {e.status}  {e.manifest_sha256[:12]}"
-              for e in index.versions),
+              f"{'  ' + e.reason if e.reason else ''}" for e in index.versions),
+            f"  signatures of {team} hold until {state.teams[team].signed.expires:%Y-%m-%d}",
         )  # fmt: skip
         return
     data = repository.read_target(state, team, manifest_target(team, name, version))
     if data is None:
         raise TargetNotFoundError(f"the store has no {model}; see: inferhub show {team}/{name}")
-    manifest = parse_manifest(data)
+    manifest, entry = parse_manifest(data), entry_of(index, version)
+    channels = channels_of(index, version)
+    status = {"status": entry.status, "reason": entry.reason, "channels": channels}
     emit(
-        msgspec.to_builtins(manifest),
+        msgspec.to_builtins(manifest) | status,
         f"{team}/{name}@{version}  seq {manifest.seq}  created {manifest.created}  {human_bytes(manifest.total_size)}",
+        f"  {entry.status}{': ' + entry.reason if entry.reason else ''}; channels: {', '.join(channels) or 'none'}",
         *(f"  variant {v.id}: {v.precision} on {v.device.kind}, {v.memory.host_mb} MiB ({v.memory.source}), "
           f"p50 {v.perf.p50_ms:g} ms" for v in manifest.variants),
         *(f"  file {f.path}: {f.role}, {human_bytes(f.size)}, {len(f.chunks)} chunks" for f in manifest.files),
@@ -324,11 +360,42 @@ def _indexes(repository: Repository, state: State) -> list[Index]:
     return found
 
 
-def _team(pair: str) -> tuple[str, Any]:
+def _expiries(state: State) -> dict[str, datetime]:
+    roles: dict[str, Metadata[Any]] = {"root": state.root, "targets": state.targets}
+    roles |= {"snapshot": state.snapshot, "timestamp": state.timestamp}
+    roles |= {team_role(team): role for team, role in state.teams.items()}
+    return {role: metadata.signed.expires for role, metadata in roles.items()}
+
+
+def _dates(expiries: dict[str, datetime]) -> dict[str, str]:
+    return {role: f"{date:%Y-%m-%dT%H:%M:%SZ}" for role, date in expiries.items()}
+
+
+def _due(expiries: dict[str, datetime], issued: int) -> dict[str, str]:
+    """Return the roles that have to be signed again soon, with the day they expire."""
+    now = time.time()
+    offline = {role: date for role, date in expiries.items() if role not in ("snapshot", "timestamp")}
+    due = expiring(offline, now)
+    if now - issued > TIMESTAMP_ALERT_S:
+        due["timestamp"] = expiries["timestamp"]
+    return {role: f"{date:%Y-%m-%d}" for role, date in due.items()}
+
+
+def _attention(due: dict[str, str]) -> list[str]:
+    return [
+        f"attention: the timestamp has not been signed for two days, is cron at work? It expires on {date}: "
+        "inferhub refresh-timestamp"
+        if role == "timestamp"
+        else f"attention: {role} expires on {date}: inferhub renew --role {role.replace('team-', 'team:', 1)}"
+        for role, date in due.items()
+    ]
+
+
+def _team(pair: str, passwords: Passwords) -> tuple[str, Any]:
     team, equals, path = pair.partition("=")
     if not equals:
         raise InvalidInputError(f"--team {pair}: write TEAM=KEY.pub")
-    return check_name(team, "team"), keys.load_public(Path(path))
+    return check_name(team, "team"), passwords.public(path)
 
 
 def _channels(channels: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ Absent on purpose: what goes into a root (``rotation.py``), and blobs, which are
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from tuf.api.metadata import (
 )
 from tuf.api.serialization.json import JSONSerializer
 
-from tools.hub.errors import ConflictError, KeyNotAllowedError, StoreStateError
+from tools.hub.errors import ConflictError, KeyNotAllowedError, SigningKeyError, StoreStateError
 from tools.hub.objects import Objects
 
 Now = Callable[[], float]  # Unix seconds
@@ -52,8 +53,10 @@ TIMESTAMP_DAYS: Final = 7
 SNAPSHOT_RENEW_DAYS: Final = 30  # with so much left the snapshot is signed again, by the key that signs timestamps
 ALERT_DAYS: Final = 30  # roles that need an offline key are named this long before they expire
 ROOT_ALERT_DAYS: Final = 90  # a ceremony takes several people
+TIMESTAMP_ALERT_S: Final = 48 * 3600  # it is signed every day
 
 TIMESTAMP: Final = "metadata/timestamp.json"
+STORE_FILE: Final = "store.json"  # tells whoever looks what is here; never trusted
 _CLOCK_TOLERANCE_S: Final = 3600
 _ROLE_PREFIX: Final = "team-"
 
@@ -83,6 +86,12 @@ def expiring(dates: Mapping[str, datetime], now: float) -> dict[str, datetime]:
     }
 
 
+def store_document(**more: Any) -> bytes:
+    """Return what ``STORE_FILE`` says, with ``more`` beside the layout."""
+    layout = {"format": "inferd-store/1", "metadata": "metadata", "targets": "targets", "blobs": "blobs"}
+    return json.dumps(layout | more, indent=1).encode() + b"\n"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """One published state. ``teams`` holds the roles that have been published, by team."""
@@ -97,12 +106,6 @@ class State:
         """Return every team that holds a delegation, published or not."""
         held = self.targets.signed.delegations
         return sorted(team_of(name) for name in (held.roles if held else None) or {})
-
-    def expiring(self, now: float) -> dict[str, datetime]:
-        """Return the roles that only an offline key can renew and that should be renewed at ``now``."""
-        offline: dict[str, Metadata[Any]] = {"root": self.root, "targets": self.targets}
-        offline |= {team_role(team): metadata for team, metadata in self.teams.items()}
-        return expiring({role: metadata.signed.expires for role, metadata in offline.items()}, now)
 
 
 @dataclass(slots=True)
@@ -399,7 +402,17 @@ def sign(metadata: Metadata[Any], signers: Iterable[Signer]) -> None:
     """Replace all signatures."""
     metadata.signatures.clear()
     for signer in signers:
+        add_signature(metadata, signer)
+
+
+def add_signature(metadata: Metadata[Any], signer: Signer) -> None:
+    """Add one signature; ``SigningKeyError`` if the key cannot sign, as one in a service may."""
+    try:
         metadata.sign(signer, append=True)
+    except UnsignedMetadataError as error:
+        if isinstance(error.__cause__, SigningKeyError):
+            raise error.__cause__ from error
+        raise SigningKeyError(f"key {signer.public_key.keyid[:12]}: {error}") from error
 
 
 def accepts(delegator: Metadata[Root] | Metadata[Targets], role: str, metadata: Metadata[Any]) -> bool:

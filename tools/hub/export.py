@@ -19,7 +19,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 from securesystemslib.signer import Signer
 
 from agent.bundles import strictjson
@@ -32,12 +31,14 @@ from tools.hub import indexes
 from tools.hub.bundle import distinct_chunks
 from tools.hub.chunks import blob_name
 from tools.hub.edition import (
+    STORE_FILE,
     TIMESTAMP,
     Now,
     State,
     metadata_object,
     root_versions,
     serialise,
+    store_document,
     target_object,
     team_role,
 )
@@ -48,9 +49,6 @@ from tools.hub.repository import Repository
 
 VALID_DAYS: Final = 30
 VALID_DAYS_MAX: Final = 90
-STORE_FILE: Final = "store.json"  # says what is here to whoever looks; never trusted
-STORE_FORMAT: Final = "inferd-store/1"
-FOLDERS: Final = {"metadata": "metadata", "targets": "targets", "blobs": "blobs"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,17 +265,14 @@ def _facts(choice: _Choice) -> dict[str, str]:
 
 
 def _store_file(exported: Exported) -> bytes:
-    value = {
-        "format": STORE_FORMAT,
-        **FOLDERS,
-        "export": {
+    return store_document(
+        export={
             "issued": exported.issued,
             "expires": f"{exported.expires:%Y-%m-%dT%H:%M:%SZ}",
             "models": exported.models,
             "complete": exported.blobs_left_out == 0,
-        },
-    }
-    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+        }
+    )
 
 
 def _bytes(chunks: Iterable[Chunk]) -> int:

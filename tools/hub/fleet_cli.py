@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
@@ -95,7 +94,7 @@ def _carry_out(
     username: str,
     broker_password: str,
     ca_file: str,
-    key: Path,
+    key: str,
     passwords: Passwords,
     wait_s: float,
     lifetime_s: int,

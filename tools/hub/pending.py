@@ -1,11 +1,12 @@
 """Metadata that waits for signatures, as one file that travels between the machines of its signers.
 
-It holds the metadata in force that decides who must sign, the next versions with the signatures collected so far, and
-new target files. Whoever signs needs nothing else, no store and no network: ``changes`` says, from the metadata itself,
-what a signature would put into force.
+It holds every root so far, the metadata in force that decides who must sign, the next versions with the signatures
+collected so far, and new target files. Whoever signs needs nothing else, no store and no network, but for a root that
+this machine trusts: ``changes`` says, from the metadata itself, what a signature would put into force, and
+``follows`` that what it is compared with is really in force.
 
-Promises: a signature is taken only from a key that may give it; what is missing is named key by key; a file whose next
-root does not follow the root in force is refused.
+Promises: a signature is taken only from a key that may give it; what is missing is named key by key; a file whose
+roots do not follow one another, or whose metadata in force is not signed, is refused.
 Absent on purpose: how next versions are made and published (``rotation.py``).
 """
 
@@ -15,6 +16,7 @@ import base64
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +26,8 @@ from tuf.api.metadata import Metadata, Role, Root, Targets
 from tuf.api.serialization import DeserializationError
 
 from agent.durable import write_file
-from agent.errors import InvalidInputError
-from tools.hub.edition import team_of
+from agent.errors import InvalidInputError, UntrustedError
+from tools.hub.edition import add_signature, serialise, team_of
 from tools.hub.errors import StoreStateError
 
 SCHEMA: Final = "inferhub-pending/1"
@@ -62,11 +64,13 @@ class Need:
 class Pending:
     """Next versions that collect signatures.
 
-    ``base`` holds the metadata in force, ``root`` always and ``targets`` where its keys decide; ``next`` the versions
-    to come, by role; ``files`` the targets that are new in ``next["targets"]``; ``request`` what was asked for.
+    ``roots`` are all so far, the last in force; ``base`` holds the metadata in force, ``root`` always and ``targets``
+    where its keys decide; ``next`` the versions to come, by role; ``files`` the targets that are new in
+    ``next["targets"]``; ``request`` what was asked for.
     """
 
     request: dict[str, Any]
+    roots: list[Metadata[Root]]
     base: dict[str, Document]
     next: dict[str, Document]
     files: dict[str, bytes] = field(default_factory=dict)
@@ -93,10 +97,24 @@ class Pending:
                 if keyid in self._allowed(name):
                     used = True
                     if not self._holds(name, keyid):
-                        metadata.sign(signer, append=True)
+                        add_signature(metadata, signer)
             if not used:
                 idle.append(signer)
         return idle
+
+    def follows(self, trusted: bytes) -> None:
+        """Raise unless the roots lead from the root ``trusted`` to the one in force.
+
+        Raises:
+            UntrustedError: none of the roots is that one.
+            InvalidInputError: it is no root.
+        """
+        try:
+            root = Metadata[Root].from_bytes(trusted)
+        except (DeserializationError, RepositoryError) as error:
+            raise InvalidInputError(f"not a root: {error}") from error
+        if not any(serialise(root) == serialise(known) for known in self.roots):
+            raise UntrustedError(f"root {root.signed.version} that is trusted here is none of this store's")
 
     def changes(self) -> list[str]:
         """Return what would come into force, one line per fact, from the metadata itself."""
@@ -107,6 +125,7 @@ class Pending:
         value = {
             "schema": SCHEMA,
             "request": self.request,
+            "roots": [root.to_dict() for root in self.roots],
             "base": {name: metadata.to_dict() for name, metadata in self.base.items()},
             "next": {name: metadata.to_dict() for name, metadata in self.next.items()},
             "files": {name: base64.b64encode(data).decode() for name, data in self.files.items()},
@@ -163,6 +182,7 @@ def load(path: Path) -> Pending:
             raise InvalidInputError(f"{path}: schema {value['schema']!r}, expected {SCHEMA!r}")
         pending = Pending(
             request=dict(value["request"]),
+            roots=[Metadata.from_dict(item) for item in value["roots"]],
             base={str(name): Metadata.from_dict(item) for name, item in value["base"].items()},
             next={str(name): Metadata.from_dict(item) for name, item in value["next"].items()},
             files={str(name): base64.b64decode(data, validate=True) for name, data in value["files"].items()},
@@ -182,7 +202,17 @@ def _check(pending: Pending) -> None:
         for name, metadata in documents.items():
             if not isinstance(metadata.signed, Root if name == Root.type else Targets):
                 raise ValueError(f"{name} is not metadata of that role")
-    base.signed.verify_delegate("root", base.signed_bytes, base.signatures)
+    for before, after in pairwise((pending.roots[0], *pending.roots)):
+        before.signed.verify_delegate("root", after.signed_bytes, after.signatures)
+        after.signed.verify_delegate("root", after.signed_bytes, after.signatures)
+        if before is not after and after.signed.version != before.signed.version + 1:
+            raise ValueError("the roots are not in order")
+    if serialise(pending.roots[-1]) != serialise(base):
+        raise ValueError("the root in force is not the last of the roots")
+    for name, metadata in pending.base.items():
+        if name != Root.type:
+            delegator = base if name == Targets.type else pending.base[Targets.type]
+            delegator.signed.verify_delegate(name, metadata.signed_bytes, metadata.signatures)
     root = pending.next.get("root")
     if root is not None and root.signed.version != base.signed.version + 1:
         raise StoreStateError(f"root {root.signed.version} does not follow root {base.signed.version}")

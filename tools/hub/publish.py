@@ -8,7 +8,7 @@ Absent on purpose: who is asked for keys, and the look of progress (``cli_bundle
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import msgspec
@@ -27,7 +27,7 @@ from agent.bundles.manifest import (
 )
 from agent.bundles.names import check_name, index_target, manifest_target
 from agent.errors import TargetNotFoundError
-from tools.hub import indexes
+from tools.hub import indexes, oms
 from tools.hub.bundle import Bundle, check_blob, distinct_chunks
 from tools.hub.chunks import blob_name
 from tools.hub.edition import Edition, Now, State
@@ -93,10 +93,13 @@ class Publisher:
         *,
         team_signer: Signer,
         online_signer: Signer,
+        oms_signer: Signer | None = None,
         channels: Sequence[str] = (),
         listener: Listener | None = None,
     ) -> Published:
         """Publish ``bundle`` and point ``channels`` to it.
+
+        With ``oms_signer`` its files also get an OpenSSF model signature, which the manifest then names.
 
         Raises:
             KeyNotAllowedError: a key may not sign its role; nothing was uploaded.
@@ -104,6 +107,7 @@ class Publisher:
             SourceError: a blob of the bundle is damaged.
             StoreStateError: see ``Repository.state``.
         """
+        bundle = _naming_signature(bundle, oms_signer)
         manifest = bundle.manifest
         state = self._repository.state()
         index = read_index(self._repository, state, manifest.team, manifest.name) or Index(
@@ -115,7 +119,8 @@ class Publisher:
         elif known.manifest_sha256 != bundle.sha256:
             raise ConflictError(
                 f"{bundle.title} is published with another manifest ({known.manifest_sha256[:12]})",
-                hint="A published version never changes: raise the version and pack again.",
+                hint="A published version never changes: raise the version and pack again, or if it was published with "
+                "--oms-key give the same one.",
             )
         changed = index if known else indexes.added(index, self._entry(bundle))
         changed = indexes.pointed(changed, channels, manifest.version)
@@ -125,6 +130,8 @@ class Publisher:
         edition = self._repository.edition(state)
         target = manifest_target(manifest.team, manifest.name, manifest.version)
         edition.add_team_target(manifest.team, target, bundle.manifest_bytes)
+        if oms_signer is not None:
+            edition.add_team_target(manifest.team, oms.target_path(manifest), oms.sign(manifest, oms_signer))
         self._seal(edition, changed, team_signer, online_signer)
         uploaded = self._upload(bundle, listener or Listener())  # after signing: a wrong key costs no upload
         return _report(changed, manifest.version, uploaded, timestamp=edition.write())
@@ -278,6 +285,16 @@ def operators_document(tenant: str, keys: Sequence[Key]) -> bytes:
     data = encode(document)
     parse_operators(data)
     return data
+
+
+def _naming_signature(bundle: Bundle, oms_signer: Signer | None) -> Bundle:
+    """Return ``bundle`` with the signature that is made beside it named in its manifest."""
+    if oms_signer is None:
+        return bundle
+    named = {"target": oms.target_path(bundle.manifest), "key_id": oms.key_id(oms_signer)}
+    provenance = msgspec.structs.replace(bundle.manifest.provenance, oms=named)
+    manifest = msgspec.structs.replace(bundle.manifest, provenance=provenance)
+    return replace(bundle, manifest=manifest, manifest_bytes=encode(manifest))
 
 
 def _require_growth(index: Index, bundle: Bundle) -> None:

@@ -18,6 +18,7 @@ from tuf.api.serialization import DeserializationError
 from agent.errors import NotFoundError
 from tools.hub.edition import (
     ROOT_DAYS,
+    STORE_FILE,
     TIMESTAMP,
     Edition,
     Now,
@@ -30,6 +31,7 @@ from tools.hub.edition import (
     root_versions,
     serialise,
     sign,
+    store_document,
     target_object,
     team_of,
     unsigned,
@@ -129,6 +131,7 @@ class Repository:
         edition.seal(online_signer)
         data = serialise(root)
         self._objects.put(metadata_object("root", 1), data)
+        self._objects.put(STORE_FILE, store_document())
         edition.write()
         return data
 
@@ -171,6 +174,13 @@ class Repository:
                 "a cut attempt left a root with other keys here", hint="Use the same keys, or an empty folder."
             )
         return earlier
+
+    def roots(self) -> list[Metadata[Root]]:
+        """Return every root, the first one first; raises what tuf raises."""
+        return [
+            Metadata[Root].from_bytes(self._objects.read(metadata_object("root", version)))
+            for version in root_versions(self._objects)
+        ]
 
     def newest_root(self) -> Metadata[Root]:
         """Return the root in force, checked against itself; raises what tuf raises."""

@@ -123,7 +123,9 @@ def begin(objects: Objects, repository: Repository, state: State, change: Change
         draft.rotate_team(change.role.removeprefix(TEAM_PREFIX))
     else:
         draft.rotate_in_root(ROLES[change.role])
-    return Pending(request=change.as_dict(), base=draft.base, next=draft.next, files=draft.files)
+    return Pending(
+        request=change.as_dict(), roots=repository.roots(), base=draft.base, next=draft.next, files=draft.files
+    )
 
 
 def publish(pending: Pending, objects: Objects, repository: Repository, signers: Sequence[Signer], now: Now) -> Rotated:

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import urllib3
 import zstandard
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, ExpiredMetadataError, RepositoryError
 from tuf.ngclient import FetcherInterface, TargetFile, Updater
 
@@ -31,6 +32,7 @@ from agent.bundles.manifest import (
 )
 from agent.bundles.names import manifest_target
 from agent.errors import ChunkMismatchError, ExpiredError, OfflineError, TargetNotFoundError, UntrustedError
+from tools.hub import oms
 from tools.hub.bundle import distinct_chunks
 from tools.hub.chunks import blob_name
 from tools.hub.listener import Listener
@@ -51,6 +53,7 @@ class Verified:
     operators: int = 0
     models: list[dict[str, Any]] = field(default_factory=list)  # team, name, channels, versions
     manifests: int = 0
+    model_signatures: int = 0  # OpenSSF; whose they are takes a key to say, see ``oms_key``
     blobs: int = 0
     bytes: int = 0
     deep: bool = False
@@ -76,6 +79,7 @@ def verify(
     deep: bool,
     parts: Collection[Part] = (),
     held: Collection[str] = (),
+    oms_key: EllipticCurvePublicKey | None = None,
     listener: Listener | None = None,
 ) -> Verified:
     """Check everything that the store offers.
@@ -86,6 +90,7 @@ def verify(
         deep: Fetch every blob and check its hashes; otherwise only its size.
         parts: Look at these only, as an exported stick holds them; empty: at all.
         held: Hashes of raw chunks that need not be there.
+        oms_key: Also check the OpenSSF model signatures that manifests name; without it, only what they list.
         listener: Told about progress.
 
     Raises:
@@ -99,7 +104,7 @@ def verify(
     url = store_url(store)
     fetcher = StoreFetcher()
     with tempfile.TemporaryDirectory(prefix="inferhub-verify-") as folder:
-        client = _Client(url, anchor, Path(folder), fetcher, parts)
+        client = _Client(url, anchor, Path(folder), fetcher, parts, oms_key)
         return client.walk(deep=deep, held=held, listener=listener or Listener())
 
 
@@ -152,10 +157,19 @@ class StoreFetcher(FetcherInterface):
 
 
 class _Client:
-    def __init__(self, url: str, anchor: bytes, folder: Path, fetcher: StoreFetcher, parts: Collection[Part]) -> None:
+    def __init__(
+        self,
+        url: str,
+        anchor: bytes,
+        folder: Path,
+        fetcher: StoreFetcher,
+        parts: Collection[Part],
+        oms_key: EllipticCurvePublicKey | None,
+    ) -> None:
         self._url = url
         self._fetcher = fetcher
         self._parts = parts
+        self._oms_key = oms_key
         self._metadata = folder / "metadata"
         targets = folder / "targets"
         self._metadata.mkdir()
@@ -230,6 +244,7 @@ class _Client:
             entries = [entry for entry in index.versions if self._wants(team, index.name, entry.version)]
             for entry in entries:
                 manifest = self._manifest(team, index.name, entry.version, entry.manifest_sha256)
+                seen.model_signatures += self._check_model_signature(manifest)
                 blobs |= {chunk.blob: chunk for chunk in distinct_chunks(manifest)}
                 seen.manifests += 1
             seen.models.append(
@@ -250,6 +265,16 @@ class _Client:
         if (manifest.team, manifest.name, manifest.version) != (team, name, version):
             raise UntrustedError(f"{path} describes {manifest.team}/{manifest.name}@{manifest.version}")
         return manifest
+
+    def _check_model_signature(self, manifest: Manifest) -> bool:
+        path = manifest.provenance.oms.get("target", "")
+        if not path:
+            return False
+        data = self._target(path)
+        files = oms.verify(data, self._oms_key) if self._oms_key else oms.signed_files(data)
+        if files != {file.path: file.sha256 for file in manifest.files}:
+            raise UntrustedError(f"{path}: signs other files than the manifest lists")
+        return True
 
     def _target(self, path: str) -> bytes:
         info = self._updater.get_targetinfo(path)

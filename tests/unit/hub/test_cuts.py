@@ -72,16 +72,18 @@ def index_of(centre: Centre) -> Index:
     return centre.publisher().index(centre.repository().state(), "vision", "tiny")
 
 
-def test_publish(centre: Centre, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signed_files", [False, True])
+def test_publish(centre: Centre, tmp_path: Path, signed_files: bool) -> None:
+    signer = CryptoSigner.generate_ecdsa() if signed_files else None
     bundle = packed(tmp_path, "1.2.0", 3)
     writes = cut_everywhere(
         tmp_path,
         centre,
-        lambda objects: centre.publish(bundle, "stable", objects=objects),
+        lambda objects: centre.publish(bundle, "stable", objects=objects, oms_signer=signer),
         old=index_of(centre),
         new=lambda index: index.channels == {"stable": "1.2.0"} and len(index.versions) == 3,
     )
-    assert writes == 6  # weights, manifest, index, team role, snapshot, timestamp
+    assert writes == 6 + signed_files  # weights, manifest, (its signature,) index, team role, snapshot, timestamp
 
 
 def test_revoke(centre: Centre, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from tools.hub import keys
@@ -61,7 +61,7 @@ def test_a_public_key_cannot_sign(tmp_path: Path) -> None:
 
 
 def test_other_kinds_of_key_and_other_files_are_refused(tmp_path: Path) -> None:
-    other = generate_private_key(SECP256R1())
+    other = Ed448PrivateKey.generate()
     (tmp_path / "k").write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (tmp_path / "k.pub").write_bytes(other.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     (tmp_path / "junk").write_bytes(b"\x00junk")

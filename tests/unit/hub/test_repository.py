@@ -13,7 +13,7 @@ from agent.errors import ExpiredError, OfflineError, TargetNotFoundError, Untrus
 from tests.fakes import bundles
 from tests.fakes.hub import Centre, Clock, FailingFolder, PowerCutError
 from tools.hub.bundle import Bundle
-from tools.hub.edition import TIMESTAMP, team_role
+from tools.hub.edition import TIMESTAMP, expiring, team_role
 from tools.hub.errors import ConflictError, KeyNotAllowedError, SourceError, StoreStateError
 from tools.hub.objects import Folder
 from tools.hub.verify import Verified, verify
@@ -64,7 +64,7 @@ def test_publishing_again_changes_not_one_byte(centre: Centre, tmp_path: Path, c
 
 def test_a_cut_init_can_be_repeated_with_the_same_keys_only(tmp_path: Path, clock: Clock) -> None:
     centre = Centre(tmp_path / "store", clock)
-    for cut in range(5):
+    for cut in range(6):
         clock.seconds += 1
         with pytest.raises(PowerCutError):
             centre.initialise(FailingFolder(centre.root, left=cut))
@@ -157,14 +157,24 @@ def test_the_snapshot_is_renewed_with_the_timestamp_before_it_expires(
     seen(centre)
 
 
-def test_roles_that_need_an_offline_key_are_named_before_they_expire(
-    centre: Centre, tmp_path: Path, clock: Clock
+@pytest.mark.parametrize(
+    ("days", "due"),
+    [
+        (0, []),
+        (149, []),
+        (151, ["team-vision"]),
+        (276, ["root", "team-vision"]),
+        (336, ["root", "targets", "team-vision"]),
+    ],
+)
+def test_a_role_is_due_while_its_people_can_still_be_gathered(
+    centre: Centre, tmp_path: Path, clock: Clock, days: int, due: list[str]
 ) -> None:
     centre.publish(bundle(tmp_path))
     state = centre.repository().state()
-    assert state.expiring(clock.seconds) == {}
-    assert list(state.expiring(clock.seconds + 160 * 86_400)) == ["team-vision"]
-    assert list(state.expiring(clock.seconds + 340 * 86_400)) == ["root", "targets", "team-vision"]
+    roles = {"root": state.root, "targets": state.targets, "team-vision": state.teams["vision"]}
+    dates = {role: metadata.signed.expires for role, metadata in roles.items()}
+    assert list(expiring(dates, clock.seconds + days * 86_400)) == due
 
 
 def test_a_clock_far_behind_the_store_signs_nothing(centre: Centre, clock: Clock) -> None:

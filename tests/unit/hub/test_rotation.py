@@ -295,6 +295,44 @@ def test_a_file_that_somebody_changed_is_refused(centre: Centre, tmp_path: Path)
         load(tmp_path / "nowhere.json")
 
 
+def test_a_file_that_compares_with_a_made_up_state_is_refused(centre: Centre, tmp_path: Path) -> None:
+    """A thief could hide a change by calling it part of what is in force."""
+    path = tmp_path / "p.json"
+    pending = started(centre, changed("operator", key()))
+    pending.follows(centre.anchor)
+    pending.base["targets"] = pending.next["targets"]  # nobody has signed it
+    pending.save(path)
+    with pytest.raises(InvalidInputError):
+        load(path)
+
+    thief = Centre(tmp_path / "other", centre.clock)
+    foreign = Centre(tmp_path / "other", centre.clock)
+    foreign.root_signers = [centre.root_signers[0], *thief.root_signers[1:]]
+    foreign.initialise()
+    lure = started(foreign, changed("root", key()))
+    lure.save(path)
+    with pytest.raises(UntrustedError, match="none of this store's"):
+        load(path).follows(centre.anchor)
+    with pytest.raises(InvalidInputError):
+        lure.follows(b"{}")
+
+
+def test_the_roots_lead_from_any_trusted_one_to_the_next(centre: Centre, tmp_path: Path) -> None:
+    for _ in range(2):
+        pending = started(centre, changed("root", key()))
+        pending.sign(centre.root_signers)
+        finish(centre, pending)
+    pending = started(centre, changed("root", key()))
+    path = tmp_path / "p.json"
+    pending.save(path)
+    for version in (1, 2, 3):
+        load(path).follows((centre.root / f"metadata/{version}.root.json").read_bytes())
+    del pending.roots[1]
+    pending.save(path)
+    with pytest.raises(InvalidInputError):
+        load(path)
+
+
 def test_a_root_that_skips_one_is_refused(centre: Centre, tmp_path: Path) -> None:
     pending = started(centre, changed("root", key()))
     pending.next["root"].signed.version = 3
