@@ -211,10 +211,26 @@ def test_deploy_rollback_and_history_by_inferctl(box: Box) -> None:
     assert (models[0]["active"], models[0]["previous"], models[0]["source"]) == ("1.0.0", "2.0.0", "pin")
 
 
+def test_inspect_tells_what_is_inside_a_version_of_this_box(box: Box) -> None:
+    box.start()
+    box.until_serving()
+    told = json.loads(box.control("inspect", MODEL, "--json").stdout)
+    assert (told["manifest"]["name"], told["manifest"]["version"]) == (MODEL, "1.0.0")
+    assert [model["path"] for model in told["models"]] == ["first/model.onnx", "second/model.onnx"]
+    assert told["models"][0]["about"]["opsets"] == {"ai.onnx": 17}
+    assert told["warnings"] == []
+    assert told["verified"] > 0
+    assert f"{magika.TEAM}/{MODEL}@1.0.0" in box.control("inspect", f"{MODEL}@1.0.0").stdout
+    absent = box.control("inspect", f"{MODEL}@7.0.0")
+    assert absent.returncode == 1
+    assert "inferctl deploy scale@7.0.0" in absent.stderr
+    assert box.control("inspect", "nobody").returncode == 1
+
+
 def test_every_verb_prints_for_people_and_for_programs(box: Box) -> None:
     box.start()
     box.until_serving()
-    for verb in (["status"], ["models"], ["deployments"], ["events"], ["selftest", MODEL]):
+    for verb in (["status"], ["models"], ["deployments"], ["events"], ["selftest", MODEL], ["inspect", MODEL]):
         for form in ([], ["--json"]):
             done = box.control(*verb, *form)
             assert done.returncode == 0, done.stderr

@@ -95,6 +95,10 @@ def test_from_nothing_to_a_device_that_holds_the_version(centre: Path) -> None:
     assert seen["blobs"] == first["blobs"]
     assert hub("ls", "--store", "store")["models"][0]["versions"][0]["manifest_sha256"] == packed["manifest_sha256"]
     assert hub("show", "vision/linear@1.0.0", "--store", "store")["seq"] == 1
+    inside = hub("inspect", "vision/linear@1.0.0", "--store", "store")
+    assert inside["manifest_sha256"] == packed["manifest_sha256"]
+    assert [model["parameters"] for model in inside["models"]] == [12]
+    hub("inspect", "vision/linear@9.0.0", "--store", "store", fails="bundle_not_found")
 
     lines = pull(f"file://{centre}/store", centre / "anchor/root.json", centre / "state")
     assert lines[-1]["event"] == "done", lines[-1]

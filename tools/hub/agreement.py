@@ -78,6 +78,10 @@ def compare(output: Output, wanted: Sequence[Array], found: Sequence[Array], cho
     measure: Measure = choice if choice != "auto" else ("top1" if _is_classes(output, wanted) else "cosine")
     if any(np.any(~np.isfinite(b) & np.isfinite(a)) for a, b in zip(left, right, strict=True)):
         return _none(output, measure, rows=rows)
+    # Where fp32 itself has none, there is nothing to agree with: attention masks, logarithms of zero.
+    known = [np.isfinite(array) for array in left]
+    left = [np.where(mask, array, 0.0) for mask, array in zip(known, left, strict=True)]
+    right = [np.where(mask, array, 0.0) for mask, array in zip(known, right, strict=True)]
     by_row = all(array.shape[1] >= _ROW_MIN for array in left)
     cosine = _worst_cosine(left, right) if by_row else _whole_cosine(left, right)
     wide = min(array.shape[1] for array in left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,7 +82,7 @@ def quantize(source: str, out: Path | None, model: str | None, **options: Any) -
     wish = _wish(gate, options)
     with progress() as bars:
         folder = _sources(source, out, model, wish, bars)
-        report = run(folder, wish, bars)
+        report = run(folder, replace(wish, made_up=wish.inputs is None and folder == out), bars)
     if wants_json():
         emit(_plain(report))
     else:
@@ -130,14 +130,14 @@ def _sources(source: str, out: Path | None, model: str | None, wish: Wish, bars:
                 f"{source}: no {FILE_NAME} here", hint="Write one (inferhub pack --help), or give a model."
             )
         return Path(source)
-    if out is None:
-        raise InvalidInputError("--out DIR: where shall the sources of the new bundle go?")
     from tools.hub import scaffold, torch_export
     from tools.hub.onnxfile import described
     from tools.hub.samples import load, peek, random
 
-    team, name, version = parse_model(model or f"team/{scaffold.name_of(source)}@1.0.0")
     kind = torch_export.kind_of(source)
+    if out is None:
+        raise InvalidInputError("--out DIR: where shall the sources of the new bundle go?")
+    team, name, version = parse_model(model or f"team/{scaffold.name_of(source)}@1.0.0")
     with tempfile.TemporaryDirectory(prefix="inferhub-export-") as scratch:
         fp32 = Path(source)
         if kind != "onnx":
@@ -147,7 +147,7 @@ def _sources(source: str, out: Path | None, model: str | None, wish: Wish, bars:
             bars.advance(1)
         ports = described(fp32).inputs
         given = load(wish.inputs, ports, rows_max=wish.rows) if wish.inputs else random(ports)
-        scaffold.make(fp32, out, given, team=team, name=name, version=version or "1.0.0")
+        scaffold.make(fp32, out, given, scaffold.Title(team, name, version or "1.0.0"))
     return out
 
 

@@ -1,6 +1,6 @@
 """Make smaller models from one fp32 ONNX file: fp16, dynamic int8, static int8.
 
-- fp16 (``onnxruntime.transformers.float16``): weights and arithmetic in half precision, inputs and outputs stay fp32.
+- fp16 (``half.py``): weights and arithmetic in half precision; inputs, outputs and what would overflow stay fp32.
 - dynamic int8: weights are stored as int8, activations are scaled at run time; no data is needed.
 - static int8: scales of activations are fixed from calibration data and stored as QDQ nodes.
 
@@ -25,6 +25,7 @@ from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from agent.config import MIB
+from tools.hub import half
 from tools.hub.errors import SourceError
 from tools.hub.onnxfile import external_files
 from tools.hub.samples import Feed
@@ -34,7 +35,6 @@ Weights = Literal["int8", "uint8"]
 Calibration = Literal["minmax", "entropy", "percentile"]
 KINDS: Final[tuple[Kind, ...]] = ("fp16", "dynamic", "static")
 EXTERNAL_BYTES_MIN: Final = 16 * MIB
-_PROTOBUF_BYTES_MAX: Final = 1900 * MIB  # a ModelProto ends at 2 GiB
 _METHODS: Final = {
     "minmax": quantization.CalibrationMethod.MinMax,
     "entropy": quantization.CalibrationMethod.Entropy,
@@ -78,25 +78,25 @@ class Int8:
         return told
 
 
-def fp16(source: Path, out: Path, *, exclude: Sequence[str] = ()) -> None:
+def fp16(source: Path, out: Path, *, exclude: Sequence[str] = (), feeds: Sequence[Feed] = ()) -> tuple[str, ...]:
     """Write ``source`` in half precision to ``out``; inputs and outputs keep their types.
+
+    Args:
+        source: The fp32 model.
+        out: Must not exist.
+        exclude: Nodes that stay fp32.
+        feeds: Inputs to find the nodes with whose values half precision cannot hold.
+
+    Returns:
+        The names of those nodes; they stayed fp32 too.
 
     Raises:
         SourceError: it cannot be converted, or ``out`` exists.
     """
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
     with _making(source, out):
-        model = onnx.load(str(source))
-        for number, node in enumerate(model.graph.node):
-            node.name = node.name or f"node_{number}"  # the converter tells nodes apart by name
-        converted = convert_float_to_float16(
-            model,
-            keep_io_types=True,
-            disable_shape_infer=model_bytes(source) > _PROTOBUF_BYTES_MAX,
-            node_block_list=list(exclude),
-        )
-        _save(converted, out)
+        model, wide = half.convert(onnx.load(str(source)), exclude=exclude, feeds=feeds)
+        half.written(model, out, external_bytes_min=EXTERNAL_BYTES_MIN)
+    return wide
 
 
 def dynamic_int8(source: Path, out: Path, how: Int8) -> None:
@@ -188,12 +188,6 @@ def _common(how: Int8) -> dict[str, Any]:
         "per_channel": how.per_channel,
         "reduce_range": how.reduce_range,
     }
-
-
-def _save(model: Any, out: Path) -> None:
-    data = f"{out.name}.data"
-    large = model.ByteSize() > EXTERNAL_BYTES_MIN
-    onnx.save(model, str(out), save_as_external_data=large, location=data, all_tensors_to_one_file=True)
 
 
 @contextmanager

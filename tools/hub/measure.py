@@ -143,12 +143,13 @@ class _Subject:
         self._load_ms = 0.0
         self._names: list[str] = []
         self._times: list[float] = []
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the child's pipes
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         self._child = subprocess.Popen(
             [sys.executable, "-m", "tools.hub.measure_child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._complaints,
             env=environment,
         )
 
@@ -158,7 +159,7 @@ class _Subject:
     def __exit__(self, *_: object) -> None:
         self._child.kill()
         self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
+        for pipe in (self._child.stdin, self._child.stdout, self._complaints):
             assert pipe is not None
             pipe.close()
 
@@ -216,8 +217,13 @@ class _Subject:
             raise TrialError(f"{self._name}: no answer within {_LOAD_S_MAX:.0f} s")
         line = self._child.stdout.readline()
         if not line:
-            raise TrialError(f"{self._name}: its process ended with {self._child.wait()}")
+            raise TrialError(f"{self._name}: its process ended with {self._child.wait()}{self._last_words()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise TrialError(f"{self._name}: {answer['error']}")
         return answer
+
+    def _last_words(self) -> str:
+        self._complaints.seek(0)
+        said = self._complaints.read()[-4096:].decode(errors="replace").strip()
+        return f": {said.rpartition(chr(10))[2][:300]}" if said else ""

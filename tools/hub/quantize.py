@@ -56,6 +56,7 @@ class Wish:
         measure_of: The agreement's measure.
         base: The fp32 variant to begin from; empty: the first. Its providers are measured with.
         inputs: Samples to measure with; ``None``: the bundle's golden inputs.
+        made_up: The golden inputs are made up.
         calibration: Samples for static int8; ``None``: it is not made.
         rows: How many samples are run at most.
         effort: How long is measured.
@@ -67,6 +68,7 @@ class Wish:
     measure_of: Choice = "auto"
     base: str = ""
     inputs: Path | None = None
+    made_up: bool = False
     calibration: Path | None = None
     rows: int = 256
     effort: Effort = field(default_factory=Effort)
@@ -174,7 +176,7 @@ class _Job:
             for name, golden, _ in self.goldens
             for feed in samples.of_arrays(golden, self.ports, where=f"golden {name}")
         ]
-        return Samples(feeds=tuple(feeds[: self.wish.rows]), real=True)
+        return Samples(feeds=tuple(feeds[: self.wish.rows]), real=not self.wish.made_up)
 
     def _calibration(self) -> Samples | None:
         if "static" not in self.wish.kinds or self.wish.calibration is None:
@@ -253,9 +255,10 @@ def _convert(job: _Job, kind: Kind, out: Path, listener: Listener) -> _Made:
     how = job.wish.how
     if kind == "fp16":
         listener.stage("make fp16", 1, "steps")
-        convert.fp16(job.source, out, exclude=how.exclude)
+        wide = convert.fp16(job.source, out, exclude=how.exclude, feeds=job.feeds.feeds)
         listener.advance(1)
-        return _Made(path=out, how=how)
+        note = f"{len(wide)} nodes stay fp32, since half precision cannot hold their values" if wide else ""
+        return _Made(path=out, how=replace(how, exclude=(*how.exclude, *wide)), note=note)
     try:
         _int8(job, kind, out, how, listener)
         return _Made(path=out, how=how)

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,20 +36,30 @@ _OPEN_MAX: Final = 1 << 24
 _RTOL, _ATOL = 1e-3, 1e-4  # fp32 differs between CPUs in its last digits
 
 
-def make(model: Path, folder: Path, samples: Samples, *, team: str, name: str, version: str) -> None:
-    """Write the sources of ``team/name@version`` to the new ``folder``.
+class Title(NamedTuple):
+    """Who publishes it, what it is called, and which version it is."""
+
+    team: str
+    name: str
+    version: str
+
+
+def make(model: Path, folder: Path, samples: Samples, title: Title) -> None:
+    """Write the sources of the version ``title`` to the new ``folder``.
 
     Args:
         model: An fp32 ONNX model.
         folder: Must not exist.
         samples: Inputs; the first few become the golden test.
-        team, name, version: As in ``model.toml``.
+        title: As in ``model.toml``.
 
     Raises:
         SourceError: ``folder`` exists, or the model cannot run its inputs.
         UnsafeBundleError: a name that no store takes.
     """
-    check_name(team, "team"), check_name(name, "name"), check_version(version)
+    check_name(title.team, "team")
+    check_name(title.name, "name")
+    check_version(title.version)
     if folder.exists():
         raise SourceError(f"{folder}: exists already", hint="Choose another --out, or quantize that folder.")
     facts = inspection.inspect_file(model)
@@ -61,7 +71,7 @@ def make(model: Path, folder: Path, samples: Samples, *, team: str, name: str, v
         feed, answers = _golden(beside / ENTRY, samples)
         (beside / "golden/g1.in.safetensors").write_bytes(safetensors.dump(feed))
         (beside / "golden/g1.out.safetensors").write_bytes(safetensors.dump(answers))
-        (beside / FILE_NAME).write_text(_description(facts, answers, team, name, version))
+        (beside / FILE_NAME).write_text(_description(facts, answers, title, real=samples.real))
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -107,11 +117,11 @@ def _golden(model: Path, samples: Samples) -> tuple[Feed, dict[str, Array]]:
     return few[0], run(model, few[0])
 
 
-def _description(facts: inspection.ModelFacts, answers: Mapping[str, Array], team: str, name: str, version: str) -> str:
+def _description(facts: inspection.ModelFacts, answers: Mapping[str, Array], title: Title, *, real: bool) -> str:
     signature, axis = _signature(facts, answers)
     lines = [
         "# A beginning, made by: inferhub quantize. Keys: inferhub pack --help",
-        *toml.lines({"team": team, "name": name, "version": version, "handler": {"id": "tensors/v1"}}),
+        *toml.lines(title._asdict() | {"handler": {"id": "tensors/v1"}}),
         *(toml.lines({"batching": {"axis": axis, "max_batch": _BATCH}}) if axis else []),
     ]
     if re.fullmatch(r"[A-Za-z0-9.+-]{2,64}", facts.license):
@@ -125,6 +135,8 @@ def _description(facts: inspection.ModelFacts, answers: Mapping[str, Array], tea
     variant = {"id": "cpu-fp32", "entry": ENTRY, "precision": "fp32", "priority": PRIORITY}
     lines += ["", "[[variants]]", *toml.lines(variant)]
     sample = {"id": "g1", "inputs": "golden/g1.in.safetensors", "outputs": "golden/g1.out.safetensors"}
+    if not real:
+        lines += ["", "# Its inputs are made up: record real ones before anybody relies on this test."]
     lines += ["", "[[golden]]", *toml.lines(sample), "compare = ["]
     for output, array in answers.items():
         atol = float(f"{_ATOL * max(1.0, float(np.max(np.abs(array.astype(np.float64)), initial=0.0))):.1g}")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from agent.errors import AgentError, UnsafeBundleError
 from tests.fakes import bundles
 from tests.fakes.hub import description, make_source
+from tests.fakes.models import linear
 from tools.hub.errors import SourceError
 from tools.hub.pack import pack
 
@@ -52,6 +54,34 @@ def link(source: Path) -> None:
 
 def save(model: bytes) -> Callable[[Path], None]:
     return write("fp32/model.onnx", model)
+
+
+def signature(*, name: str = "x", dtype: str = "float32", shape: str = '["N", 4]') -> Callable[[Path], None]:
+    text = (
+        f'[signature]\ninputs = [{{ name = "{name}", dtype = "{dtype}", shape = {shape} }}]\n'
+        'outputs = [{ name = "y", dtype = "float32", shape = ["N", 3] }]\n\n[[variants]]'
+    )
+    return replace("[[variants]]", text)
+
+
+def requires(spec: str) -> Callable[[Path], None]:
+    return replace("seq = 1", f'seq = 1\nrequires = {{ runtimes = [{{ name = "onnxruntime", spec = "{spec}" }}] }}')
+
+
+def linear_of(*, opset: int = 17, ir_version: int = 10) -> bytes:
+    model = linear()
+    model.opset_import[0].version, model.ir_version = opset, ir_version
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def two_outputs() -> Callable[[Path], None]:
+    """A second variant whose model has an output more than the first, from which the signature is read."""
+    model = linear()
+    model.graph.node.append(helper.make_node("Identity", ["y"], ["z"]))
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N", 3]))
+    variant = '[[variants]]\nid = "b"\nentry = "b/model.onnx"\nprecision = "fp32"\npriority = 20\n\n[[golden]]'
+    return both(write("b/model.onnx", model.SerializeToString()), replace("[[golden]]", variant))
 
 
 HANDLER = 'handler = { id = "tensors/v1" }'
@@ -102,6 +132,16 @@ BAD: dict[str, tuple[Callable[[Path], None], type[AgentError], str]] = {
         "not Python",
     ),
     "code that is no handler": (shared("helper.py", b"x = 1\n"), UnsafeBundleError, "helper.py"),
+    "signature of another type": (signature(dtype="int32"), SourceError, "'x' is float32, the signature says int32"),
+    "signature of another shape": (signature(shape='["N", 5]'), SourceError, "'x' has shape .*, the signature says"),
+    "input that the model lacks": (signature(name="z"), SourceError, "has no input 'z'; it has x"),
+    "output not in the signature": (two_outputs(), SourceError, "output 'z' is not in the signature"),
+    "opset too new for what is allowed": (
+        both(save(linear_of(opset=22)), requires(">=1.20,<2")), SourceError, "1.20 loads opset 21 at most",
+    ),
+    "IR version too new": (
+        both(save(linear_of(ir_version=11)), requires(">=1.22")), SourceError, "1.22 loads IR version 10",
+    ),
     "no provider": (
         replace("priority = 10", 'priority = 10\ndevice = { kind = "cuda" }'), SourceError, "providers is empty",
     ),
