@@ -17,9 +17,9 @@ from typing import Any, Final
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
 from agent import __version__
+from agent.cli_progress import follow
 from agent.cli_text import deployments_text, event_text, models_text, print_text, reason_text, shown, status_text
 from agent.client import Client
 from agent.client.messages import Part, Result
@@ -27,6 +27,7 @@ from agent.errors import AgentError
 
 _SOCKET: Final = "/run/inferd/inferd.sock"
 _FINAL_GOOD: Final = "confirmed"
+_GIVEN_UP: Final = "superseded"
 _POLL_S: Final = 20.0
 _HISTORY_ROWS: Final = 100  # looked through for why a model is not ready
 _INTERRUPTED: Final = 130
@@ -139,7 +140,8 @@ def deploy(
 ) -> None:
     """Pin MODEL to a version on this box: fetch, verify, self-test, switch over, watch, confirm or roll back.
 
-    The pin stands against fleet commands until ``inferctl unpin MODEL``.
+    The pin stands against fleet commands until ``inferctl unpin MODEL``. With --json each step and each progress of the
+    download is one line; the last one has ``"final": true``.
 
     \b
     Examples:
@@ -172,6 +174,28 @@ def unpin(socket_path: str, model: str) -> None:
     with _client(socket_path) as client:
         client.call("unpin", {"model": model})
     click.echo(f"{shown(model)} follows the fleet and the configuration again")
+
+
+@main.command()
+@click.argument("model")
+@_json_option
+@click.pass_obj
+def cancel(socket_path: str, model: str, as_json: bool) -> None:
+    """Give up what is being deployed to MODEL, as long as it does not serve yet, and the pin that asked for it.
+
+    What was fetched stays, so that another try fetches the rest only. What the fleet or the configuration want of MODEL
+    stands: a version that the configuration names is tried again later.
+
+    \b
+    Example:
+      inferctl cancel magika
+    """
+    with _client(socket_path) as client:
+        record = follow(client, client.call("cancel", {"model": model})["deployment"], as_json=as_json)
+    given_up = record["state"] == _GIVEN_UP
+    if not as_json:
+        click.echo(f"{shown(model)}: cancelled" if given_up else _end_text(record), err=not given_up)
+    sys.exit(0 if given_up else 1)
 
 
 @main.command()
@@ -312,14 +336,12 @@ def _change(socket_path: str, verb: str, args: dict[str, Any], *, no_wait: bool,
                 click.echo(f"deployment {shown(begun['deployment'])} begun")
             return
         try:
-            record = _follow(client, begun["deployment"], quiet=as_json)
+            record = follow(client, begun["deployment"], as_json=as_json)
         except KeyboardInterrupt:
             click.echo(f"deployment {shown(begun['deployment'])} goes on; see inferctl deployments", err=True)
             sys.exit(_INTERRUPTED)
     good = record["state"] == _FINAL_GOOD
-    if as_json:
-        _print_json(record)
-    else:
+    if not as_json:  # whose last line said it
         click.echo(_end_text(record), err=not good)
     sys.exit(0 if good else 1)
 
@@ -332,26 +354,6 @@ def _end_text(record: dict[str, Any]) -> str:
         return f"{slot} serves {version}{channel} ({reason or 'confirmed'})"
     tried = version or shown(record["wanted"]) or f"channel {shown(record['channel'])}"
     return f"{slot} {tried}: {shown(record['state'])}: {reason}"
-
-
-def _follow(client: Client, deployment_id: str, *, quiet: bool) -> dict[str, Any]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("begun", total=None)
-        args: dict[str, Any] = {"id": deployment_id, "wait_s": _POLL_S}
-        while True:
-            record: dict[str, Any] = client.call("deployment", args)
-            total = record["bytes_total"] or None
-            progress.update(
-                task,
-                description=shown(f"{record['slot']} {record['version']}: {record['state']}"),
-                completed=record["bytes_done"],
-                total=total,
-            )
-            if record["final"]:
-                return record
-            args |= {"after_step": record["step"], "after_bytes": record["bytes_done"]}
 
 
 @contextmanager

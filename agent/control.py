@@ -88,6 +88,7 @@ class Control:
             "deploy": ("operate", self._deploy),
             "rollback": ("operate", self._rollback),
             "unpin": ("operate", self._unpin),
+            "cancel": ("operate", self._cancel),
         }
 
     async def call(self, method: str, args: dict[str, Any], roles: Roles, peer: str) -> Any:
@@ -242,6 +243,9 @@ class Control:
     async def _unpin(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         await self._reconciler.unpin(_text(args, "model"))
         return {"model": args["model"]}
+
+    async def _cancel(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
+        return {"deployment": await self._reconciler.cancel(_text(args, "model"))}
 
     async def _rollback_wish(self, model: str, wish_id: str, source: str) -> Desired:
         known = await self._reconciler.find(wish_id)

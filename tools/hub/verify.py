@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
+import msgspec
 import urllib3
 import zstandard
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, ExpiredMetadataError, RepositoryError
 from tuf.ngclient import FetcherInterface, TargetFile, Updater
 
+from agent.bundles.bodies import RefusedError
+from agent.bundles.fetcher import Transport
 from agent.bundles.manifest import (
     OPERATORS_TARGET,
     Chunk,
@@ -30,6 +34,7 @@ from agent.bundles.manifest import (
     parse_operators,
 )
 from agent.bundles.names import manifest_target
+from agent.config import MirrorConfig
 from agent.errors import ChunkMismatchError, ExpiredError, OfflineError, TargetNotFoundError, UntrustedError
 from tools.hub.bundle import distinct_chunks
 from tools.hub.chunks import blob_name
@@ -59,14 +64,22 @@ class Verified:
         return asdict(self)
 
 
-def verify(store: str, anchor: bytes, *, deep: bool, listener: Listener | None = None) -> Verified:
+def verify(
+    store: str,
+    anchor: bytes,
+    *,
+    deep: bool,
+    listener: Listener | None = None,
+    s3: Mapping[str, str] | None = None,
+) -> Verified:
     """Check everything that the store offers.
 
     Args:
-        store: A folder, ``file://`` or ``http(s)://`` URL.
+        store: A folder, ``file://``, ``http(s)://`` or ``s3://`` URL.
         anchor: The root metadata a device is built with, the first one at best.
         deep: Fetch every blob and check its hashes; otherwise only its size.
         listener: Told about progress.
+        s3: See ``StoreFetcher``.
 
     Raises:
         OfflineError: the store cannot be reached.
@@ -77,7 +90,7 @@ def verify(store: str, anchor: bytes, *, deep: bool, listener: Listener | None =
         UnsafeBundleError: a signed document is refused by the rules every device applies.
     """
     url = store_url(store)
-    fetcher = StoreFetcher()
+    fetcher = StoreFetcher(s3)
     with tempfile.TemporaryDirectory(prefix="inferhub-verify-") as folder:
         client = _Client(url, anchor, Path(folder), fetcher)
         return client.walk(deep=deep, listener=listener or Listener())
@@ -90,14 +103,22 @@ def store_url(store: str) -> str:
 
 
 class StoreFetcher(FetcherInterface):
-    """Bytes of ``file://`` and ``http(s)://`` URLs, for python-tuf and for blobs."""
+    """Bytes of ``file://``, ``http(s)://`` and ``s3://`` URLs, for python-tuf and for blobs.
 
-    def __init__(self) -> None:
+    Args:
+        s3: Fields of ``MirrorConfig`` for buckets: endpoint, region, credentials_file.
+    """
+
+    def __init__(self, s3: Mapping[str, str] | None = None) -> None:
         self._pool = urllib3.PoolManager(timeout=_TIMEOUT_S, retries=2)
+        self._s3 = dict(s3 or {})
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         if url.startswith("file://"):
             yield from _read_file(url)
+            return
+        if url.startswith("s3://"):
+            yield from self._read_bucket(url)
             return
         response = self._pool.request("GET", url, preload_content=False)
         try:
@@ -121,6 +142,11 @@ class StoreFetcher(FetcherInterface):
         if url.startswith("file://"):
             path = _path(url)
             return path.stat().st_size if path.is_file() else None
+        if url.startswith("s3://"):
+            try:
+                return sum(map(len, self._read_bucket(url)))
+            except DownloadHTTPError:
+                return None
         response = self._pool.request("GET", url, preload_content=False, headers={"Accept-Encoding": "identity"})
         try:
             stated = response.headers.get("Content-Length", "")
@@ -129,6 +155,17 @@ class StoreFetcher(FetcherInterface):
             return int(stated) if stated.isdigit() else sum(map(len, response.stream(_PIECE)))
         finally:
             response.close()
+
+    def _read_bucket(self, url: str) -> Iterator[bytes]:
+        """Yield an object of a bucket as a box reads it."""
+        bucket = msgspec.convert({"url": "/".join(url.split("/")[:3]), **self._s3}, MirrorConfig)
+        transport = Transport([bucket], stall_timeout_s=_TIMEOUT_S)
+        try:
+            with closing(transport.open(url)) as body:
+                while data := body.read():
+                    yield data
+        except RefusedError as error:
+            raise DownloadHTTPError(f"{url}: {error}", error.status) from error
 
 
 class _Client:
