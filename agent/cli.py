@@ -17,13 +17,15 @@ import click
 from rich.console import Console
 
 from agent import __version__, cli_store
-from agent.cli_session import FINAL_GOOD, POLL_S, change, connected, json_option, print_json
+from agent.cli_progress import POLL_S, follow
+from agent.cli_session import FINAL_GOOD, change, connected, end_text, json_option, print_json
 from agent.cli_text import deployments_text, event_text, models_text, print_text, reason_text, shown, status_text
 from agent.client import Client
 from agent.client.messages import Part, Result
 from agent.inspect_text import version_lines
 
 _SOCKET: Final = "/run/inferd/inferd.sock"
+_GIVEN_UP: Final = "superseded"
 _HISTORY_ROWS: Final = 100  # looked through for why a model is not ready
 
 
@@ -127,7 +129,8 @@ def deploy(
 ) -> None:
     """Pin MODEL to a version on this box: fetch, verify, self-test, switch over, watch, confirm or roll back.
 
-    The pin stands against fleet commands until ``inferctl unpin MODEL``.
+    The pin stands against fleet commands until ``inferctl unpin MODEL``. With --json each step and each progress of the
+    download is one line; the last one has ``"final": true``.
 
     \b
     Examples:
@@ -180,6 +183,28 @@ def unpin(socket_path: str, model: str) -> None:
     with connected(socket_path) as client:
         client.call("unpin", {"model": model})
     click.echo(f"{shown(model)} follows the fleet and the configuration again")
+
+
+@main.command()
+@click.argument("model")
+@json_option
+@click.pass_obj
+def cancel(socket_path: str, model: str, as_json: bool) -> None:
+    """Give up what is being deployed to MODEL, as long as it does not serve yet, and the pin that asked for it.
+
+    What was fetched stays, so that another try fetches the rest only. What the fleet or the configuration want of MODEL
+    stands: a version that the configuration names is tried again later.
+
+    \b
+    Example:
+      inferctl cancel magika
+    """
+    with connected(socket_path) as client:
+        record = follow(client, client.call("cancel", {"model": model})["deployment"], as_json=as_json)
+    given_up = record["state"] == _GIVEN_UP
+    if not as_json:
+        click.echo(f"{shown(model)}: cancelled" if given_up else end_text(record), err=not given_up)
+    sys.exit(0 if given_up else 1)
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""What every verb of ``inferctl`` shares: the connection, following a deployment, and JSON.
+"""What every verb of ``inferctl`` shares: the connection, changes that are followed to their end, and JSON.
 
 Leaves out: which verbs there are, and tables.
 """
@@ -13,15 +13,13 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
+from agent.cli_progress import follow
 from agent.cli_text import reason_text, shown
 from agent.client import Client
 from agent.errors import AgentError
 
 FINAL_GOOD: Final = "confirmed"
-POLL_S: Final = 20.0
 _INTERRUPTED: Final = 130
 _HINT_REFUSED: Final = (
     "The socket is open to root and the group inferd: sudo usermod -aG inferd $USER, then log in anew."
@@ -45,14 +43,12 @@ def change(socket_path: str, verb: str, args: dict[str, Any], *, no_wait: bool, 
                 click.echo(f"deployment {shown(begun['deployment'])} begun")
             return
         try:
-            record = follow(client, begun["deployment"], quiet=as_json)
+            record = follow(client, begun["deployment"], as_json=as_json)
         except KeyboardInterrupt:
             click.echo(f"deployment {shown(begun['deployment'])} goes on; see inferctl deployments", err=True)
             sys.exit(_INTERRUPTED)
     good = record["state"] == FINAL_GOOD
-    if as_json:
-        print_json(record)
-    else:
+    if not as_json:  # whose last line said it
         click.echo(end_text(record), err=not good)
     sys.exit(0 if good else 1)
 
@@ -65,27 +61,6 @@ def end_text(record: dict[str, Any]) -> str:
         return f"{slot} serves {version}{channel} ({reason or 'confirmed'})"
     tried = version or shown(record["wanted"]) or f"channel {shown(record['channel'])}"
     return f"{slot} {tried}: {shown(record['state'])}: {reason}"
-
-
-def follow(client: Client, deployment_id: str, *, quiet: bool) -> dict[str, Any]:
-    """Return a deployment once it has ended; a terminal sees its progress."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("begun", total=None)
-        args: dict[str, Any] = {"id": deployment_id, "wait_s": POLL_S}
-        while True:
-            record: dict[str, Any] = client.call("deployment", args)
-            total = record["bytes_total"] or None
-            progress.update(
-                task,
-                description=shown(f"{record['slot']} {record['version']}: {record['state']}"),
-                completed=record["bytes_done"],
-                total=total,
-            )
-            if record["final"]:
-                return record
-            args |= {"after_step": record["step"], "after_bytes": record["bytes_done"]}
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from typing import Any
 import click
 from rich.text import Text
 
-from agent.cli_session import FINAL_GOOD, connected, end_text, follow, json_option, print_json
+from agent.cli_progress import follow
+from agent.cli_session import FINAL_GOOD, connected, end_text, json_option, print_json
 from agent.cli_text import age, columns, freshness_text, print_text, shown, size
 
 
@@ -144,7 +145,7 @@ def sideload(socket_path: str, path: str, target: str | None, team: str | None, 
         report = client.call("sideload", args)
         for row in report["slots"]:
             if row["deployment"] and not no_wait:
-                row["record"] = follow(client, row["deployment"], quiet=as_json)
+                row["record"] = follow(client, row["deployment"], as_json=False, quiet=as_json)
     if as_json:
         print_json(report)
     else:

@@ -105,6 +105,7 @@ class Control:
             "pin": ("operate", self._pin),
             "unpin": ("operate", self._unpin),
             **store.verbs(),
+            "cancel": ("operate", self._cancel),
         }
 
     async def call(self, method: str, args: dict[str, Any], roles: Roles, peer: str) -> Any:
@@ -277,6 +278,9 @@ class Control:
     async def _unpin(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         await self._reconciler.unpin(text_of(args, "model"))
         return {"model": args["model"]}
+
+    async def _cancel(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
+        return {"deployment": await self._reconciler.cancel(text_of(args, "model"))}
 
     async def _rollback_wish(self, model: str, wish_id: str, source: str) -> Desired:
         known = await self._reconciler.find(wish_id)

@@ -136,14 +136,14 @@ def measure(folder: Path, *, megabytes: int, repetitions: int) -> tuple[list[Fig
         bar = progress.add_task("bundle", total=megabytes * MIB)
         store = LargeStore(folder)
         bundle = store.publish_random(megabytes, lambda size: progress.advance(bar, size))
-        with _server(store.root) as url:
+        with serving(store.root) as url:
             bar = progress.add_task("curl and pulls", total=repetitions)
             times, peaks = _throughput(
                 folder, store, url, bundle.manifest.files[-1].sha256, repetitions, lambda: progress.advance(bar)
             )
             bar = progress.add_task("changes, cuts, refreshes", total=3)
             rest = []
-            for part in (_after_insertion, _after_a_kill, _nothing_new):
+            for part in (after_insertion, after_a_kill, nothing_new):
                 rest += part(folder, store, url)
                 progress.advance(bar)
     ratios = [curl / pull for curl, pull in zip(times["curl"], times["pull"], strict=True)]
@@ -192,22 +192,28 @@ def _throughput(
     return times, peaks
 
 
-def _after_insertion(folder: Path, store: LargeStore, url: str) -> list[Figure]:
+def after_insertion(folder: Path, store: LargeStore, url: str) -> list[Figure]:
+    """Return how much of an update is fetched that inserts 1 KB in the middle of the weights."""
     box = Box(folder / "state", url, store.anchor)
     box.run("fetch", "1.0.0")
     bundle = store.publish_with_insertion(1024)
-    before = _served(url)["bytes"]
+    before = served(url)
     box.run("fetch", "1.1.0")
-    share = (_served(url)["bytes"] - before) / bundle.manifest.total_size
+    after = served(url)
+    share = (after["bytes"] - before["bytes"]) / bundle.manifest.total_size
     _remove(box.state)
-    return [Figure(name="fetched after 1 KB was inserted", value=round(100 * share, 2), bound=3.0, unit="%")]
+    return [
+        Figure(name="fetched after 1 KB was inserted", value=round(100 * share, 2), bound=3.0, unit="%"),
+        Figure(name="chunks of it", value=after["chunks"] - before["chunks"], bound=2),
+    ]
 
 
-def _after_a_kill(folder: Path, store: LargeStore, url: str) -> list[Figure]:
+def after_a_kill(folder: Path, store: LargeStore, url: str) -> list[Figure]:
+    """Return how many chunks are fetched twice when a pull is killed and goes on."""
     box = Box(folder / "state", url, store.anchor)
-    before = _served(url)["chunks"]
+    before = served(url)["chunks"]
     child = box.start("fetch", "1.0.0")
-    while box.chunks_done() < 8:
+    while box.chunks_done() < 3:
         if child.poll() is not None:
             raise BenchError("the pull ended before it could be killed")
         time.sleep(0.001)
@@ -215,7 +221,7 @@ def _after_a_kill(folder: Path, store: LargeStore, url: str) -> list[Figure]:
     child.wait()
     chunks = json.loads(_manifest(box.state))["files"]
     box.run("fetch", "1.0.0")
-    asked = _served(url)["chunks"] - before
+    asked = served(url)["chunks"] - before
     total = sum(len(file["chunks"]) for file in chunks)
     _remove(box.state)
     return [
@@ -228,14 +234,15 @@ def _after_a_kill(folder: Path, store: LargeStore, url: str) -> list[Figure]:
     ]
 
 
-def _nothing_new(folder: Path, store: LargeStore, url: str) -> list[Figure]:
+def nothing_new(folder: Path, store: LargeStore, url: str, *, runs: int = 7) -> list[Figure]:
+    """Return what a refresh costs that finds nothing new."""
     box = Box(folder / "state", url, store.anchor)
     box.run("resolve")
-    before = _served(url)["requests"]
+    before = served(url)["requests"]
     box.run("resolve")
-    requests = _served(url)["requests"] - before
+    requests = served(url)["requests"] - before
     seconds = []
-    for _ in range(7):
+    for _ in range(runs):
         since = resource.getrusage(resource.RUSAGE_CHILDREN)
         box.run("resolve")
         until = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -257,7 +264,8 @@ def _manifest(state: Path) -> bytes:
     return next(state.glob("manifests/*.json")).read_bytes()
 
 
-def _served(url: str) -> dict[str, int]:
+def served(url: str) -> dict[str, int]:
+    """Return the requests, requests for chunks, and bytes that the server has answered."""
     with urlopen(f"{url}{SERVED}") as answer:
         counts: dict[str, int] = json.load(answer)
     return counts
@@ -270,7 +278,8 @@ def _remove(state: Path) -> None:
 
 
 @contextmanager
-def _server(root: Path) -> Iterator[str]:
+def serving(root: Path) -> Iterator[str]:
+    """Serve ``root`` from a process of its own until the block ends; yield its address."""
     command = [sys.executable, "-m", "tools.bench_pull_store", str(root)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None

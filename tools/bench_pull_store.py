@@ -1,7 +1,8 @@
 """What ``bench_pull`` pulls from: a signed store with one large bundle, and a small server that gets out of the way.
 
 ``python -m tools.bench_pull_store FOLDER`` serves the folder on loopback, prints its address, and sends files from the
-kernel (``sendfile``), so that Python is not what is measured. ``/_served`` tells requests, those for chunks among them, and bytes so far.
+kernel (``sendfile``), so that Python is not what is measured. ``/_served`` tells requests, those for chunks among them,
+and bytes so far.
 """
 
 from __future__ import annotations

@@ -96,6 +96,11 @@ class S3Body:
             raise TransientError(f"{self._url}: cut {self._left} bytes before its end")
 
 
+def available() -> bool:
+    """Say whether the extra is installed."""
+    return obstore is not None
+
+
 def open_bucket(mirror: MirrorConfig, *, timeout_s: float) -> Bucket:
     """Return the bucket and prefix that ``mirror`` names. Nothing is asked of it yet.
 

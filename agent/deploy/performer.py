@@ -26,6 +26,7 @@ from agent.deploy.refusals import Refusals
 from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State, advance
 from agent.errors import (
     AgentError,
+    BudgetError,
     BundleError,
     DiskFullError,
     PolicyError,
@@ -39,6 +40,9 @@ from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
+_LOOK_S: Final = 5.0  # while a long wait could be ended by another wish
+_PROGRESS_EVENT_S: Final = 10.0  # between two events about one download
+_BUDGET_STEPS: Final = 8  # before the last transition, a deployment that waits for bytes begins anew
 _SUPERSEDED: Final = "superseded"
 _BAD: Final = frozenset(
     {State.REJECTED, State.FAILED, State.ROLLED_BACK, State.INCONSISTENT, State.ROLLING_BACK, State.FETCH_WAIT}
@@ -61,7 +65,7 @@ class Performer:
         refusals: Refusals,
         clock: Clock,
         state_dir: Path,
-        superseded: Callable[[Record], bool],
+        superseded: Callable[[Record], str],
         revoked: Callable[[str], str],
         make_room: Callable[[frozenset[str]], Awaitable[bool]],
         changed: Callable[[Record], None],
@@ -80,7 +84,7 @@ class Performer:
         self._refusals = refusals
         self._clock = clock
         self._state_dir = state_dir
-        self._superseded = superseded  # whether another wish has won meanwhile
+        self._superseded = superseded  # why the deployment is to be given up; empty: it is not
         self._revoked = revoked  # why a digest was revoked, and policy keeps it from being loaded; else empty
         self._make_room = make_room  # leaving the versions of these digests; whether anything went
         self._changed = changed
@@ -91,6 +95,8 @@ class Performer:
         self._candidate: Loaded | None = None
         self._retry = Backoff(first_s=1.0, cap_s=config.fetch_retry_cap_s)
         self._waiting_since: float | None = None
+        self._not_before = 0.0  # monotonic; the store is not asked earlier
+        self._progress_due = 0.0  # monotonic
         self._work: Mapping[State, Callable[[Record], Awaitable[Record]]] = {
             State.RECEIVED: self._received,
             State.VALIDATING: self._obtain,
@@ -295,12 +301,14 @@ class Performer:
             await self.resume(record)
 
     async def _give_up(self, record: Record) -> Record:
-        return await self._step(record, Event.SUPERSEDE, message="another version was asked for")
+        return await self._step(record, Event.SUPERSEDE, message=self._superseded(record) or "another version won")
 
     # The work of each state
 
     async def _received(self, record: Record) -> Record:
         self._waiting_since = None
+        self._not_before = 0.0
+        self._progress_due = self._clock.monotonic() + _PROGRESS_EVENT_S
         self._retry.reset()
         return await self._step(record, Event.DONE)
 
@@ -386,8 +394,9 @@ class Performer:
                 record, Event.DONE, version=seen.version, digest=seen.digest, bytes_total=seen.bytes_total
             )
         if seen.phase == "progress":
-            record = replace(record, bytes_done=seen.bytes_done, bytes_total=seen.bytes_total)
+            record = replace(record, bytes_done=seen.bytes_done, bytes_total=seen.bytes_total, rate_bps=seen.rate_bps)
             self._changed(record)
+            self._tell_progress(record)
         elif seen.phase == "verifying" and record.state is State.FETCHING:
             return await self._step(record, Event.DONE)
         return record
@@ -409,6 +418,10 @@ class Performer:
             return await self._step(record, Event.FAIL, **cause)
         if record.state is State.FETCH_WAIT:
             return record
+        if isinstance(error, BudgetError):
+            if record.step > TRANSITIONS_MAX - _BUDGET_STEPS:
+                return await self._step(record, Event.FAIL, **cause)
+            self._not_before = self._clock.monotonic() + error.retry_after_s
         return await self._step(record, Event.OFFLINE, **cause)
 
     async def _room_was_made(self, record: Record) -> bool:
@@ -423,6 +436,8 @@ class Performer:
 
     async def _wait_for_store(self, record: Record) -> Record:
         """Ask again and again until the store answers; one transition however long it takes."""
+        if await self._waited_for_budget(record):
+            return record if self._superseded(record) else await self._step(record, Event.DONE, code="", message="")
         now = self._clock.monotonic()
         self._waiting_since = self._waiting_since or now
         if now - self._waiting_since > self._config.fetch_limit_s:
@@ -450,6 +465,14 @@ class Performer:
             for wait in waits:
                 wait.cancel()
         self._medium_came.clear()
+
+    async def _waited_for_budget(self, record: Record) -> bool:
+        """Wait until more bytes may be fetched or another wish won; ``False`` if nothing had to be waited for."""
+        waits = self._clock.monotonic() < self._not_before
+        while (left_s := self._not_before - self._clock.monotonic()) > 0 and not self._superseded(record):
+            await self._clock.sleep(min(left_s, _LOOK_S))
+        self._not_before = 0.0
+        return waits
 
     async def _staged(self, record: Record) -> Record:
         return await self._step(record, Event.DONE)
@@ -572,7 +595,7 @@ class Performer:
     def _tell(self, record: Record) -> None:
         severity = Severity.ERROR if record.state in _BAD - {State.FETCH_WAIT} else Severity.INFO
         plain = {name: value for name, value in record.plain().items() if name not in ("created", "updated")}
-        fields = {name: value for name, value in plain.items() if value not in ("", 0, False)}
+        fields = {name: value for name, value in plain.items() if value not in ("", 0, False, None)}
         _log.info(
             "deployment",
             **{name: fields[name] for name in ("slot", "id", "state", "version", "message") if name in fields},
@@ -581,6 +604,16 @@ class Performer:
             Stream.DEPLOY, f"deployment.{record.state}", severity, key=f"{record.id}:{record.step}", **fields
         )
         self._changed(record)
+
+    def _tell_progress(self, record: Record) -> None:
+        """Tell the fleet how far a long download is, not more often than somebody could read it."""
+        now = self._clock.monotonic()
+        if now < self._progress_due:
+            return
+        self._progress_due = now + _PROGRESS_EVENT_S
+        names = ("id", "slot", "version", "state", "bytes_done", "bytes_total", "rate_bps", "eta_s")
+        fields = {name: value for name, value in record.plain().items() if name in names}
+        self._events.emit(Stream.DEPLOY, "deployment.progress", key=f"{record.id}:{record.step}:{now:.0f}", **fields)
 
     def _point(self, pointer: Pointer) -> Pointer:
         self._pointers.write(pointer)

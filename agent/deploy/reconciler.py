@@ -25,7 +25,7 @@ from agent.deploy.ports import Collected, Host, Inventory, Kept, Needed, News, S
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import Measure, OnRevoked, Revoked
 from agent.deploy.revocation import decide as decide_revoked
-from agent.deploy.state import FINAL, Record, State
+from agent.deploy.state import FINAL, TABLE, Event, Record, State
 from agent.errors import AgentError, BundleError, CommandError, NotFoundError, OverloadedError, PolicyError
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
@@ -88,6 +88,7 @@ class Reconciler:
         self._performers: dict[str, Performer] = {}
         self._wishes: dict[str, Desired] = {}
         self._wishes_known = False  # the journal could be read
+        self._cancelled: set[str] = set()  # deployments that are to be given up
         self._hints: dict[str, asyncio.Event] = {}
         self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
         self._change: asyncio.Future[None] | None = None
@@ -168,6 +169,24 @@ class Reconciler:
         await self._refresh_wishes()
         self._look(slot)
 
+    async def cancel(self, slot: str) -> str:
+        """Give up what is being deployed to ``slot``, and the pin that asked for it; return the deployment's id.
+
+        What was fetched stays for the next try.
+
+        Raises:
+            NotFoundError: nothing is being deployed that does not serve already.
+        """
+        latest = await self._journal.latest(slot)
+        if latest is None or (latest.state, Event.SUPERSEDE) not in TABLE or latest.state is State.PROBATION:
+            raise NotFoundError(f"{slot!r}: nothing is being deployed that could still be cancelled")
+        self._cancelled.add(latest.id)
+        wish = self._wishes.get(slot)
+        if wish is not None and wish.source == "pin":
+            await self.unpin(slot)
+        self._look(slot)
+        return latest.id
+
     def previous_version(self, slot: str) -> tuple[str, str]:
         """Return team and version a rollback of ``slot`` would go to.
 
@@ -244,7 +263,7 @@ class Reconciler:
         if wish is None:
             raise NotFoundError(f"nothing is wanted of {slot!r}")
         performer, latest = self._performer(slot), await self._journal.latest(slot)
-        if latest is not None and latest.state is State.FETCH_WAIT and not self._is_superseded(latest):
+        if latest is not None and latest.state is State.FETCH_WAIT and not self._superseded(latest):
             performer.offer(medium)
             return latest
         version, digest = await self._store.resolve(
@@ -648,18 +667,22 @@ class Reconciler:
                 refusals=self._refusals,
                 clock=self._clock,
                 state_dir=self._state_dir,
-                superseded=self._is_superseded,
+                superseded=self._superseded,
                 revoked=self._forbidden,
                 make_room=self._make_room,
                 changed=self._note,
             )
         return performer
 
-    def _is_superseded(self, record: Record) -> bool:
+    def _superseded(self, record: Record) -> str:
+        """Return why the deployment is to be given up, empty if it is not."""
+        if record.id in self._cancelled:
+            return "it was cancelled"
         wish = self._wishes.get(record.slot)
         if record.source == REVOCATION:
-            return False
-        return wish is not None and wish.id != record.id and not record.id.startswith(f"{wish.id}@")
+            return ""
+        won = wish is not None and wish.id != record.id and not record.id.startswith(f"{wish.id}@")
+        return "another version was asked for" if won else ""
 
     def _hint(self, slot: str) -> asyncio.Event:
         return self._hints.setdefault(slot, asyncio.Event())
@@ -670,6 +693,8 @@ class Reconciler:
 
     def _note(self, record: Record) -> None:
         self._current[record.id] = record
+        if record.state in FINAL:
+            self._cancelled.discard(record.id)
         while len(self._current) > 64:
             self._current.pop(next(iter(self._current)))
         self._wake()

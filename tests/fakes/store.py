@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import ssl
 import sys
 import threading
 import time
@@ -230,7 +231,7 @@ class Fault:
     """What happens to the next ``times`` requests whose path contains ``part``."""
 
     part: str
-    kind: str  # status, cut, flip, stall, drip, endless
+    kind: str  # status, cut, flip, stall, drip, endless, slow_headers
     value: int = 0  # the status, or the byte after which it happens
     times: int = 1_000_000
 
@@ -246,6 +247,9 @@ class StoreServer:
     closing: threading.Event = field(default_factory=threading.Event)
     gate: threading.Event | None = None  # set: blobs wait for it once ``gate_after`` blobs were served
     gate_after: int = 0
+    token: str = ""
+    redirect_to: str = ""  # a store that has what is asked for
+    headers: list[dict[str, str]] = field(default_factory=list)  # of each request
     _lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
 
@@ -263,16 +267,20 @@ class StoreServer:
 
 
 @contextmanager
-def serving(folder: Path, *, ranges: bool = True) -> Iterator[StoreServer]:
-    """Serve ``folder`` until the block ends."""
-    state = StoreServer(folder, ranges=ranges)
+def serving(
+    folder: Path, *, ranges: bool = True, token: str = "", tls: ssl.SSLContext | None = None
+) -> Iterator[StoreServer]:
+    """Serve ``folder`` until the block ends; with ``token`` to its bearer only."""
+    state = StoreServer(folder, ranges=ranges, token=token)
 
     class Handler(_Handler):
         store = state
 
     server = _Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    state.url = f"{'https' if tls is not None else 'http'}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -299,6 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
         store = self.store
         wanted = self.headers.get("Range", "")
         store.requests.append((self.path, wanted))
+        store.headers.append(dict(self.headers))
         if store.gate is not None and "/blobs/" in self.path and store.blobs_served() > store.gate_after:
             store.gate.wait(30)
         fault = store.next_fault(self.path)
@@ -311,6 +320,12 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.store.folder / self.path.lstrip("/")
         if fault is not None and fault.kind == "status":
             return self._plain(fault.value)
+        if self.store.token and self.headers.get("Authorization") != f"Bearer {self.store.token}":
+            return self._plain(401)
+        if self.store.redirect_to:
+            return self._plain(302, Location=self.store.redirect_to + self.path)
+        if fault is not None and fault.kind == "slow_headers":
+            return self._drip_headers()
         if not path.is_file():
             return self._plain(404)
         data = path.read_bytes()
@@ -348,8 +363,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes([byte]))
         self.close_connection = True
 
-    def _plain(self, status: int) -> None:
+    def _drip_headers(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        while not self.store.closing.wait(0.05):
+            self.wfile.write(b"a")
+
+    def _plain(self, status: int, **headers: str) -> None:
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -199,7 +199,7 @@ def test_deploy_rollback_and_history_by_inferctl(box: Box) -> None:
     shutil.rmtree(box.store)
     rolled_back = box.control("rollback", MODEL, "--json")
     assert rolled_back.returncode == 0, rolled_back.stderr
-    assert json.loads(rolled_back.stdout)["version"] == "1.0.0"
+    assert json.loads(rolled_back.stdout.splitlines()[-1])["version"] == "1.0.0"
     assert box.ask() == (2.0, "1.0.0")
     history = json.loads(box.control("deployments", "--json").stdout)
     assert [(row["version"], row["state"]) for row in history] == [
@@ -249,9 +249,9 @@ def test_a_version_that_is_not_there_is_rejected_and_nothing_changes(box: Box) -
     box.start()
     box.until_serving()
     done = box.control("deploy", f"{MODEL}@9.9.9", "--json")
-    record = json.loads(done.stdout)
+    record = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 1
-    assert (record["state"], record["code"]) == ("rejected", "bundle_not_found")
+    assert (record["state"], record["code"], record["final"]) == ("rejected", "bundle_not_found", True)
     assert box.ask() == (2.0, "1.0.0")
 
 

@@ -23,7 +23,7 @@ REGION_BYTES: Final = 1 << 16  # of every descriptor that is memory
 _COLUMNS: Final = 8
 _LARGE_COLUMNS: Final = 20_000  # 80 kB: through the daemon's arena
 _CALLS: Final = ("ping", "status", "models", "events", "deployments", "deployment", "self_test", "no_such_verb")
-_CHANGES: Final = ("deploy", "rollback", "unpin")  # only ever asked with arguments that mean nothing
+_CHANGES: Final = ("deploy", "rollback", "unpin", "cancel")  # only ever asked with arguments that mean nothing
 _KINDS: Final = ("infer", "cancel", "call", "hello", "attach", "detach", "lane", "result", "error", "reply", "bye", "x")
 _NUMBERS: Final = (
     -1, 0, 1, 2, 7, 63, 64, 65, 255, 4096, REGION_BYTES - 1, REGION_BYTES, REGION_BYTES + 1, (1 << 31) - 1, 1 << 31,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,12 +26,13 @@ from agent.errors import AgentError, DiskFullError, StoreError
 from tools.hub import keys, keyservice
 from tools.hub.errors import SigningKeyError
 from tools.hub.listener import Listener, Unit
-from tools.hub.objects import Folder, folder_of
+from tools.hub.objects import Store, store_of
 from tools.hub.publish import Publisher
 from tools.hub.repository import Repository
 
 PASSWORD_VARIABLE: Final = "INFERHUB_KEY_PASSWORD"
 _JSON: Final = "inferhub.json"
+_S3: Final = "inferhub.s3"
 _PIPE_WIDTH: Final = 200
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -107,15 +109,45 @@ def emit(value: Mapping[str, Any], *lines: str) -> None:
 
 
 def store_option(verb: Verb) -> Verb:
-    """Add ``--store DIR``."""
+    """Add ``--store DIR`` and what a bucket needs."""
     return click.option(
         "--store",
         "store",
         required=True,
         metavar="DIR",
-        help="The store: a folder or file:// URL.",
+        help="The store: a folder, file:// URL or s3://BUCKET/PREFIX.",
         envvar="INFERHUB_STORE",
-    )(verb)
+    )(s3_options(verb))
+
+
+def s3_options(verb: Verb) -> Verb:
+    """Add how to reach a bucket; read by ``s3_settings``."""
+
+    def remember(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+        if value:
+            ctx.meta.setdefault(_S3, {})[str(parameter.name).removeprefix("s3_")] = value
+
+    options = (
+        ("--s3-endpoint", "URL", "Of a service that is not Amazon's."),
+        ("--s3-region", "NAME", "Of the bucket."),
+        ("--s3-credentials-file", "FILE", "Like ~/.aws/credentials. Else AWS_* of the environment, else that file."),
+    )
+    for name, metavar, text in reversed(options):
+        variable = f"INFERHUB_{name.strip('-').replace('-', '_').upper()}"
+        verb = click.option(
+            name, metavar=metavar, help=text, envvar=variable, is_eager=True, expose_value=False, callback=remember
+        )(verb)
+    return verb
+
+
+def s3_settings() -> dict[str, str]:
+    """Return the fields of ``MirrorConfig`` that the running verb was given for ``s3://``."""
+    given: dict[str, str] = dict(click.get_current_context().meta.get(_S3, {}))
+    usual = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser()
+    if "credentials_file" not in given and "AWS_ACCESS_KEY_ID" not in os.environ and usual.is_file():
+        given["credentials_file"] = str(usual)
+        given["credentials_profile"] = os.environ.get("AWS_PROFILE", "default")
+    return given
 
 
 def key_option(name: str, help_text: str, *, required: bool = True) -> Callable[[Verb], Verb]:
@@ -220,18 +252,18 @@ class Passwords:
         return given if given is not None else str(click.prompt(f"The key's {name}", hide_input=True, err=True))
 
 
-def open_repository(store: str) -> tuple[Folder, Repository]:
-    """Return the store's folder and repository with the system clock."""
-    folder = folder_of(store)
-    return folder, Repository(folder, time.time)
+def open_repository(store: str) -> tuple[Store, Repository]:
+    """Return the store's objects and repository with the system clock."""
+    objects = store_of(store, s3=s3_settings())
+    return objects, Repository(objects, time.time)
 
 
 @contextmanager
 def publisher(store: str) -> Iterator[tuple[Publisher, Repository]]:
     """Yield a publisher that holds the store's lock."""
-    folder, repository = open_repository(store)
-    with folder.lock():
-        yield Publisher(folder, repository, time.time), repository
+    objects, repository = open_repository(store)
+    with objects.lock():
+        yield Publisher(objects, repository, time.time), repository
 
 
 @contextmanager

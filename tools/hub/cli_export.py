@@ -67,7 +67,7 @@ def export(
     chunks = frozenset[str]().union(*map(held_chunks, held))
     objects, repository = open_repository(store)
     stick = Folder(target.absolute())
-    if stick.root.resolve() == objects.root.resolve():
+    if isinstance(objects, Folder) and stick.root.resolve() == objects.root.resolve():
         raise InvalidInputError(f"--to {target}: this is the store itself")
     with objects.lock(), stick.lock(create=True), progress() as bars:
         done = Exporter(objects, repository, stick, time.time).export(

@@ -15,7 +15,7 @@ from tools.hub.cli import Passwords, emit, json_option, key_option, open_reposit
 from tools.hub.edition import State, expiring, team_role
 from tools.hub.errors import KeyNotAllowedError
 from tools.hub.keyservice import is_uri
-from tools.hub.objects import Folder
+from tools.hub.objects import Objects
 from tools.hub.pending import Document, Pending, load
 from tools.hub.publish import rfc3339
 from tools.hub.repository import Repository
@@ -233,7 +233,7 @@ def _resumed(asked: _Asked, path: Path, passwords: Passwords) -> Pending:
     return pending
 
 
-def _begun(asked: _Asked, objects: Folder, repository: Repository, passwords: Passwords) -> Pending | None:
+def _begun(asked: _Asked, objects: Objects, repository: Repository, passwords: Passwords) -> Pending | None:
     assert asked.role is not None  # ``_carry_on`` loads the file otherwise
     state = repository.state()
     present = [key.keyid for key in keys_of(repository, state, asked.role)]

@@ -28,6 +28,8 @@ from tools.hub.cli import (
     open_repository,
     password_option,
     progress,
+    s3_options,
+    s3_settings,
     store_option,
     wants_json,
 )
@@ -35,7 +37,7 @@ from tools.hub.edition import ROOT_DAYS, TIMESTAMP_ALERT_S, TIMESTAMP_DAYS, Stat
 from tools.hub.errors import KeyNotAllowedError, SigningKeyError
 from tools.hub.indexes import channels_of, entry_of
 from tools.hub.keyservice import KNOWN_SCHEMES, is_uri
-from tools.hub.objects import folder_of
+from tools.hub.objects import store_of
 from tools.hub.oms import load_key
 from tools.hub.publish import operators_document, read_index, rfc3339
 from tools.hub.repository import Repository
@@ -87,6 +89,7 @@ def keygen(role: keys.Role, out: Path, unencrypted: bool, uri: str | None, passw
 
 @click.command()
 @click.argument("folder", metavar="DIR")
+@s3_options
 @click.option("--root-key", "root_keys", multiple=True, required=True, metavar="KEY",
               help="Repeat for each. A .pub file stands for a key that does not sign now.")  # fmt: skip
 @click.option("--threshold", type=click.IntRange(1, 16), default=2, show_default=True, help="Root signatures needed.")
@@ -124,7 +127,7 @@ def init(
     """
     if threshold > len(root_keys):
         raise KeyNotAllowedError(f"--threshold {threshold} with {len(root_keys)} root keys could never be reached")
-    objects = folder_of(folder)
+    objects = store_of(folder, s3=s3_settings())
     with objects.lock(create=True):
         root = Repository(objects, time.time).initialise(
             root_keys=[passwords.public(key) for key in root_keys],
@@ -140,11 +143,11 @@ def init(
         write_file(anchor, root, mode=0o644)
     names = [pair.partition("=")[0] for pair in teams]
     emit(
-        {"store": str(objects.root), "threshold": threshold, "root_keys": len(root_keys), "teams": names,
+        {"store": objects.name, "threshold": threshold, "root_keys": len(root_keys), "teams": names,
          "operators": len(operators), "anchor": str(anchor) if anchor else ""},
-        f"store {objects.root}: root {threshold} of {len(root_keys)}, valid {ROOT_DAYS} days; "
+        f"store {objects.name}: root {threshold} of {len(root_keys)}, valid {ROOT_DAYS} days; "
         f"teams: {', '.join(names) or 'none'}; {len(operators)} operator keys",
-        f"anchor for devices: {anchor or objects.root / 'metadata/1.root.json'}",
+        f"anchor for devices: {anchor or f'{objects.name}/metadata/1.root.json'}",
         f"re-sign the timestamp every day, it expires after {TIMESTAMP_DAYS} days: inferhub refresh-timestamp",
         *(() if operators else (_NO_OPERATORS,)),
     )  # fmt: skip
@@ -205,8 +208,9 @@ def refresh_timestamp(store: str, online_key: str, passwords: Passwords) -> None
 
 @click.command()
 @click.option(
-    "--store", required=True, metavar="URL", envvar="INFERHUB_STORE", help="Folder, file:// or http(s):// URL."
+    "--store", required=True, metavar="URL", envvar="INFERHUB_STORE", help="Folder, file://, http(s):// or s3:// URL."
 )
+@s3_options
 @click.option(
     "--anchor", type=_FILE, metavar="FILE", help="The root devices are built with. Default: the store's own first."
 )
@@ -229,10 +233,10 @@ def verify(store: str, anchor: Path | None, deep: bool, models: tuple[str, ...],
         except OSError as error:
             raise InvalidInputError(f"--anchor {anchor}: {error.strerror}") from error
     else:
-        root = StoreFetcher().read(store_url(store) + "metadata/1.root.json", size_bytes_max=512_000)
+        root = StoreFetcher(s3_settings()).read(store_url(store) + "metadata/1.root.json", size_bytes_max=512_000)
     with progress() as bars:
         found = verify_store(store, root, deep=deep, parts=parts, oms_key=load_key(oms_key) if oms_key else None,
-                             listener=bars)  # fmt: skip
+                             listener=bars, s3=s3_settings())  # fmt: skip
     soon = _due({role: datetime.fromisoformat(date) for role, date in found.expires_by_role.items()}, found.timestamp)
     lines = [f"  {m['team']}/{m['name']}: {', '.join(m['versions'])}  {_channels(m['channels'])}" for m in found.models]
     emit(

@@ -136,7 +136,11 @@ def _progress_text(reply: dict[str, Any]) -> str:
     progress = reply.get("progress") or {}
     state = str(progress.get("state") or reply["status"])
     done, total = progress.get("bytes_done"), progress.get("bytes_total")
-    return f"{state} {human_bytes(done or 0)} of {human_bytes(total)}" if total else state
+    if not total:
+        return state
+    rate, left = progress.get("rate_bps"), progress.get("eta_s")
+    pace = f", {human_bytes(rate)}/s" if rate else ""
+    return f"{state} {human_bytes(done or 0)} of {human_bytes(total)}{pace}{f', {left} s left' if left else ''}"
 
 
 def _sentence(name: str, args: dict[str, Any], device: str, reply: dict[str, Any]) -> str:

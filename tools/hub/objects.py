@@ -1,4 +1,4 @@
-"""The store as a set of named objects, here the files of a folder that any static server can serve.
+"""The store as a set of named objects: the files of a folder that any static server can serve, or a bucket.
 
 Promises: ``put`` never changes an object that exists and reads back what it wrote; ``replace`` is atomic; a reader
 never sees half an object; one publisher at a time (``lock``).
@@ -10,15 +10,18 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+import msgspec
+
+from agent.config import MirrorConfig
 from agent.durable import sync_directory, write_file
-from agent.errors import NotFoundError
+from agent.errors import ConfigError, NotFoundError
 from tools.hub.errors import ConflictError, StoreStateError
 
 _MODE = 0o644
@@ -53,6 +56,16 @@ class Objects(Protocol):
         """Delete an object; one that is gone is fine."""
 
 
+class Store(Objects, Protocol):
+    """``Objects`` that one publisher at a time may change. ``name``: how people call it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def lock(self, *, create: bool = False) -> AbstractContextManager[None]:
+        """Hold the store for one publisher; ``create`` makes it where that is possible."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """An object as a listing shows it."""
@@ -67,6 +80,7 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.name = str(root)
 
     def read(self, name: str) -> bytes:
         try:
@@ -154,18 +168,37 @@ class Folder:
         path.mkdir(parents=True, exist_ok=True, mode=0o755)
 
 
-def folder_of(store: str) -> Folder:
-    """Return the folder that ``store`` names: a path or a ``file://`` URL.
+def store_of(store: str, *, s3: Mapping[str, str] | None = None) -> Store:
+    """Return what ``store`` names: a path, a ``file://`` URL or ``s3://bucket/prefix``.
+
+    Args:
+        s3: Fields of ``MirrorConfig`` for a bucket: endpoint, region, credentials_file.
 
     Raises:
         StoreStateError: another kind of URL.
+        ConfigError: the bucket's address or credentials cannot be used.
     """
     if "://" not in store:
         return Folder(Path(store).absolute())
     parts = urlsplit(store)
-    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
-        raise StoreStateError(
-            f"{store}: only a folder or file:// can be written",
-            hint="Publish into a folder and mirror it to the server, metadata/timestamp.json last.",
-        )
-    return Folder(Path(unquote(parts.path)))
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return Folder(Path(unquote(parts.path)))
+    if parts.scheme == "s3":
+        return _bucket_of(store, s3 or {})
+    raise StoreStateError(
+        f"{store}: only a folder, file:// or s3:// can be written",
+        hint="Publish into a folder and mirror it to the server, metadata/timestamp.json last.",
+    )
+
+
+def _bucket_of(store: str, s3: Mapping[str, str]) -> Store:
+    from agent.bundles import s3_store
+
+    if not s3_store.available():
+        raise ConfigError(f"{store}: s3:// needs the extra: pip install inferd[s3]")
+    from tools.hub.bucket import Bucket  # its library is an extra
+
+    try:
+        return Bucket(msgspec.convert({"url": store, **s3}, MirrorConfig))
+    except ValueError as error:
+        raise ConfigError(f"{store}: {error}") from error

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
+import msgspec
 import urllib3
 import zstandard
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, ExpiredMetadataError, RepositoryError
 from tuf.ngclient import FetcherInterface, TargetFile, Updater
 
+from agent.bundles.bodies import RefusedError
+from agent.bundles.fetcher import Transport
 from agent.bundles.manifest import (
     OPERATORS_TARGET,
     Chunk,
@@ -31,6 +35,7 @@ from agent.bundles.manifest import (
     parse_operators,
 )
 from agent.bundles.names import manifest_target
+from agent.config import MirrorConfig
 from agent.errors import ChunkMismatchError, ExpiredError, OfflineError, TargetNotFoundError, UntrustedError
 from tools.hub import oms
 from tools.hub.bundle import distinct_chunks
@@ -81,17 +86,19 @@ def verify(
     held: Collection[str] = (),
     oms_key: EllipticCurvePublicKey | None = None,
     listener: Listener | None = None,
+    s3: Mapping[str, str] | None = None,
 ) -> Verified:
     """Check everything that the store offers.
 
     Args:
-        store: A folder, ``file://`` or ``http(s)://`` URL.
+        store: A folder, ``file://``, ``http(s)://`` or ``s3://`` URL.
         anchor: The root metadata a device is built with, the first one at best.
         deep: Fetch every blob and check its hashes; otherwise only its size.
         parts: Look at these only, as an exported stick holds them; empty: at all.
         held: Hashes of raw chunks that need not be there.
         oms_key: Also check the OpenSSF model signatures that manifests name; without it, only what they list.
         listener: Told about progress.
+        s3: See ``StoreFetcher``.
 
     Raises:
         OfflineError: the store cannot be reached.
@@ -102,7 +109,7 @@ def verify(
         UnsafeBundleError: a signed document is refused by the rules every device applies.
     """
     url = store_url(store)
-    fetcher = StoreFetcher()
+    fetcher = StoreFetcher(s3)
     with tempfile.TemporaryDirectory(prefix="inferhub-verify-") as folder:
         client = _Client(url, anchor, Path(folder), fetcher, parts, oms_key)
         return client.walk(deep=deep, held=held, listener=listener or Listener())
@@ -115,14 +122,22 @@ def store_url(store: str) -> str:
 
 
 class StoreFetcher(FetcherInterface):
-    """Bytes of ``file://`` and ``http(s)://`` URLs, for python-tuf and for blobs."""
+    """Bytes of ``file://``, ``http(s)://`` and ``s3://`` URLs, for python-tuf and for blobs.
 
-    def __init__(self) -> None:
+    Args:
+        s3: Fields of ``MirrorConfig`` for buckets: endpoint, region, credentials_file.
+    """
+
+    def __init__(self, s3: Mapping[str, str] | None = None) -> None:
         self._pool = urllib3.PoolManager(timeout=_TIMEOUT_S, retries=2)
+        self._s3 = dict(s3 or {})
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         if url.startswith("file://"):
             yield from _read_file(url)
+            return
+        if url.startswith("s3://"):
+            yield from self._read_bucket(url)
             return
         response = self._pool.request("GET", url, preload_content=False)
         try:
@@ -146,6 +161,11 @@ class StoreFetcher(FetcherInterface):
         if url.startswith("file://"):
             path = _path(url)
             return path.stat().st_size if path.is_file() else None
+        if url.startswith("s3://"):
+            try:
+                return sum(map(len, self._read_bucket(url)))
+            except DownloadHTTPError:
+                return None
         response = self._pool.request("GET", url, preload_content=False, headers={"Accept-Encoding": "identity"})
         try:
             stated = response.headers.get("Content-Length", "")
@@ -154,6 +174,17 @@ class StoreFetcher(FetcherInterface):
             return int(stated) if stated.isdigit() else sum(map(len, response.stream(_PIECE)))
         finally:
             response.close()
+
+    def _read_bucket(self, url: str) -> Iterator[bytes]:
+        """Yield an object of a bucket as a box reads it."""
+        bucket = msgspec.convert({"url": "/".join(url.split("/")[:3]), **self._s3}, MirrorConfig)
+        transport = Transport([bucket], stall_timeout_s=_TIMEOUT_S)
+        try:
+            with closing(transport.open(url)) as body:
+                while data := body.read():
+                    yield data
+        except RefusedError as error:
+            raise DownloadHTTPError(f"{url}: {error}", error.status) from error
 
 
 class _Client:

@@ -1,0 +1,64 @@
+"""Follow a deployment to its end: a bar with rate and time left for people, JSON lines for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
+
+from agent.cli_text import duration, shown
+from agent.client import Client
+
+POLL_S: Final = 20.0
+_WAITING: Final = "fetch_wait"
+
+
+def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = False) -> dict[str, Any]:
+    """Return the final record; on the way show a bar on a terminal, or each change as a line of JSON, or nothing."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[pace]}", markup=False),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, disable=as_json or quiet or not console.is_terminal, transient=True
+    ) as progress:
+        task = progress.add_task("begun", total=None, pace="")
+        args: dict[str, Any] = {"id": deployment_id, "wait_s": POLL_S}
+        while True:
+            record: dict[str, Any] = client.call("deployment", args)
+            progress.update(
+                task,
+                description=step_text(record),
+                completed=record["bytes_done"],
+                total=record["bytes_total"] or None,
+                pace=pace_text(record),
+            )
+            if as_json:
+                click.echo(json.dumps(record))
+            if record["final"]:
+                return record
+            args |= {"after_step": record["step"], "after_bytes": record["bytes_done"]}
+
+
+def step_text(record: dict[str, Any]) -> str:
+    """Return what is being done, and why nothing is while the store is waited for."""
+    text = f"{record['slot']} {record['version']}: {record['state']}"
+    if record["state"] == _WAITING and record["message"]:
+        text += f" ({record['message']})"
+    return shown(text)
+
+
+def pace_text(record: dict[str, Any]) -> str:
+    """Return rate and time left of a download, empty where there is none."""
+    rate = record.get("rate_bps") or 0
+    if not rate:
+        return ""
+    left = record.get("eta_s")
+    return f"{rate / 1e6:.1f} MB/s" + (f", {duration(left)} left" if left is not None else "")
