@@ -190,12 +190,17 @@ def test_a_version_is_withdrawn_and_a_device_hears_of_it(centre: Path) -> None:
 
     one = ("vision/linear@1.0.0", "--store", "store", *SIGNING)
     assert hub("deprecate", *one, "--reason", "use 1.1")["status"] == "deprecated"
+    assert hub("promote", *one, "--channel", "canary")["status"] == "deprecated"
     assert hub("deprecate", *one, "--undo")["status"] == "active"
     two = ("vision/linear@1.1.0", "--store", "store", *SIGNING, "--reason", "wrong labels")
     refused = hub("revoke", *two, fails="version_conflict")
     assert "--to VERSION" in refused["error"]["hint"]
     done = hub("revoke", *two, "--to", "1.0.0")
-    assert (done["status"], done["channels"], done["changed"]) == ("revoked", {"stable": "1.0.0"}, True)
+    assert (done["status"], done["channels"], done["changed"]) == (
+        "revoked",
+        {"canary": "1.0.0", "stable": "1.0.0"},
+        True,
+    )
     assert not hub("revoke", *two, "--to", "1.0.0")["changed"]
     hub("publish", "next", "--store", "store", *SIGNING, "--channel", "stable", fails="version_conflict")
     hub("promote", "vision/linear@1.1.0", "--store", "store", *SIGNING, "--channel", "canary", fails="version_conflict")

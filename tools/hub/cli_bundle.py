@@ -214,4 +214,8 @@ def promote(model: str, store: str, channel: str, team_key: str, online_key: str
             online_signer=passwords.signer(online_key),
         )
     changed = f"signed {rfc3339(done.timestamp_version)}" if done.changed else "it did already"
-    emit(asdict(done), f"{channel} of {team}/{name} points to {version}; {changed}")
+    emit(
+        asdict(done),
+        f"{channel} of {team}/{name} points to {version}; {changed}",
+        *(["attention: this version is deprecated"] if done.status == "deprecated" else []),
+    )

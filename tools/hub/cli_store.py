@@ -286,7 +286,8 @@ def list_models(store: str) -> None:
     Console(width=None if sys.stdout.isatty() else _WIDTH).print(
         table if indexes else "no models yet; publish one with: inferhub publish"
     )
-    click.echo(f"signed {rfc3339(state.timestamp.signed.version)}")
+    dates = ", ".join(f"{role} {date:%Y-%m-%d}" for role, date in sorted(_expiries(state).items()))
+    click.echo(f"signed {rfc3339(state.timestamp.signed.version)}; valid until: {dates}")
     for line in _attention(soon):
         click.echo(line)
 

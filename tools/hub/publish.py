@@ -46,6 +46,7 @@ class Published:
     version: str
     seq: int
     manifest_sha256: str
+    status: str
     channels: tuple[str, ...]  # those that point to this version now
     changed: bool
     blobs: int  # distinct chunks, and how many of them the store lacked
@@ -315,6 +316,7 @@ def _report(index: Index, version: str, uploaded: Uploaded | None = None, *, tim
         version=version,
         seq=entry.seq,
         manifest_sha256=entry.manifest_sha256,
+        status=entry.status,
         channels=indexes.channels_of(index, version),
         changed=timestamp > 0,
         blobs=uploaded.blobs,

@@ -16,10 +16,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 
-from agent.bundles.manifest import OPERATORS_TARGET, OperatorKey, encode, parse_operators
+from agent.bundles.manifest import OPERATORS_TARGET, OperatorKey, Operators, encode, parse_operators
 from agent.errors import InvalidInputError, TargetNotFoundError
 from tools.hub.edition import (
     ROOT_DAYS,
@@ -118,7 +119,7 @@ def begin(objects: Objects, repository: Repository, state: State, change: Change
         document = _operators(repository, state)
         kept = tuple(key for key in document.keys if key.keyid not in change.remove)
         new = tuple(_operator_entry(key) for key in change.add if key.keyid not in present)
-        draft.replace_operators(encode(type(document)(schema=document.schema, tenant=document.tenant, keys=kept + new)))
+        draft.replace_operators(encode(msgspec.structs.replace(document, keys=kept + new)))
     elif change.role.startswith(TEAM_PREFIX):
         draft.rotate_team(change.role.removeprefix(TEAM_PREFIX))
     else:
@@ -273,7 +274,7 @@ def _wanted_keys(present: Sequence[str], change: Change) -> set[str]:
     return (set(present) | added) - set(change.remove)
 
 
-def _operators(repository: Repository, state: State) -> Any:
+def _operators(repository: Repository, state: State) -> Operators:
     data = repository.read_top_target(state, OPERATORS_TARGET)
     if data is None:
         raise TargetNotFoundError(f"the store has no {OPERATORS_TARGET}")
