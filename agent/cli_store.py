@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import click
 from rich.text import Text
@@ -14,6 +14,8 @@ from rich.text import Text
 from agent.cli_progress import follow
 from agent.cli_session import FINAL_GOOD, connected, end_text, json_option, print_json
 from agent.cli_text import age, columns, freshness_text, print_text, shown, size
+
+_DEADLINE_MS: Final = 600_000.0  # a slow stick or several mirrors that do not answer
 
 
 def add_to(group: click.Group) -> None:
@@ -33,7 +35,7 @@ def trust(socket_path: str, as_json: bool) -> None:
       inferctl trust
     """
     with connected(socket_path) as client:
-        value = client.call("trust")
+        value = client.call("trust", deadline_ms=_DEADLINE_MS)
     if as_json:
         print_json(value)
     else:
@@ -68,7 +70,7 @@ def store(context: click.Context, as_json: bool) -> None:
 def refresh(socket_path: str, as_json: bool) -> None:
     """Ask the store now, and say what is new for the models of this box."""
     with connected(socket_path) as client:
-        value = client.call("refresh")
+        value = client.call("refresh", deadline_ms=_DEADLINE_MS)
     if as_json:
         print_json(value)
     else:
@@ -111,7 +113,7 @@ def gc(socket_path: str, dry_run: bool, room: bool, as_json: bool) -> None:
       inferctl gc --room
     """
     with connected(socket_path) as client:
-        value = client.call("gc", {"dry_run": dry_run, "room": room})
+        value = client.call("gc", {"dry_run": dry_run, "room": room}, deadline_ms=_DEADLINE_MS)
     if as_json:
         print_json(value)
         return
@@ -142,7 +144,7 @@ def sideload(socket_path: str, path: str, target: str | None, team: str | None, 
     model, _, version = (target or "").partition("@")
     args = {"path": os.path.abspath(path), "model": model, "version": version, "team": team}
     with connected(socket_path) as client:
-        report = client.call("sideload", args)
+        report = client.call("sideload", args, deadline_ms=_DEADLINE_MS)
         for row in report["slots"]:
             if row["deployment"] and not no_wait:
                 row["record"] = follow(client, row["deployment"], as_json=False, quiet=as_json)

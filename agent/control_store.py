@@ -63,9 +63,9 @@ class StoreVerbs:
         return {**await self._trust(), "policy": policy}
 
     async def _show_store(self, _args: dict[str, Any], _peer: str) -> dict[str, Any]:
-        inventory, needed = await self._reconciler.inventory()
-        in_use, pinned = self._reconciler.in_use(), self._reconciler.pinned()
-        revoked = {item.digest[:12]: item.reason for item in self._reconciler.revoked_versions()}
+        inventory, needed = await self._reconciler.retention.inventory()
+        in_use, pinned = self._reconciler.retention.in_use(), self._reconciler.retention.pinned()
+        revoked = {item.digest[:12]: item.reason for item in self._reconciler.revocations.all()}
         pending = {digest[:12] for digest in needed.digests} if needed is not None else set()
 
         def roles(item: Kept) -> list[str]:
@@ -99,7 +99,7 @@ class StoreVerbs:
             "quarantined": await self._quarantined(inventory),
             "revoked": [
                 {"team": item.team, "name": item.name, "version": item.version, "reason": item.reason}
-                for item in self._reconciler.revoked_versions()
+                for item in self._reconciler.revocations.all()
             ],
             "free_bytes": inventory.free_bytes,
             "used_share": round(inventory.used_share, 3),
@@ -117,7 +117,7 @@ class StoreVerbs:
 
     async def _unquarantine(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         model, wanted = text_of(args, "model"), text_of(args, "version")
-        inventory, _ = await self._reconciler.inventory()
+        inventory, _ = await self._reconciler.retention.inventory()
         for row in await self._quarantined(inventory):
             if row["slot"] == model and (row["version"] == wanted or row["digest"].startswith(wanted)):
                 await self._reconciler.release(model, row["digest"])
@@ -164,7 +164,7 @@ class StoreVerbs:
     async def _collect(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         dry_run = bool(args.get("dry_run"))
         try:
-            removed = await self._reconciler.collect(room=bool(args.get("room")), dry_run=dry_run)
+            removed = await self._reconciler.retention.collect(room=bool(args.get("room")), dry_run=dry_run)
         except OSError as error:
             raise AgentError(f"collection stopped half way: {error}") from error
         return {

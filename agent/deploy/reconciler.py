@@ -21,12 +21,13 @@ from agent.deploy.desired import REVOCATION, TRANSIENT, Action, Desired, decide,
 from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
-from agent.deploy.ports import Collected, Host, Inventory, Kept, Needed, News, Store
+from agent.deploy.ports import Host, Kept, News, Store
 from agent.deploy.refusals import Refusals
+from agent.deploy.retention import Retention
 from agent.deploy.revocation import Measure, OnRevoked, Revoked
-from agent.deploy.revocation import decide as decide_revoked
+from agent.deploy.revocations import Revocations, fall_back_id
 from agent.deploy.state import FINAL, TABLE, Event, Record, State
-from agent.errors import AgentError, BundleError, CommandError, NotFoundError, OverloadedError, PolicyError
+from agent.errors import AgentError, BundleError, CommandError, NotFoundError, PolicyError
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 
@@ -74,7 +75,6 @@ class Reconciler:
         on_revoked: OnRevoked = "fallback",
     ) -> None:
         self._config = config
-        self._on_revoked: OnRevoked = on_revoked
         self._store = store
         self._host = host
         self._journal = journal
@@ -94,10 +94,17 @@ class Reconciler:
         self._change: asyncio.Future[None] | None = None
         self._new_slot = asyncio.Event()
         self._to_boot: dict[str, Pointer] = {}
-        self._revoked: dict[str, Revoked] = {}  # by digest
-        self._warned: set[str] = set()  # digests about which this process has told
         self._held = ""  # why nothing may serve
         self._offers: dict[str, Offer] = {}
+        self.revocations = Revocations(journal, state_dir / "revoked.json", events, on_revoked)
+        self.retention = Retention(
+            store=store,
+            journal=journal,
+            state_dir=state_dir,
+            slots=self._performers,
+            wishes=lambda: self._wishes,
+            revoked=self.revocations.all,
+        )
         self.booted = asyncio.Event()  # every slot with a pointer serves, or could not be made to
 
     async def open(self) -> None:
@@ -114,8 +121,9 @@ class Reconciler:
             _log.error("pointer set aside", reason=reason)
             self._events.emit(Stream.HEALTH, "pointer.broken", Severity.ERROR, reason=reason)
         with contextlib.suppress(AgentError):
+            await self.revocations.load()
+        with contextlib.suppress(AgentError):
             await self._refresh_wishes()
-            self._revoked = {item.digest: item for item in await self._journal.revoked()}
         for slot in self._wishes or {wish.slot for wish in self._configured}:
             self._host.expect(slot, "its first version has not arrived yet")
         self._to_boot = {pointer.slot: pointer for pointer in pointers}
@@ -200,7 +208,7 @@ class Reconciler:
             raise NotFoundError(f"{slot!r} serves nothing that could be rolled back")
         if pointer.previous is None:
             raise NotFoundError(f"{slot!r}: no earlier version is kept on this box")
-        if reason := self._forbidden(pointer.previous.digest):
+        if reason := self.revocations.forbidden(pointer.previous.digest):
             raise PolicyError(f"{slot!r}: the earlier version {pointer.previous.version} was revoked: {reason}")
         return pointer.previous.team, pointer.previous.version
 
@@ -216,21 +224,11 @@ class Reconciler:
 
     async def absorb(self, news: Iterable[News]) -> list[Revoked]:
         """Remember for good what was revoked, look at the slots, and return what is newly known."""
-        fresh = []
+        news = list(news)
+        fresh = await self.revocations.learn(news)
         for model in news:
-            for mark in model.revoked:
-                if mark.digest not in self._revoked:
-                    item = Revoked(
-                        team=model.team,
-                        name=model.name,
-                        version=mark.version,
-                        digest=mark.digest,
-                        reason=mark.reason or "no reason given",
-                    )
-                    await self._journal.revoke(item)
-                    self._revoked[item.digest] = item
-                    fresh.append(item)
-            self._tell_deprecated(model)
+            performer = self._performers.get(model.name)
+            self.revocations.tell_deprecated(model, performer.pointer if performer is not None else None)
         for item in fresh:
             self._look(item.name)
         return fresh
@@ -276,49 +274,6 @@ class Reconciler:
         self._look(slot)
         return await self.beyond(await asyncio.shield(offer.begun), (-1, -1))
 
-    async def tidy(self) -> None:
-        """Let the store remove versions nothing needs, unless a deployment is under way."""
-        needed = await self._needed()
-        if needed is None or any(performer.busy for performer in self._performers.values()):
-            return  # a version may be staged and named by nothing yet
-        try:
-            await self._store.collect(needed)
-        except (AgentError, OSError) as error:
-            _log.warning("collection failed", reason=str(error))
-
-    async def collect(self, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
-        """Remove what nothing needs, and more of it if ``room`` is short; return what went, or would go.
-
-        Raises:
-            OverloadedError: a deployment is under way whose version is not known yet.
-        """
-        needed = await self._needed()
-        if needed is None:
-            raise OverloadedError("a deployment is under way; try again when it is further")
-        return await self._store.collect(needed, room=room, dry_run=dry_run)
-
-    async def inventory(self) -> tuple[Inventory, Needed | None]:
-        """Return what is on disk and what of it is needed; ``None``: a deployment has just begun."""
-        return await self._store.inventory(), await self._needed()
-
-    def in_use(self) -> dict[Path, list[str]]:
-        """Return the version directories that pointers and pins name, and as what."""
-        found: dict[Path, list[str]] = {}
-        for performer in self._performers.values():
-            pointer = performer.pointer
-            if pointer is None:
-                continue
-            role = "on trial" if pointer.trial else "active"
-            found.setdefault(self._state_dir / pointer.active.path, []).append(role)
-            if pointer.previous is not None:
-                found.setdefault(self._state_dir / pointer.previous.path, []).append("previous")
-        return found
-
-    def pinned(self) -> set[tuple[str, str, str]]:
-        """Return team, name and version of every pin that names one."""
-        wishes = self._wishes.values()
-        return {(wish.team, wish.slot, wish.version) for wish in wishes if wish.source == "pin" and wish.version}
-
     async def quarantine(self) -> list[tuple[str, str, str]]:
         """Return slot, digest and reason of the versions that failed here and are not tried again by themselves."""
         return await self._journal.all_refused()
@@ -327,10 +282,6 @@ class Reconciler:
         """Let a version that failed here be tried again."""
         await self._journal.forgive(slot, digest)
         self._look(slot)
-
-    def revoked_versions(self) -> list[Revoked]:
-        """Return every version that is known to be revoked."""
-        return list(self._revoked.values())
 
     # Views
 
@@ -435,15 +386,16 @@ class Reconciler:
 
     async def _act(self, slot: str, performer: Performer, hint: asyncio.Event) -> None:
         if not self._wishes_known:
+            await self.revocations.load()
             await self._refresh_wishes()
             self._new_slot.set()
         wish, latest = self._wishes.get(slot), await self._journal.latest(slot)
         action = decide(wish, performer.pointer, latest)
-        if action is Action.BEGIN and wish is not None and self._is_revoked(wish):
+        if action is Action.BEGIN and wish is not None and self.revocations.names(wish):
             action = Action.NOTHING  # what the wish names is never loaded again
         stopped = ""
         if latest is None or latest.state in FINAL:
-            measure, kept = await self._measure(slot, performer)
+            measure, kept = await self.revocations.measure(performer.pointer, self._store)
             if measure is Measure.FALL_BACK and kept is not None:
                 return await self._fall_back(performer, kept)
             stopped = await self._enforce(performer, measure)
@@ -457,7 +409,7 @@ class Reconciler:
             await performer.give_up(latest)
         elif action is Action.BEGIN and wish is not None:
             await performer.begin(wish, deployment_id=wish.id)
-            await self.tidy()
+            await self.retention.tidy()
         elif performer.pointer is not None and performer.active is None and not stopped:
             await self._revive(performer, hint)
             if action is Action.POLL and performer.active is None and wish is not None and latest is not None:
@@ -468,22 +420,6 @@ class Reconciler:
             await hint.wait()
         return None
 
-    async def _measure(self, slot: str, performer: Performer) -> tuple[Measure, Kept | None]:
-        """Return what the revoked versions demand of the slot."""
-        pointer = performer.pointer
-        if pointer is None or pointer.active.digest not in self._revoked:
-            return Measure.NONE, None
-        measure, kept = decide_revoked(
-            pointer,
-            revoked=self._revoked,
-            kept=(await self._store.inventory()).versions,
-            served=await self._journal.served(slot),
-            policy=self._on_revoked,
-        )
-        before = await self._journal.get(_fall_back_id(pointer, kept)) if kept is not None else None
-        failed = before is not None and before.state in FINAL - {State.CONFIRMED, State.SUPERSEDED}
-        return (Measure.STOP, None) if failed else (measure, kept)
-
     async def _enforce(self, performer: Performer, measure: Measure) -> str:
         """Stop what may not serve; return why the slot is stopped, or an empty text."""
         pointer = performer.pointer
@@ -491,12 +427,9 @@ class Reconciler:
             return ""
         reason = self._held
         if measure in (Measure.STOP, Measure.WARN):
-            revoked = self._revoked[pointer.active.digest]
+            revoked = self.revocations.tell(pointer.active.digest, measure)
             if measure is Measure.STOP:
                 reason = f"version {revoked.version} was revoked: {revoked.reason}"
-            if revoked.digest not in self._warned:
-                self._warned.add(revoked.digest)
-                self._tell_revoked(revoked, measure)
         if reason and performer.active is not None:
             _log.error("stopped", slot=performer.slot, reason=reason)
             await performer.suspend(reason)
@@ -505,54 +438,19 @@ class Reconciler:
     async def _fall_back(self, performer: Performer, kept: Kept) -> None:
         """Return to a version on this box, by a deployment of its own."""
         assert performer.pointer is not None
-        revoked = self._revoked[performer.pointer.active.digest]
-        self._warned.add(revoked.digest)
-        self._tell_revoked(revoked, Measure.FALL_BACK)
-        wish_id = _fall_back_id(performer.pointer, kept)
+        self.revocations.tell(performer.pointer.active.digest, Measure.FALL_BACK)
+        wish_id = fall_back_id(performer.pointer, kept)
         wish = Desired(
             id=wish_id, slot=performer.slot, team=kept.team, version=kept.version, source=REVOCATION, local=True
         )
         await performer.begin(wish, deployment_id=wish_id)
-        await self.tidy()
+        await self.retention.tidy()
 
     async def _take_offer(self, performer: Performer, wish: Desired, offer: Offer) -> None:
         deployment_id = f"{wish.id}@{offer.digest[:12]}"
         wish = replace(wish, version=offer.version, medium=offer.medium)
         await performer.begin(wish, deployment_id=deployment_id, begun=lambda: offer.begin(deployment_id))
-        await self.tidy()
-
-    def _tell_revoked(self, revoked: Revoked, measure: Measure) -> None:
-        data = {"team": revoked.team, "name": revoked.name, "version": revoked.version, "message": revoked.reason}
-        _log.error("active version was revoked", measure=str(measure), **data)
-        self._events.emit(
-            Stream.SECURITY, "version.revoked", Severity.ERROR, code="revoked", measure=str(measure), **data
-        )
-
-    def _tell_deprecated(self, model: News) -> None:
-        """Warn once of each deprecated version that serves."""
-        performer = self._performers.get(model.name)
-        pointer = performer.pointer if performer is not None else None
-        for mark in model.deprecated:
-            if pointer is not None and mark.digest == pointer.active.digest and mark.digest not in self._warned:
-                self._warned.add(mark.digest)
-                self._events.emit(
-                    Stream.DEPLOY,
-                    "version.deprecated",
-                    Severity.WARNING,
-                    team=model.team,
-                    name=model.name,
-                    version=mark.version,
-                    message=mark.reason,
-                )
-
-    def _forbidden(self, digest: str) -> str:
-        """Return why a version may not be loaded, an empty text if it may."""
-        found = self._revoked.get(digest)
-        return found.reason if found is not None and self._on_revoked != "warn" else ""
-
-    def _is_revoked(self, wish: Desired) -> bool:
-        named = (wish.team, wish.slot, wish.version)
-        return any((item.team, item.name, item.version) == named for item in self._revoked.values())
+        await self.retention.tidy()
 
     async def _revive(self, performer: Performer, hint: asyncio.Event) -> None:
         """Try now and then to load what boot could not; a hint is looked at at once."""
@@ -610,7 +508,7 @@ class Reconciler:
 
     async def _begin_offered(self, performer: Performer, wish: Desired, version: str, digest: str) -> None:
         await performer.begin(replace(wish, version=version), deployment_id=f"{wish.id}@{digest[:12]}")
-        await self.tidy()
+        await self.retention.tidy()
 
     async def _offered(self, wish: Desired) -> tuple[str, str] | None:
         """Return version and digest the store offers for the wish now, ``None`` if it cannot tell."""
@@ -621,33 +519,6 @@ class Reconciler:
                 self._refusals.bundle(error, team=wish.team, name=wish.slot, version=wish.version, polled=True)
             _log.info("poll failed", slot=wish.slot, code=error.code, reason=str(error))
             return None
-
-    async def _needed(self, more: frozenset[str] = frozenset()) -> Needed | None:
-        """Return what must stay on disk; ``None`` if a deployment is under way whose version is not known yet.
-
-        ``more``: digests that stay, too; deployments without a digest are then taken to be of these.
-        """
-        paths, digests, pinned = set(self.in_use()), set(more), self.pinned()
-        for slot in self._performers:
-            latest = await self._journal.latest(slot)
-            if latest is not None and latest.state not in FINAL:
-                if not latest.digest and not more:
-                    return None
-                digests.add(latest.digest)
-        if pinned:
-            inventory = await self._store.inventory()
-            paths |= {item.path for item in inventory.versions if (item.team, item.name, item.version) in pinned}
-        return Needed(paths=frozenset(paths), digests=frozenset(digests) - {""}, revoked=frozenset(self._revoked))
-
-    async def _make_room(self, digests: frozenset[str]) -> bool:
-        """Let go what nothing needs, for a deployment of ``digests``; return whether anything went."""
-        try:
-            needed = await self._needed(digests)
-            removed = await self._store.collect(needed, room=True) if needed is not None else []
-        except (AgentError, OSError) as error:
-            _log.warning("collection failed", reason=str(error))
-            return False
-        return bool(removed)
 
     async def _refresh_wishes(self) -> None:
         self._wishes = dict(effective([*await self._journal.wanted(), *self._configured]))
@@ -668,8 +539,8 @@ class Reconciler:
                 clock=self._clock,
                 state_dir=self._state_dir,
                 superseded=self._superseded,
-                revoked=self._forbidden,
-                make_room=self._make_room,
+                revoked=self.revocations.forbidden,
+                make_room=self.retention.make_room,
                 changed=self._note,
             )
         return performer
@@ -703,7 +574,3 @@ class Reconciler:
         """Let everyone who follows a deployment look again."""
         if self._change is not None and not self._change.done():
             self._change.set_result(None)
-
-
-def _fall_back_id(pointer: Pointer, kept: Kept) -> str:
-    return f"revoked-{pointer.slot}-{pointer.active.digest[:12]}-{kept.digest}"

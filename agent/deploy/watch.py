@@ -88,7 +88,7 @@ class Watch:
         while True:
             self.look()
             if self._clock.monotonic() >= tidy_due:
-                await self._reconciler.tidy()  # others may fill the disk, too
+                await self._reconciler.retention.tidy()  # others may fill the disk, too
                 tidy_due = self._clock.monotonic() + _TIDY_S
             if self._poll_interval_s and self._clock.monotonic() >= due:
                 await self._refresh_quietly()

@@ -83,7 +83,7 @@ class Box:
         self.journal = CutJournal(folder / "journal.db")
         self.reconciler = self._make()
 
-    def _make(self) -> Reconciler:
+    def _make(self, **more: Any) -> Reconciler:
         self.host = FakeHost(behaviour=self.behaviour)
         self.journal = CutJournal(self.folder / "journal.db")
         bus = EventBus(self.clock)
@@ -99,6 +99,7 @@ class Box:
             state_dir=self.folder,
             configured=self.configured,
             poll_interval_s=0,
+            **more,
         )
 
     async def restart(self) -> None:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from agent.deploy.ports import Collected, Mark, News
+from agent.deploy.reconciler import Reconciler
 from agent.deploy.revocation import OnRevoked
 from agent.deploy.state import State
 from agent.errors import DiskFullError, NotFoundError, PolicyError, UntrustedError
@@ -32,10 +33,8 @@ class RevokingBox(Box):
 
     on_revoked: OnRevoked = "fallback"
 
-    def _make(self) -> Any:
-        reconciler = super()._make()
-        reconciler._on_revoked = self.on_revoked
-        return reconciler
+    def _make(self) -> Reconciler:
+        return super()._make(on_revoked=self.on_revoked)
 
 
 def news(*, revoked: tuple[str, ...] = (), deprecated: tuple[str, ...] = ()) -> News:
@@ -141,6 +140,24 @@ def test_with_nothing_to_fall_back_to_the_slot_stops_until_a_good_version_comes(
             box.store.offered[SLOT].append("2.0.0")
             await box.reconciler.want(wish("2.0.0", "b"))
             await until(lambda: box.active() == "2.0.0")
+
+    run(story())
+
+
+@pytest.mark.parametrize("lost", ["journal.db", "revoked.json"])
+def test_the_loss_of_one_copy_loses_no_revocation(tmp_path: Path, lost: str) -> None:
+    async def story() -> None:
+        box = RevokingBox(tmp_path, ["1.0.0"])
+        await deploy(box, "1.0.0", "a")
+        await box.restart()
+        async with alive(box):
+            await box.reconciler.absorb([news(revoked=("1.0.0",))])
+            await until(lambda: box.active() is None)
+        (tmp_path / lost).write_bytes(b"\x00" * 4096)
+        async with alive(box):
+            await asyncio.sleep(0.02)
+            assert box.active() is None
+            assert [item.version for item in box.reconciler.revocations.all()] == ["1.0.0"]
 
     run(story())
 

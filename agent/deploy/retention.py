@@ -1,0 +1,123 @@
+"""Which versions on this box's disk are needed, as what, and letting the store remove the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from agent.deploy.desired import Desired
+from agent.deploy.journal import Journal
+from agent.deploy.pointer import Pointer
+from agent.deploy.ports import Collected, Inventory, Needed, Store
+from agent.deploy.revocation import Revoked
+from agent.deploy.state import FINAL
+from agent.errors import AgentError, OverloadedError
+from agent.log import get_logger
+
+_log = get_logger("deploy")
+
+
+class Slot(Protocol):
+    """What a slot's performer tells."""
+
+    busy: bool
+    pointer: Pointer | None
+
+
+class Retention:
+    """Collects for all slots.
+
+    Args:
+        slots: By name; the caller's own, so that it is always current.
+        wishes, revoked: What holds now.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        journal: Journal,
+        state_dir: Path,
+        slots: Mapping[str, Slot],
+        wishes: Callable[[], Mapping[str, Desired]],
+        revoked: Callable[[], list[Revoked]],
+    ) -> None:
+        self._store = store
+        self._journal = journal
+        self._state_dir = state_dir
+        self._slots = slots
+        self._wishes = wishes
+        self._revoked = revoked
+
+    async def tidy(self) -> None:
+        """Remove what nothing needs, unless a deployment is under way."""
+        needed = await self.needed()
+        if needed is None or any(slot.busy for slot in self._slots.values()):
+            return  # a version may be staged and named by nothing yet
+        try:
+            await self._store.collect(needed)
+        except (AgentError, OSError) as error:
+            _log.warning("collection failed", reason=str(error))
+
+    async def collect(self, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
+        """Remove what nothing needs, and more of it if ``room`` is short; return what went, or would go.
+
+        Raises:
+            OverloadedError: a deployment is under way whose version is not known yet.
+            OSError: the disk; what went before is gone.
+        """
+        needed = await self.needed()
+        if needed is None:
+            raise OverloadedError("a deployment is under way; try again when it is further")
+        return await self._store.collect(needed, room=room, dry_run=dry_run)
+
+    async def make_room(self, digests: frozenset[str]) -> bool:
+        """Let go what nothing needs, for a deployment of ``digests``; return whether anything went."""
+        try:
+            needed = await self.needed(digests)
+            removed = await self._store.collect(needed, room=True) if needed is not None else []
+        except (AgentError, OSError) as error:
+            _log.warning("collection failed", reason=str(error))
+            return False
+        return bool(removed)
+
+    async def inventory(self) -> tuple[Inventory, Needed | None]:
+        """Return what is on disk and what of it is needed; ``None``: a deployment has just begun."""
+        return await self._store.inventory(), await self.needed()
+
+    def in_use(self) -> dict[Path, list[str]]:
+        """Return the version directories that pointers name, and as what."""
+        found: dict[Path, list[str]] = {}
+        for slot in self._slots.values():
+            pointer = slot.pointer
+            if pointer is None:
+                continue
+            role = "on trial" if pointer.trial else "active"
+            found.setdefault(self._state_dir / pointer.active.path, []).append(role)
+            if pointer.previous is not None:
+                found.setdefault(self._state_dir / pointer.previous.path, []).append("previous")
+        return found
+
+    def pinned(self) -> set[tuple[str, str, str]]:
+        """Return team, name and version of every pin that names one."""
+        wishes = self._wishes().values()
+        return {(wish.team, wish.slot, wish.version) for wish in wishes if wish.source == "pin" and wish.version}
+
+    async def needed(self, more: frozenset[str] = frozenset()) -> Needed | None:
+        """Return what must stay on disk; ``None`` if a deployment is under way whose version is not known yet.
+
+        ``more``: digests that stay, too; deployments without a digest are then taken to be of these.
+        """
+        paths, digests, pinned = set(self.in_use()), set(more), self.pinned()
+        for slot in list(self._slots):
+            latest = await self._journal.latest(slot)
+            if latest is not None and latest.state not in FINAL:
+                if not latest.digest and not more:
+                    return None
+                digests.add(latest.digest)
+        if pinned:
+            inventory = await self._store.inventory()
+            paths |= {item.path for item in inventory.versions if (item.team, item.name, item.version) in pinned}
+        revoked = frozenset(item.digest for item in self._revoked())
+        return Needed(paths=frozenset(paths), digests=frozenset(digests) - {""}, revoked=revoked)
