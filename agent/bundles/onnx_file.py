@@ -16,7 +16,7 @@ from agent.errors import UnsafeBundleError
 
 DEPTH_MAX: Final = 32
 FIELDS_MAX: Final = 20_000_000
-FOUND_MAX: Final = 100_000  # tensors in other files, operators, functions: of each so many
+FOUND_MAX: Final = 50_000  # tensors in other files, operators, functions: of each so many
 _EXTERNAL_KEYS: Final = frozenset({"location", "offset", "length", "checksum"})  # others make a runtime read more
 
 

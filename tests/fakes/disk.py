@@ -321,6 +321,7 @@ class _Recorder:
             **dict.fromkeys(("truncate", "ftruncate"), self._truncate),
             **dict.fromkeys(("chmod", "fchmod", "fchmodat"), self._chmod),
             "fallocate": self._allocate,
+            "copy_file_range": self._copy,
             "lseek": self._seek,
             "mmap": self._map,
         }
@@ -396,6 +397,15 @@ class _Recorder:
             offset = self._position.get(node, 0)
             self._position[node] = offset + result
         self._do(Write(node, offset, data))
+
+    def _copy(self, arguments: list[str], result: int, covers: int) -> None:
+        source, target = self._node_of(arguments[0]), self._node_of(arguments[2])
+        if target is None or result == 0:
+            return
+        if source is None or "NULL" in (arguments[1], arguments[3]):
+            raise UnseenError(f"copy_file_range from {arguments[:2]}")
+        begin, offset = (int(arguments[number].strip("[]").split()[0]) for number in (1, 3))
+        self._do(Write(target, offset, bytes(self._now.nodes[source].data[begin : begin + result])))
 
     def _seek(self, arguments: list[str], result: int, covers: int) -> None:
         node = self._node_of(arguments[0])

@@ -26,7 +26,7 @@ from tests.fakes.store import StoreServer, StoreWorld, serving
 
 pytestmark = pytest.mark.integration
 
-KILLS = int(os.environ.get("INFERD_KILLS", "6"))
+KILLS = int(os.environ.get("INFERD_KILLS", "5"))
 CONNECTIONS = 4
 CHAIN_MAX = 3  # kills in a row of one pull
 

@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("strace") is None, reason="the recorder needs strace"),
 ]
 
-STATES = int(os.environ.get("INFERD_POWERCUTS", "100"))
+STATES = int(os.environ.get("INFERD_POWERCUTS", "80"))
 ROOT = Path(__file__).parents[2]
 
 

@@ -310,7 +310,7 @@ def test_archives_under_a_harmless_name_are_recognised(tmp_path: Path, head: byt
 
 
 def many_entries() -> bytes:
-    return field(7, field(5, field(13, b"") * (2 * MIB)))
+    return field(7, field(5, field(13, b"") * MIB))
 
 
 def many_external_tensors() -> bytes:
@@ -338,15 +338,9 @@ def test_a_safetensors_header_does_not_grow_in_memory(piece: str) -> None:
         safetensors.check(data)
 
 
-def test_json_at_its_limit_does_not_grow_in_memory() -> None:
-    body = ",".join(["[]"] * (strictjson.SIZE_BYTES_MAX // 3 - 1))
-    with bounded(256 * MIB), pytest.raises(UnsafeBundleError):
-        parse_manifest(f"[{body}]".encode())
-
-
 # Anything at all: refused or read, never another error
 
-SETTINGS = settings(max_examples=150, deadline=None)
+SETTINGS = settings(max_examples=100, deadline=None)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
