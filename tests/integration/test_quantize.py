@@ -139,6 +139,20 @@ def test_a_folder_of_sources_gets_variants_beside_a_persons_own(tmp_path: Path) 
     assert sorted(path.name for path in source.iterdir()) == ["fp32", "golden", "model.toml"]
 
 
+@pytest.mark.parametrize("own", ["id", "folder"])
+def test_what_a_person_made_is_never_replaced(own: str, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    if own == "id":
+        text = (source / "model.toml").read_text()
+        (source / "model.toml").write_text(text.replace('"cpu-fp32"', '"cpu-fp16"'))
+    else:
+        write_classifier(source / "fp16/model.onnx")
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    answer = hub("quantize", str(source), "--kinds", "fp16", *QUICK, fails="bad_source")
+    assert answer["error"]["hint"]
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+
+
 def test_the_table_names_what_was_left_out(tmp_path: Path) -> None:
     make_source(tmp_path / "source")
     result = run("quantize", str(tmp_path / "source"), "--kinds", "fp16,static", "--max-abs", "1e-9", *QUICK)

@@ -9,7 +9,6 @@ Leaves out: the choice on a box, which measures for itself, and exporting to ONN
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -158,11 +157,25 @@ class _Job:
         self.goldens = [_golden(folder, sample) for sample in self.description.golden]
         self.feeds = self._samples()
         self.calibration = self._calibration()
+        self.before = variants_file.read(folder)
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Refuse to touch anything that an earlier run did not make."""
         taken = {variant.id for variant in self.description.variants}
-        if clash := [self.id_of(kind) for kind in wish.kinds if self.id_of(kind) in taken]:
-            raise SourceError(
-                f"{folder / FILE_NAME}: has a variant {clash[0]!r} of its own", hint="Rename it, or leave the kind out."
-            )
+        ours = {variant.entry.partition("/")[0] for variant in self.before.variants}
+        for kind in self.wish.kinds:
+            if self.id_of(kind) in taken:
+                raise SourceError(
+                    f"{self.folder / FILE_NAME}: has a variant {self.id_of(kind)!r} of its own",
+                    hint="Rename it, or leave the kind out: --kinds",
+                )
+            place = self.folder / _FOLDERS[kind]
+            if place.exists() and _FOLDERS[kind] not in ours:
+                raise SourceError(
+                    f"{place}: is in the way of the {kind} variant",
+                    hint="Rename it, or remove it if a run that was cut left it behind.",
+                )
 
     def id_of(self, kind: Kind) -> str:
         """Return the id of the variant that ``kind`` becomes."""
@@ -326,16 +339,13 @@ def _write(job: _Job, rows: Sequence[Row], made: Mapping[Kind, _Made]) -> None:
     The entries go first: between the two steps the sources name no model that is not there.
     """
     kept = {row.id: row for row in rows if row.kept}
-    before = variants_file.read(job.folder)
     variants_file.write(job.folder, MadeVariants())
-    for variant in before.variants:
+    for variant in job.before.variants:
         _remove(job.folder / variant.entry)
     variants = []
     for kind, one in made.items():
         if row := kept.get(job.id_of(kind)):
-            target = job.folder / _FOLDERS[kind]
-            shutil.rmtree(target, ignore_errors=True)
-            one.path.parent.rename(target)
+            one.path.parent.rename(job.folder / _FOLDERS[kind])
             variants.append(_entry(job, kind, one.how, row, list(kept.values())))
     golden = {
         name: {row.id: rules for row in kept.values() if (rules := _rules(job, number, recorded, row))}
