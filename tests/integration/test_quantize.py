@@ -226,6 +226,7 @@ def test_a_large_input_or_output_is_never_cast(tmp_path: Path) -> None:
         (("source/fp32/model.onnx",), "invalid_input", "--out DIR"),
         (("source/fp32/model.onnx", "--out", "source"), "bad_source", "exists already"),
         (("source/fp32/model.onnx", "--out", "x", "--model", "linear"), "invalid_input", "TEAM/NAME"),
+        (("source/fp32/model.onnx", "--out", "x", "--calibration", "nothing"), "bad_source", "No such file"),
         (("source/golden/g1.in.safetensors", "--out", "x"), "bad_source", "cannot be converted"),
         (("source/model.toml", "--out", "x"), "bad_source", "cannot be converted"),
     ],
