@@ -49,7 +49,7 @@ def _manifest(manifest: Mapping[str, Any], digest: str) -> Iterator[str]:
         yield f"labels     {', '.join(f'{shown(k)}={shown(v)}' for k, v in manifest['labels'].items())}"
     handler = manifest["handler"]
     yield f"handler    {shown(handler.get('id') or handler.get('module', ''))}"
-    yield from _ports(manifest["signature"])
+    yield from _ports(manifest["signature"], 10)
     for variant in manifest["variants"]:
         yield from _variant(variant)
     goldens = ", ".join(shown(sample["id"]) for sample in manifest.get("golden", ()))
@@ -91,7 +91,7 @@ def _model(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["parameters"] is not None:
         dtypes = ", ".join(f"{shown(k)} {v:,}" for k, v in facts["about"].get("dtypes", {}).items())
         yield f"  parameters  {facts['parameters']:,}{f' ({dtypes})' if dtypes else ''}"
-    yield from (f"  {line}" for line in _ports(facts))
+    yield from (f"  {line}" for line in _ports(facts, 11))
     for key, value in facts["about"].items():
         if key == "dtypes" or value in ("", [], {}):
             continue
@@ -107,12 +107,12 @@ def _model(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"  note        {shown(note)}"
 
 
-def _ports(sides: Mapping[str, Any]) -> Iterator[str]:
+def _ports(sides: Mapping[str, Any], width: int) -> Iterator[str]:
     for side in ("inputs", "outputs"):
         for port in sides.get(side, ()):
             name, dtype, shape = (port["name"], port["dtype"], port["shape"]) if isinstance(port, Mapping) else port
             sizes = ", ".join("?" if size is None else shown(size) for size in shape)
-            yield f"{side[:-1]:<10} {shown(name)}: {shown(dtype) or 'not a tensor'}[{sizes}]"
+            yield f"{side[:-1]:<{width}} {shown(name)}: {shown(dtype) or 'not a tensor'}[{sizes}]"
 
 
 def _cut(value: object) -> str:

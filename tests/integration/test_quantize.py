@@ -139,6 +139,20 @@ def test_a_folder_of_sources_gets_variants_beside_a_persons_own(tmp_path: Path) 
     assert sorted(path.name for path in source.iterdir()) == ["fp32", "golden", "model.toml"]
 
 
+@pytest.mark.parametrize("own", ["id", "folder"])
+def test_what_a_person_made_is_never_replaced(own: str, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    if own == "id":
+        text = (source / "model.toml").read_text()
+        (source / "model.toml").write_text(text.replace('"cpu-fp32"', '"cpu-fp16"'))
+    else:
+        write_classifier(source / "fp16/model.onnx")
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    answer = hub("quantize", str(source), "--kinds", "fp16", *QUICK, fails="bad_source")
+    assert answer["error"]["hint"]
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+
+
 def test_the_table_names_what_was_left_out(tmp_path: Path) -> None:
     make_source(tmp_path / "source")
     result = run("quantize", str(tmp_path / "source"), "--kinds", "fp16,static", "--max-abs", "1e-9", *QUICK)
@@ -212,6 +226,7 @@ def test_a_large_input_or_output_is_never_cast(tmp_path: Path) -> None:
         (("source/fp32/model.onnx",), "invalid_input", "--out DIR"),
         (("source/fp32/model.onnx", "--out", "source"), "bad_source", "exists already"),
         (("source/fp32/model.onnx", "--out", "x", "--model", "linear"), "invalid_input", "TEAM/NAME"),
+        (("source/fp32/model.onnx", "--out", "x", "--calibration", "nothing"), "bad_source", "No such file"),
         (("source/golden/g1.in.safetensors", "--out", "x"), "bad_source", "cannot be converted"),
         (("source/model.toml", "--out", "x"), "bad_source", "cannot be converted"),
     ],

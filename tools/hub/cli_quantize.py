@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +23,8 @@ from tools.hub.gate import Gate
 
 if TYPE_CHECKING:  # imported by the verb itself: a runtime and its quantizer take half a second
     from tools.hub.cli import RichListener
-    from tools.hub.quantize import Report, Row, Wish
+    from tools.hub.quantize_job import Wish
+    from tools.hub.quantize_result import Report, Row
 
 _KINDS: Final = ("fp16", "dynamic", "static")
 _PATH = click.Path(path_type=Path)
@@ -80,7 +83,7 @@ def quantize(source: str, out: Path | None, model: str | None, **options: Any) -
     from tools.hub.quantize import quantize as run
 
     wish = _wish(gate, options)
-    with progress() as bars:
+    with progress() as bars, _undone_if_failed(out):
         folder = _sources(source, out, model, wish, bars)
         report = run(folder, replace(wish, made_up=wish.inputs is None and folder == out), bars)
     if wants_json():
@@ -89,10 +92,22 @@ def quantize(source: str, out: Path | None, model: str | None, **options: Any) -
         _print(report)
 
 
+@contextmanager
+def _undone_if_failed(out: Path | None) -> Iterator[None]:
+    """Leave no new folder behind that was not finished: the same command can then be given again."""
+    existed = out is None or out.exists()
+    try:
+        yield
+    except BaseException:
+        if out is not None and not existed:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
 def _wish(gate: Gate, options: Mapping[str, Any]) -> Wish:
     from tools.hub.convert import Int8, saturates
     from tools.hub.measure import Effort
-    from tools.hub.quantize import Wish
+    from tools.hub.quantize_job import Wish
 
     kinds = [kind for kind in options["kinds"].split(",") if kind]
     if unknown := [kind for kind in kinds if kind not in _KINDS]:

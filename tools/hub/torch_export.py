@@ -109,8 +109,8 @@ def _arguments(module: Any, kind: Source, example: Mapping[str, Array] | None, s
     if not example:
         raise SourceError(f"{source}: exporting it needs an input", hint="Give --inputs FILE, first axis = rows.")
     names = _argument_names(module, kind)
-    if set(example) <= set(names):
-        return {name: example[name] for name in names if name in example}
+    if fitting := {name: example[name] for name in names if name in example}:
+        return fitting  # a file may hold more, such as labels; arguments with defaults may be absent
     if len(example) == 1:
         return dict(example)
     raise SourceError(
