@@ -165,7 +165,7 @@ def measure(folder: Path, *, megabytes: int, repetitions: int) -> tuple[list[Fig
 def _throughput(
     folder: Path, store: LargeStore, url: str, wanted: str, repetitions: int, advance: Callable[[], None]
 ) -> tuple[dict[str, list[float]], list[int]]:
-    times: dict[str, list[float]] = {"curl": [], "pull": []}
+    times: dict[str, list[float]] = {"curl": [], "pull": [], "curl, CPU": [], "pull, CPU": []}
     peaks: list[int] = []
 
     def curl() -> None:
@@ -184,9 +184,10 @@ def _throughput(
 
     for number in range(repetitions):
         for name, work in (("curl", curl), ("pull", pull))[:: 1 if number % 2 else -1]:
-            started = time.monotonic()
+            started, cpu = time.monotonic(), _cpu_s()
             work()
             times[name].append(time.monotonic() - started)
+            times[f"{name}, CPU"].append(_cpu_s() - cpu)
             _remove(folder / "state")
         advance()
     return times, peaks
@@ -243,10 +244,9 @@ def nothing_new(folder: Path, store: LargeStore, url: str, *, runs: int = 7) -> 
     requests = served(url)["requests"] - before
     seconds = []
     for _ in range(runs):
-        since = resource.getrusage(resource.RUSAGE_CHILDREN)
+        since = _cpu_s()
         box.run("resolve")
-        until = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(until.ru_utime + until.ru_stime - since.ru_utime - since.ru_stime)
+        seconds.append(_cpu_s() - since)
     _remove(box.state)
     return [
         Figure(name="requests of a refresh with nothing new", value=requests, bound=2),
@@ -258,6 +258,12 @@ def nothing_new(folder: Path, store: LargeStore, url: str, *, runs: int = 7) -> 
             note=f"{min(seconds):.2f} to {max(seconds):.2f} in {len(seconds)}",
         ),
     ]
+
+
+def _cpu_s() -> float:
+    """Return the CPU seconds of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _manifest(state: Path) -> bytes:
@@ -342,7 +348,7 @@ def _print(figures: list[Figure], times: dict[str, list[float]], megabytes: int)
     console.print(table)
     for name, seconds in times.items():
         rate = megabytes / statistics.median(seconds)
-        console.print(f"{name}: {rate:.0f} MiB/s, seconds {', '.join(f'{value:.2f}' for value in seconds)}")
+        console.print(f"{name}: {rate:.0f} MiB per second, seconds {', '.join(f'{value:.2f}' for value in seconds)}")
 
 
 if __name__ == "__main__":

@@ -68,13 +68,13 @@ class Budget:
                 )
             self._write(Window(since=window.since, spent=window.spent + size))
 
-    def refund(self, size: int) -> None:
-        """Take back what was charged and not fetched."""
-        if not self._size_bytes or not size:
+    def settle(self, charged: int, used: int) -> None:
+        """Correct a charge by what was really fetched: less after a cut, more from a server that began anew."""
+        if not self._size_bytes or charged == used:
             return
         with self._held():
             window = self._read()
-            self._write(Window(since=window.since, spent=max(0, window.spent - size)))
+            self._write(Window(since=window.since, spent=max(0, window.spent + used - charged)))
 
     def _read(self) -> Window:
         with suppress(StateError, KeyError, TypeError, ValueError):  # a broken counter must not stop a box for good

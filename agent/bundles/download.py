@@ -315,7 +315,7 @@ class _Transfer:
         try:
             self._receive()
         finally:
-            budget.refund(max(0, charged - (self._come - before)))
+            budget.settle(charged, self._come - before)
 
     def _receive(self) -> None:
         chunk = self._job.chunk

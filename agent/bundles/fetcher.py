@@ -62,7 +62,7 @@ class Transport:
             url: ``file://``, ``http(s)://`` or ``s3://``.
             offset: First byte wanted.
             validator: Strong ETag that the object must still have for the range to hold.
-            deadline: Monotonic seconds by which the whole object must have been read.
+            deadline: Monotonic seconds by which the whole object must have been read; no rate limit holds for it.
 
         Raises:
             OfflineError: the store cannot be reached.
@@ -72,6 +72,8 @@ class Transport:
         """
         source, limit = self._source(url)
         body = source.open(url, offset=offset, validator=validator, deadline=deadline)
+        if deadline is not None:
+            return body  # small, and late if it had to wait for its turn
         shared = self._unlimited if url.startswith("file://") else self._limit
         return _LimitedBody(body, (shared, limit))
 

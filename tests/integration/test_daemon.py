@@ -255,6 +255,20 @@ def test_a_version_that_is_not_there_is_rejected_and_nothing_changes(box: Box) -
     assert box.ask() == (2.0, "1.0.0")
 
 
+def test_a_deployment_that_waits_can_be_cancelled_and_nothing_changes(box: Box) -> None:
+    box.start()
+    box.until_serving()
+    box.store.rename(box.store.with_name("hidden"))
+    assert box.control("deploy", f"{MODEL}@2.0.0", "--no-wait").returncode == 0
+    cancelled = box.control("cancel", MODEL, "--json")
+    last = json.loads(cancelled.stdout.splitlines()[-1])
+    assert cancelled.returncode == 0, cancelled.stderr
+    assert (last["state"], last["message"], last["final"]) == ("superseded", "it was cancelled", True)
+    models = json.loads(box.control("models", "--json").stdout)
+    assert (models[0]["active"], models[0]["source"]) == ("1.0.0", "file")
+    assert box.ask() == (2.0, "1.0.0")
+
+
 def test_a_missing_store_waits_and_heals(box: Box) -> None:
     hidden = box.store.with_name("hidden")
     box.store.rename(hidden)

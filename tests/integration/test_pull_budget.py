@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -194,6 +196,30 @@ def pullers() -> list[str]:
         if b"agent.bundles.child" in command and parent == str(os.getpid()):
             found.append(command.decode())
     return found
+
+
+def test_a_cancelled_pull_keeps_what_it_has(tmp_path: Path, world: StoreWorld) -> None:
+    packed = world.publish()
+    with serving(world.root) as server:
+        server.gate, server.gate_after = threading.Event(), 9
+        device = DeviceWorld(tmp_path / "state", world, urls=(server.url,))
+        journal = device.layout.staging / packed.sha256 / "journal"
+
+        async def cancel_half_way() -> None:
+            async with asyncio.timeout(90):
+                fetch = asyncio.create_task(device.puller().fetch("vision", "tiny", "", "stable"))
+                while not (journal.exists() and sum(map(bool, journal.read_bytes())) >= 5):
+                    await asyncio.sleep(0.01)
+                fetch.cancel()
+                await asyncio.wait({fetch})
+
+        asyncio.run(cancel_half_way())
+        assert not pullers()
+        done = bytes_marked(journal.read_bytes(), packed.manifest)
+        server.gate.set()
+        answer = device.here("fetch", team="vision", name="tiny")
+    assert done
+    assert answer["bytes_fetched"] == packed.manifest.total_size - done
 
 
 def opened(folder: Path, manifest: bundles.Manifest, path: str) -> Staging:

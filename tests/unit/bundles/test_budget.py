@@ -48,11 +48,14 @@ def test_the_error_says_when_the_next_window_begins(tmp_path: Path, clock: Clock
     budget(tmp_path, clock).charge(100)
 
 
-def test_what_was_not_fetched_is_taken_back(tmp_path: Path, clock: Clock) -> None:
+def test_a_charge_is_corrected_by_what_was_fetched(tmp_path: Path, clock: Clock) -> None:
     budget(tmp_path, clock).charge(100)
-    budget(tmp_path, clock).refund(30)
+    budget(tmp_path, clock).settle(100, 70)
     budget(tmp_path, clock).charge(30)
     with pytest.raises(BudgetError):
+        budget(tmp_path, clock).charge(1)
+    budget(tmp_path, clock).settle(30, 50)
+    with pytest.raises(BudgetError, match="120 of"):
         budget(tmp_path, clock).charge(1)
 
 
