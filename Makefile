@@ -66,11 +66,11 @@ fuzz: $(VENV)/.demo ## Damaged frames and regions against a real daemon for MINU
 
 powercuts: $(VENV)/.dev ## Replay STATES power cuts of a pull and an activation (needs strace)
 	@mkdir -p "$(STATE)"
-	@$(ENV) INFERD_POWERCUTS=$(STATES) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -rA -s tests/sim/test_pull_powercuts.py $(PYTEST_ARGS)
+	@$(ENV) INFERD_POWERCUTS=$(STATES) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/sim/test_pull_powercuts.py $(PYTEST_ARGS)
 
 kills: $(VENV)/.dev ## Kill a pull at KILLS random moments and resume it
 	@mkdir -p "$(STATE)"
-	@$(ENV) INFERD_KILLS=$(KILLS) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -rA -s tests/integration/test_pull_killed.py $(PYTEST_ARGS)
+	@$(ENV) INFERD_KILLS=$(KILLS) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/integration/test_pull_killed.py $(PYTEST_ARGS)
 
 conformance: $(VENV)/.dev ## The public TUF conformance suite, checked out in SUITE, against our client
 	@test -x "$(SUITE)/env/bin/pytest" || { echo "SUITE=PATH: a checkout of the suite, see docs/conformance.md"; exit 2; }

@@ -56,8 +56,8 @@ class Scene:
             urls=(server.url,),
             anchor=str(world.anchor),
             disk_reserve_bytes=0,
-            stall_timeout_s=0.3,
-            metadata_timeout_s=0.6,
+            stall_timeout_s=10.0,
+            metadata_timeout_s=20.0,
             tries=2,
         )
 
@@ -307,6 +307,8 @@ def bad_link(part: str, kind: str, value: int = 0) -> Callable[[Scene], None]:
     def attack(scene: Scene) -> None:
         chunk = scene.new_chunk().name
         scene.fault(part or chunk, kind, value)
+        if kind in ("stall", "drip"):
+            scene.store = msgspec.structs.replace(scene.store, stall_timeout_s=0.3, metadata_timeout_s=0.6)
 
     return attack
 
