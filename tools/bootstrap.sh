@@ -27,6 +27,7 @@ want() {
     say "$python is $("$python" -V 2>&1); Python 3.11 or newer is needed"; exit 1; }
 want mosquitto mosquitto
 want curl curl
+[ "$extra" != dev ] || want strace strace
 
 if ! "$python" -c 'import ensurepip' 2>/dev/null; then
     if [ "$(id -u)" = 0 ]; then

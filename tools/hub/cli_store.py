@@ -237,7 +237,8 @@ def verify(store: str, anchor: Path | None, deep: bool, models: tuple[str, ...],
     with progress() as bars:
         found = verify_store(store, root, deep=deep, parts=parts, oms_key=load_key(oms_key) if oms_key else None,
                              listener=bars, s3=s3_settings())  # fmt: skip
-    soon = _due({role: datetime.fromisoformat(date) for role, date in found.expires_by_role.items()}, found.timestamp)
+    dates = {role: datetime.fromisoformat(date) for role, date in found.expires_by_role.items()}
+    soon = _due(dates, None if parts else found.timestamp)  # a stick is stamped once
     lines = [f"  {m['team']}/{m['name']}: {', '.join(m['versions'])}  {_channels(m['channels'])}" for m in found.models]
     emit(
         {"ok": True, "anchor": str(anchor) if anchor else "store", **found.as_dict(), "due": soon},
@@ -376,12 +377,15 @@ def _dates(expiries: dict[str, datetime]) -> dict[str, str]:
     return {role: f"{date:%Y-%m-%dT%H:%M:%SZ}" for role, date in expiries.items()}
 
 
-def _due(expiries: dict[str, datetime], issued: int) -> dict[str, str]:
-    """Return the roles that have to be signed again soon, with the day they expire."""
+def _due(expiries: dict[str, datetime], issued: int | None) -> dict[str, str]:
+    """Return the roles that have to be signed again soon, with the day they expire.
+
+    ``issued`` is when the timestamp was signed, ``None`` if nobody is expected to sign it again.
+    """
     now = time.time()
     offline = {role: date for role, date in expiries.items() if role not in ("snapshot", "timestamp")}
     due = expiring(offline, now)
-    if now - issued > TIMESTAMP_ALERT_S:
+    if issued is not None and now - issued > TIMESTAMP_ALERT_S:
         due["timestamp"] = expiries["timestamp"]
     return {role: f"{date:%Y-%m-%d}" for role, date in due.items()}
 

@@ -21,17 +21,18 @@ from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 
 from agent.bundles.manifest import OPERATORS_TARGET, OperatorKey, Operators, encode, parse_operators
-from agent.errors import InvalidInputError, TargetNotFoundError
+from agent.errors import InvalidInputError, NotFoundError, TargetNotFoundError
 from tools.hub.edition import (
     ROOT_DAYS,
     TARGETS_DAYS,
     TEAM_DAYS,
     Now,
+    Signed,
     State,
     accepts,
     expiry,
     free_version,
-    serialise,
+    metadata_object,
     team_of,
     team_role,
 )
@@ -142,7 +143,8 @@ def publish(pending: Pending, objects: Objects, repository: Repository, signers:
     short = [need for need in pending.needs() if not need.met]
     if short:
         raise KeyNotAllowedError("; ".join(map(str, short)))
-    root = _root(pending.next.get(Root.type))
+    next_root = _root(pending.next.get(Root.type))
+    root = _as_stored(objects, Root.type, next_root) if next_root else None
     state = _state(pending, repository, root)
     edition = repository.edition(state)
     staged = False
@@ -150,7 +152,7 @@ def publish(pending: Pending, objects: Objects, repository: Repository, signers:
     if root is not None:
         edition.take_root(root)
     for role in sorted(rest, key=lambda name: name != Targets.type):  # the targets role decides about the teams
-        metadata = _targets(rest[role])
+        metadata = _as_stored(objects, role, _targets(rest[role]))
         published = state.targets if role == Targets.type else state.teams.get(team_of(role))
         if _same(published, metadata):
             continue
@@ -325,4 +327,13 @@ def _require_base(pending: Pending, role: str, published: Metadata[Targets] | No
 
 
 def _same(one: Metadata[Any] | None, other: Metadata[Any]) -> bool:
-    return one is not None and serialise(one) == serialise(other)
+    return one is not None and one.signed_bytes == other.signed_bytes
+
+
+def _as_stored(objects: Objects, role: str, metadata: Metadata[Signed]) -> Metadata[Signed]:
+    """Return what a cut attempt stored of ``metadata``, since more may have signed it meanwhile; else itself."""
+    try:
+        stored = Metadata[Signed].from_bytes(objects.read(metadata_object(role, metadata.signed.version)))
+    except NotFoundError:
+        return metadata
+    return stored if _same(stored, metadata) else metadata

@@ -199,6 +199,24 @@ def test_rotate_a_lost_key(centre: Centre, tmp_path: Path, role: str) -> None:
     assert waited == 1
 
 
+@pytest.mark.parametrize("cut", range(5))
+def test_a_signature_that_comes_after_a_cut_is_no_obstacle(centre: Centre, tmp_path: Path, cut: int) -> None:
+    """What a cut attempt stored is not changed by those who sign later: it is good enough as it is."""
+    new, reader = CryptoSigner.generate_ed25519(), Reader(centre.anchor, tmp_path / "device")
+    old = reader.look(centre.root)
+    pending = signed(centre, "targets", new, centre.targets)
+    pending.next["targets"].signatures.pop(centre.targets.public_key.keyid)
+    pending.next["root"].signatures.pop(centre.root_signers[2].public_key.keyid)
+    for objects in (FailingFolder(centre.root, left=cut), Folder(centre.root)):
+        try:
+            publish(pending, objects, centre.repository(objects), [centre.online], centre.clock)
+        except PowerCutError:
+            pending.sign([centre.targets, centre.root_signers[2]])
+    assert reader.look(centre.root) == old
+    assert not publish(pending, Folder(centre.root), centre.repository(), [centre.online], centre.clock).changed
+    assert verify(str(centre.root), centre.anchor, deep=True).root == 2
+
+
 def test_retire_a_team(centre: Centre, tmp_path: Path) -> None:
     def retire(objects: Folder) -> None:
         repository = centre.repository(objects)

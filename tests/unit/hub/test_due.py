@@ -67,6 +67,7 @@ def test_a_timestamp_that_nobody_renews_is_noticed_before_it_expires(tmp_path: P
         answer, text = told(verb, "--store", str(centre.root))
         assert list(answer["due"]) == ["timestamp"]
         assert "inferhub refresh-timestamp" in text
+    assert told("verify", "--store", str(centre.root), "--model", "vision/tiny")[0]["due"] == {}  # as of a stick
 
 
 def test_a_version_says_what_became_of_it(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from tests.fakes.hub import Centre, Clock, Reader
 from tools.hub.edition import TIMESTAMP
 from tools.hub.errors import ConflictError, KeyNotAllowedError, StoreStateError
 from tools.hub.export import held_chunks
+from tools.hub.gc import collect, plan
+from tools.hub.listener import Listener, Unit
 from tools.hub.objects import Folder
 from tools.hub.verify import Part, verify
 
@@ -167,3 +169,28 @@ def test_a_damaged_blob_is_not_passed_on(centre: Centre, stick: Folder) -> None:
     with pytest.raises(StoreStateError, match="damaged"):
         centre.export(stick, "1.0.0", "1.1.0")
     assert not (stick.root / TIMESTAMP).exists()
+
+
+class Counted(Listener):
+    """Keeps what it is told: each stage's total, and how far it came."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, list[int]] = {}
+        self._now: list[int] = []
+
+    def stage(self, title: str, total: int, unit: Unit) -> None:
+        self._now = self.stages[title] = [0, total]
+
+    def advance(self, amount: int) -> None:
+        self._now[0] += amount
+
+
+def test_long_work_says_how_far_it_is(centre: Centre, stick: Folder) -> None:
+    told = Counted()
+    done = centre.export(stick, "1.0.0", "1.1.0", listener=told)
+    verify(str(stick.root), centre.anchor, deep=True, listener=told)
+    collect(stick, plan(stick, centre.repository(stick).state(), now=centre.clock(), grace_days=0, listener=told), told)
+    assert told.stages["copy"] == [done.bytes, done.bytes]
+    assert told.stages["verify blobs"] == [done.bytes, done.bytes]
+    assert all(reached == total for reached, total in told.stages.values())
+    assert set(told.stages) == {"copy", "verify blobs", "read manifests", "remove"}
