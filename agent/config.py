@@ -224,9 +224,7 @@ class PolicyConfig(Section, frozen=True):
         "prefer"  # require: the best variant or none; cpu: CPU variants only
     )
     sandbox: Literal["enforce", "best_effort"] = "enforce"  # enforce: no worker without seccomp and Landlock
-    on_revoked: Literal["fallback", "stop", "warn"] = (
-        "fallback"  # when what serves is revoked. fallback: an earlier version on this box, else stop; warn: only tell
-    )
+    on_revoked: Literal["fallback", "stop", "warn"] = "fallback"  # of what serves: to an earlier version, else stop
     on_long_offline: Literal["continue", "stop"] = "continue"  # after 30 days without word from the store's signers
 
 

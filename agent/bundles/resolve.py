@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Final, TypeVar
 
 from agent.bundles.attempt import Attempt, write_attempt
-from agent.bundles.fetcher import Transport
+from agent.bundles.fetcher import RefusedError, Transport
 from agent.bundles.floor import BUILD_TIME
 from agent.bundles.freshness import Origin, approved_until, judge, obstacle
 from agent.bundles.layout import Layout
@@ -238,12 +239,19 @@ class Resolver:
                 raise  # a medium need not carry them
 
     def _read_index(self, trusted: TrustedStore, team: str, name: str) -> Index:
-        index = parse_index(
-            trusted.target(index_target(team, name), self._layout.index(team, name), size_bytes_max=SIZE_BYTES_MAX)
-        )
+        index = parse_index(self._target(trusted, index_target(team, name), self._layout.index(team, name)))
         if (index.team, index.name) != (team, name):
             raise UntrustedError(f"the index of {team}/{name} is {index.team}/{index.name}'s")
         return index
+
+    def _target(self, trusted: TrustedStore, path: str, cache: Path) -> bytes:
+        """Return a target; a medium need not hold all that its metadata lists."""
+        try:
+            return trusted.target(path, cache, size_bytes_max=SIZE_BYTES_MAX)
+        except RefusedError as error:
+            if self._from_medium:
+                raise TargetNotFoundError(f"{path} is not on this medium") from error
+            raise
 
     def _read_version(
         self, trusted: TrustedStore, origin: Origin, team: str, name: str, version: str, channel: str
@@ -254,7 +262,7 @@ class Resolver:
         digest = trusted.target_info(path).hashes["sha256"]
         if digest != entry.manifest_sha256:
             raise UntrustedError(f"{path}: the index names another manifest than the team's role")
-        data = trusted.target(path, self._layout.manifest(digest), size_bytes_max=SIZE_BYTES_MAX)
+        data = self._target(trusted, path, self._layout.manifest(digest))
         manifest = parse_manifest(data)
         if (manifest.team, manifest.name, manifest.version, manifest.seq) != (team, name, entry.version, entry.seq):
             raise UntrustedError(f"{path}: holds {manifest.team}/{manifest.name} {manifest.version} #{manifest.seq}")

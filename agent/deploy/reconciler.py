@@ -160,7 +160,10 @@ class Reconciler:
 
         Raises:
             CommandError: a local pin holds the slot and the wish is the fleet's.
+            PolicyError: the version was revoked.
         """
+        if reason := self.revocations.against(wish):
+            raise PolicyError(f"{wish.slot} {wish.version} was revoked: {reason}")
         held = self._wishes.get(wish.slot)
         if wish.source == "fleet" and held is not None and held.source == "pin":
             raise CommandError(f"{wish.slot} is pinned on the box to {held.version or held.channel}; unpin it first")
@@ -391,7 +394,7 @@ class Reconciler:
             self._new_slot.set()
         wish, latest = self._wishes.get(slot), await self._journal.latest(slot)
         action = decide(wish, performer.pointer, latest)
-        if action is Action.BEGIN and wish is not None and self.revocations.names(wish):
+        if action is Action.BEGIN and wish is not None and self.revocations.against(wish):
             action = Action.NOTHING  # what the wish names is never loaded again
         stopped = ""
         if latest is None or latest.state in FINAL:

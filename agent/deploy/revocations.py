@@ -78,10 +78,11 @@ class Revocations:
         found = self._known.get(digest)
         return found.reason if found is not None and self._policy != "warn" else ""
 
-    def names(self, wish: Desired) -> bool:
-        """Say whether the wish names a revoked version."""
+    def against(self, wish: Desired) -> str:
+        """Return why what the wish names may not be loaded, an empty text if it may."""
         named = (wish.team, wish.slot, wish.version)
-        return any((item.team, item.name, item.version) == named for item in self._known.values())
+        found = (item for item in self._known.values() if (item.team, item.name, item.version) == named)
+        return next((self.forbidden(item.digest) for item in found), "")
 
     async def measure(self, pointer: Pointer | None, store: Store) -> tuple[Measure, Kept | None]:
         """Return what is to be done about what a slot serves; a fallback that failed is not tried again."""

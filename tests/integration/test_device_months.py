@@ -49,6 +49,7 @@ class Box:
         self.folder = folder
         self.device = DeviceWorld(folder / "state", self.world)
         self.on_long_offline: Literal["continue", "stop"] = on_long_offline
+        self.slots = ["tiny"]
         self.host = FakeHost()
         self.metrics = Metrics()
         self.seen: list[dict[str, Any]] = []
@@ -73,7 +74,7 @@ class Box:
             events=events,
             clock=self.clock,
             state_dir=self.device.state,
-            configured=[Desired(id="file:vision/tiny:stable", slot="tiny", team="vision")],
+            configured=[Desired(id=f"file:vision/{slot}:stable", slot=slot, team="vision") for slot in self.slots],
             poll_interval_s=0.1,  # of real time
             refusals=refusals,
         )
@@ -332,6 +333,31 @@ def test_an_older_stick_gives_bytes_for_what_the_box_already_knows(tmp_path: Pat
             box.clock.pass_days(3)
             await refused(box.sideload.take(stick), ExpiredError)
             await box.serves("2.0.0")
+
+    asyncio.run(story())
+
+
+def test_a_stick_that_lacks_a_model_updates_the_others(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.slots.append("other")
+    box.world.publish("1.0.0", bundles.plain_files(rows=64), name="other")
+
+    async def story() -> None:
+        async with box.alive():
+            await box.serves("1.0.0")
+            await until(lambda: "other" in box.host.active, "the other model serves")
+        box.clock.pass_days(1)
+        box.world.publish("2.0.0", bundles.plain_files(rows=64), name="other")
+        box.publish("2.0.0")
+        stick = Path(box.stick("stick"))
+        shutil.rmtree(stick / "targets" / "models" / "vision" / "other")
+        box.cut_off()
+        async with box.alive():
+            report = await box.sideload.take(str(stick))
+            ends = {item.slot: item.code for item in report.taken}
+            assert ends == {"tiny": "", "other": "bundle_not_found"}
+            await box.serves("2.0.0")
+            assert box.host.active["other"].bundle.version == "1.0.0"
 
     asyncio.run(story())
 

@@ -158,9 +158,11 @@ def test_a_revoked_version_is_left_and_never_comes_back(box: Box) -> None:
     assert any(row["source"] == "revocation" for row in inferctl(box, "deployments"))
     cut_off(box)
     for _ in range(2):
-        refused = box.control("rollback", MODEL)
-        assert refused.returncode == 1
-        assert "revoked" in refused.stderr
+        for verb in (("rollback", MODEL), ("deploy", f"{MODEL}@2.0.0", "--force")):
+            refused = box.control(*verb)
+            assert refused.returncode == 1
+            assert "policy_refused" in refused.stderr
+            assert "revoked: wrong labels" in refused.stderr
         assert box.stop_daemon() == 0
         box.start()
         box.until(lambda: box.ask() == (2.0, "1.0.0"), what="it serves 1.0.0 after a restart offline")
