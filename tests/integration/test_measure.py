@@ -45,6 +45,14 @@ def test_feeds_beside_are_answered_and_not_timed(tmp_path: Path) -> None:
     assert answer[OUTPUT].shape == (8, 10)
 
 
+def test_only_as_many_answers_are_kept_as_there_is_room_for(tmp_path: Path) -> None:
+    models = {name: write_classifier(tmp_path / f"{name}.onnx") for name in ("a", "b")}
+    found = measure(models, FEEDS, beside=FEEDS[:1], effort=QUICK, output_bytes_max=60, listener=Listener())
+    for measured in found.values():
+        assert isinstance(measured, Measured)
+        assert (len(measured.outputs[OUTPUT]), len(measured.beside)) == (2, 1)
+
+
 def test_a_process_that_dies_is_reported_and_none_is_left(tmp_path: Path) -> None:
     class Killer(Listener):
         """Kills the second child as soon as the timing begins."""

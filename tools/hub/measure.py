@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,7 @@ Array = npt.NDArray[Any]
 _BURST: Final = 3  # runs per turn; one more before them finds its caches cold and is not counted
 _RUNS_MIN: Final = 12
 _LOAD_S_MAX: Final = 600.0
+OUTPUT_BYTES_MAX: Final = 256 * 1024 * 1024  # answers of one model that are kept and compared
 CPU: Final = "CPUExecutionProvider"
 
 
@@ -64,28 +65,33 @@ def measure(
     beside: Sequence[Feed] = (),
     providers: Sequence[str] = (CPU,),
     effort: Effort,
+    output_bytes_max: int = OUTPUT_BYTES_MAX,
     listener: Listener,
 ) -> dict[str, Measured | TrialError]:
     """Return what was measured of each of ``models``, or why it could not be.
 
     Args:
         models: By a name of the caller's.
-        feeds: At least one; all models run all of them.
+        feeds: At least one; all models run the same.
         beside: Further feeds, which are answered and not timed.
         providers: Execution providers, the first of which has to be used.
         effort: How much.
+        output_bytes_max: With more answers than this, fewer feeds are run.
         listener: Told about progress.
     """
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inferhub-measure-")))
-        paths = _store([*feeds, *beside], scratch / "feeds")[: len(feeds)]
+        stored = _store([*feeds, *beside], scratch / "feeds")
+        paths, beside_paths = stored[: len(feeds)], stored[len(feeds) :]
         listener.stage("load and run", len(models), "steps")
         running: dict[str, _Subject] = {}
         found: dict[str, Measured | TrialError] = {}
         for name, path in models.items():
             subject = stack.enter_context(_Subject(name, path, scratch / "out" / str(len(found) + len(running))))
             try:
-                subject.begin(scratch / "feeds", effort.threads, providers)
+                subject.load(effort.threads, providers)
+                answered = subject.answer(paths, beside_paths, output_bytes_max)
+                paths = paths[:answered]  # the others answer what the first had room for
                 running[name] = subject
             except TrialError as error:
                 found[name] = error
@@ -93,7 +99,7 @@ def measure(
         _take_turns(running, found, paths, effort, listener)
         for name, subject in running.items():
             try:
-                found[name] = subject.result(len(feeds))
+                found[name] = subject.result(len(paths))
             except TrialError as error:
                 found[name] = error
         return {name: found[name] for name in models}
@@ -119,6 +125,7 @@ def _take_turns(
                 del running[name]
             listener.advance(_BURST)
         done += _BURST
+    listener.advance((effort.runs_max - done) * len(running))  # time was up
 
 
 def _store(feeds: Sequence[Feed], folder: Path) -> list[Path]:
@@ -161,15 +168,22 @@ class _Subject:
         self._child.wait()
         for pipe in (self._child.stdin, self._child.stdout, self._complaints):
             assert pipe is not None
-            pipe.close()
+            with suppress(BrokenPipeError):  # it died before it read what was asked
+                pipe.close()
 
-    def begin(self, feeds: Path, threads: int, providers: Sequence[str]) -> None:
-        """Load the model and keep its answers to all feeds."""
-        self._out.mkdir(parents=True)
+    def load(self, threads: int, providers: Sequence[str]) -> None:
+        """Open the model."""
         model = str(self._model.absolute())
-        loaded = self._ask("load", model=model, threads=threads, providers=list(providers))
-        self._load_ms = loaded["load_ms"]
-        self._names = self._ask("outputs", feeds=str(feeds), out=str(self._out))["names"]
+        self._load_ms = self._ask("load", model=model, threads=threads, providers=list(providers))["load_ms"]
+
+    def answer(self, feeds: Sequence[Path], beside: Sequence[Path], bytes_max: int) -> int:
+        """Keep the answers to as many of ``feeds`` as there is room for, and to all ``beside``; return how many."""
+        self._out.mkdir(parents=True)
+        asked = {"out": str(self._out), "bytes_max": bytes_max}
+        told = self._ask("outputs", feeds=[str(path) for path in feeds], **asked)
+        self._names = told["names"]
+        self._ask("outputs", feeds=[str(path) for path in beside], **asked | {"bytes_max": 1 << 62})
+        return int(told["answered"])
 
     def time(self, feed: Path, runs: int) -> None:
         """Run one feed so many times."""

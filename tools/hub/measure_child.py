@@ -4,7 +4,8 @@ Reads JSON lines from standard input, answers each with one. A process per model
 of memory, and because a native crash must not end the measurement of the others. Imports the runtime and nothing more.
 
 ``load``     {model, threads, providers} -> {load_ms}
-``outputs``  {feeds: folder, out: folder} -> {}: runs every ``NNNNN.npz``, stores the answers under the same name
+``outputs``  {feeds: [path], out: folder, bytes_max} -> {names, answered}: runs each feed, stores its answers under the
+             same name, and stops behind the first that goes beyond ``bytes_max``
 ``time``     {feed: path, runs} -> {ms: [...]}: runs one feed, the first time unmeasured
 ``memory``   {} -> {baseline_bytes, peak_bytes}: resident memory with the runtime alone, and at its highest
 Any may answer {error} instead.
@@ -44,13 +45,18 @@ class Child:
             raise RuntimeError(f"{providers[0]} could not be used")
         return {"load_ms": round((time.perf_counter() - began) * 1000, 3)}
 
-    def outputs(self, feeds: str, out: str) -> dict[str, Any]:
-        """Run every feed once and keep the answers."""
+    def outputs(self, feeds: list[str], out: str, bytes_max: int) -> dict[str, Any]:
+        """Run every feed once and keep the answers, as far as there is room for them."""
         names = [node.name for node in self._session.get_outputs()]
-        for path in sorted(Path(feeds).glob("*.npz")):
+        kept = answered = 0
+        for path in map(Path, feeds):
+            if kept > bytes_max:
+                break
             answers = self._session.run(names, _read(path))
             np.savez(Path(out, path.name), **{f"o{number}": answer for number, answer in enumerate(answers)})
-        return {"names": names}
+            kept += sum(answer.nbytes for answer in answers)
+            answered += 1
+        return {"names": names, "answered": answered}
 
     def time(self, feed: str, runs: int) -> dict[str, Any]:
         """Run one feed ``runs`` times after one run that is not counted."""

@@ -58,7 +58,7 @@ def quantize(folder: Path, wish: Wish, listener: Listener | None = None) -> Repo
     return Report(
         folder=folder,
         rows=tuple(rows),
-        samples=len(job.feeds.feeds),
+        samples=len(next(iter(reference.outputs.values()))),
         real_inputs=job.feeds.real,
         calibrated_with=len(job.calibration.feeds) if job.calibration else 0,
     )
