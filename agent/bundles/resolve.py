@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from agent.bundles.attempt import Attempt, write_attempt
-from agent.bundles.fetcher import RefusedError, Transport
+from agent.bundles.bodies import RefusedError
+from agent.bundles.fetcher import Transport
 from agent.bundles.floor import BUILD_TIME
 from agent.bundles.freshness import Origin, approved_until, judge, obstacle
 from agent.bundles.layout import Layout
