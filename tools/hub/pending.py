@@ -6,7 +6,8 @@ this machine trusts: ``changes`` says, from the metadata itself, what a signatur
 ``follows`` that what it is compared with is really in force.
 
 Promises: a signature is taken only from a key that may give it; what is missing is named key by key; a file whose
-roots do not follow one another, or whose metadata in force is not signed, is refused.
+roots do not follow one another, whose metadata in force is not signed, or that changes what ``changes`` does not
+show, is refused.
 Absent on purpose: how next versions are made and published (``rotation.py``).
 """
 
@@ -16,11 +17,13 @@ import base64
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from securesystemslib.signer import Signer
+from securesystemslib.formats import encode_canonical
+from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Role, Root, Targets
 from tuf.api.serialization import DeserializationError
@@ -216,10 +219,44 @@ def _check(pending: Pending) -> None:
     root = pending.next.get("root")
     if root is not None and root.signed.version != base.signed.version + 1:
         raise StoreStateError(f"root {root.signed.version} does not follow root {base.signed.version}")
+    for name, metadata in pending.next.items():
+        _check_shown(name, pending.base[name], metadata)
     for path, data in pending.files.items():
         targets = pending.next[Targets.type].signed
         assert isinstance(targets, Targets)
         targets.targets[path].verify_length_and_hashes(data)
+
+
+def _check_shown(name: str, before: Document, after: Document) -> None:
+    """Raise ``ValueError`` for a change that ``changes`` would not show: people compare key ids and role names."""
+    if after.signed.version <= before.signed.version:
+        raise ValueError(f"{name} {after.signed.version} does not come after {before.signed.version}")
+    held, keys = _keys(before), _keys(after)
+    for keyid, key in keys.items():
+        if key != held.get(keyid, key) or (keyid not in held and keyid != _content_id(key)):
+            raise ValueError(f"the key {keyid[:_SHORT]} is not what its id says")
+    roles = _roles(before)
+    for role, demand in _roles(after).items():
+        if role not in roles or _scope(demand) != _scope(roles[role]):
+            raise ValueError(f"{role} may sign other paths than before")
+    if isinstance(after.signed, Root) and not after.signed.consistent_snapshot:
+        raise ValueError("the next root gives up consistent snapshots")
+
+
+def _keys(metadata: Document) -> Mapping[str, Key]:
+    if isinstance(metadata.signed, Root):
+        return metadata.signed.keys
+    held = metadata.signed.delegations
+    return held.keys if held else {}
+
+
+def _content_id(key: Key) -> str:
+    value = {"keytype": key.keytype, "scheme": key.scheme, "keyval": key.keyval}
+    return sha256((encode_canonical(value) or "").encode()).hexdigest()
+
+
+def _scope(role: Role) -> dict[str, Any]:
+    return {name: value for name, value in role.to_dict().items() if name not in ("keyids", "threshold")}
 
 
 def _need(name: str, decided_by: str, delegator: Document, metadata: Document) -> Need:

@@ -317,6 +317,42 @@ def test_a_file_that_compares_with_a_made_up_state_is_refused(centre: Centre, tm
         lure.follows(b"{}")
 
 
+def _swap_old_key(pending: Pending) -> None:
+    root = pending.next["root"].signed
+    root.keys[root.roles["timestamp"].keyids[0]].keyval["public"] = key().public_key.keyval["public"]
+
+
+def _swap_new_key(pending: Pending) -> None:
+    root = pending.next["root"].signed
+    root.keys[root.roles["root"].keyids[-1]].keyval["public"] = key().public_key.keyval["public"]
+
+
+def _give_up_snapshots(pending: Pending) -> None:
+    pending.next["root"].signed.consistent_snapshot = False
+
+
+@pytest.mark.parametrize("hide", [_swap_old_key, _swap_new_key, _give_up_snapshots])
+def test_a_change_that_nobody_would_see_is_refused(centre: Centre, tmp_path: Path, hide: object) -> None:
+    pending = started(centre, changed("root", key()))
+    pending.save(tmp_path / "p.json")
+    load(tmp_path / "p.json")
+    hide(pending)  # type: ignore[operator]
+    pending.save(tmp_path / "p.json")
+    with pytest.raises(InvalidInputError):
+        load(tmp_path / "p.json")
+
+
+def test_a_team_gets_no_more_paths_by_a_rotation(centre: Centre, tmp_path: Path) -> None:
+    pending = started(centre, changed("team:vision", key()))
+    held = pending.next["targets"].signed.delegations
+    assert held is not None
+    assert held.roles is not None
+    held.roles["team-vision"].paths = ["models/*/*/*"]
+    pending.save(tmp_path / "p.json")
+    with pytest.raises(InvalidInputError, match="other paths"):
+        load(tmp_path / "p.json")
+
+
 def test_the_roots_lead_from_any_trusted_one_to_the_next(centre: Centre, tmp_path: Path) -> None:
     for _ in range(2):
         pending = started(centre, changed("root", key()))
