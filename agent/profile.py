@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
-import psutil
 
 from agent.errors import ConfigError
 
@@ -131,6 +130,8 @@ def _matches(match: Match, hardware: Hardware) -> bool:
 
 
 def _memory_bytes() -> int:
+    import psutil  # here, because the trust child needs the types above only
+
     total = psutil.virtual_memory().total
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -170,7 +171,7 @@ def test_the_fleet_hears_of_a_long_download_at_most_every_ten_seconds(tmp_path: 
     assert told[0].keys() == {
         "id", "slot", "version", "state", "bytes_done", "bytes_total", "rate_bps", "eta_s",
     }  # fmt: skip
-    assert told[0]["eta_s"] == (1000 - told[0]["bytes_done"]) // 10
+    assert told[0]["eta_s"] == math.ceil((1000 - told[0]["bytes_done"]) / 10)
     assert told[0]["rate_bps"] == 10
     assert seen[-1].rate_bps == 0
     assert seen[-1].eta_s is None
