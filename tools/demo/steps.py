@@ -269,7 +269,7 @@ def _control(stage: Stage, *arguments: str, refused: bool = False) -> dict[str, 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if bool(done.returncode) != refused or not done.stdout:
         raise StepFailedError(f"inferctl {arguments[0]}: {(done.stdout + done.stderr).strip()[-600:]}")
-    record: dict[str, Any] = json.loads(done.stdout)
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # the lines before it are steps on the way
     return record
 
 
