@@ -73,6 +73,7 @@ from agent.wire import Limits
 _log = get_logger("daemon")
 _PROGRESS_TIMEOUT_S: Final = 10.0
 _BOOT_GRACE_S: Final = 10.0
+_NOTIFY_PATIENCE_S: Final = 2.0  # for a service manager that is busy
 
 
 class Watchdog:
@@ -309,10 +310,11 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
         await _first_of(reconciler.booted, stop, timeout_s=_BOOT_GRACE_S)
         servers = _servers(config, inherited, engine=engine, control=control, metrics=metrics, arena=arena)
         await stack.enter_async_context(_listening(servers))
-        sdnotify.notify("READY=1", f"STATUS=serving {', '.join(engine.models()) or 'no model yet'}")
+        status = f"STATUS=serving {', '.join(engine.models()) or 'no model yet'}"
+        sdnotify.notify("READY=1", status, patience_s=_NOTIFY_PATIENCE_S)
         _log.info("ready", models=engine.models(), state_dir=str(state_dir))
         await stop.wait()
-        sdnotify.notify("STOPPING=1")
+        sdnotify.notify("STOPPING=1", patience_s=_NOTIFY_PATIENCE_S)
         _log.info("stopping")
         events.emit(Stream.HEALTH, "daemon.stopping")
 

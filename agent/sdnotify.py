@@ -9,14 +9,22 @@ import os
 import socket
 
 
-def notify(*lines: str) -> bool:
-    """Send e.g. ``READY=1`` or ``STATUS=…`` to the service manager; ``False`` if there is none."""
+def notify(*lines: str, patience_s: float = 0.0) -> bool:
+    """Send e.g. ``READY=1`` or ``STATUS=…`` to the service manager; ``False`` if there is none or it does not take it.
+
+    A manager that is busy leaves its socket full; what will be said again anyway is not waited for.
+
+    Args:
+        lines: Assignments as sd_notify(3) lists them.
+        patience_s: How long to wait for a manager that is behind, at most; the caller waits with it.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return False
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.settimeout(patience_s)
         try:
             channel.sendto("\n".join(lines).encode(), address)
         except OSError:

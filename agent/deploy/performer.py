@@ -457,20 +457,23 @@ class Performer:
             return await self._obtain_failed(record, error)
         return await self._step(record, Event.DONE, code="", message="")
 
-    async def _until_medium(self, wait_s: float) -> None:
-        """Wait so long, or until a medium is offered."""
+    async def _until_medium(self, wait_s: float) -> bool:
+        """Wait so long, or until a medium is offered; return whether one was."""
         async with asyncio.TaskGroup() as group:
             waits = [group.create_task(self._medium_came.wait()), group.create_task(self._clock.sleep(wait_s))]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
+        came = self._medium_came.is_set()
         self._medium_came.clear()
+        return came
 
     async def _waited_for_budget(self, record: Record) -> bool:
-        """Wait until more bytes may be fetched or another wish won; ``False`` if nothing had to be waited for."""
+        """Wait until more bytes may be fetched, a medium comes, or another wish won; ``False``: nothing to wait for."""
         waits = self._clock.monotonic() < self._not_before
         while (left_s := self._not_before - self._clock.monotonic()) > 0 and not self._superseded(record):
-            await self._clock.sleep(min(left_s, _LOOK_S))
+            if await self._until_medium(min(left_s, _LOOK_S)):
+                break
         self._not_before = 0.0
         return waits
 
