@@ -33,7 +33,8 @@ from agent.profile import Profile
 from agent.telemetry.commands import CommandInbox
 from agent.telemetry.presence import Presence
 
-_ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}
+_ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}  # others are called as their runtime
+_EXPORTED: Final = "pt2"  # a format of torch that has a zygote of its own, because reading it takes so much to import
 _SELF_TEST_TIMEOUT_S: Final = 30.0
 _RETIRE_TIMEOUT_S: Final = 30.0
 _FLOOR_READ_S: Final = 60.0
@@ -113,7 +114,7 @@ class SpecMaker:
         }
         return VariantSpec(
             id=variant.id,
-            runtime=_ZYGOTES.get(variant.runtime, variant.runtime),
+            runtime=_zygote(manifest, variant),
             precision=variant.precision,
             device=variant.device.kind if variant.device.kind == "cpu" else f"{variant.device.kind}:0",
             worker=worker,
@@ -265,6 +266,12 @@ class ReportedState:
             for row in self._engine.status()
         }
         return {"slots": [{**slot, "serving": serving.get(slot["slot"])} for slot in self._reconciler.slots()]}
+
+
+def _zygote(manifest: Manifest, variant: Variant) -> str:
+    if variant.runtime == "torch" and manifest.file(variant.entry).format == _EXPORTED:
+        return "torch-export"
+    return _ZYGOTES.get(variant.runtime, variant.runtime)
 
 
 def _version(loaded: Loaded) -> Version:

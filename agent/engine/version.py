@@ -25,7 +25,9 @@ from agent.wire import Buffer, Header
 
 _log = get_logger("version")
 # Faults of the model, not of the caller: what probation counts.
-_FAULTS = frozenset({"worker_died", "handler_failed", "inference_failed", "out_of_memory", "worker_failed", "internal"})
+_FAULTS = frozenset(
+    {"worker_died", "handler_failed", "inference_failed", "out_of_memory", "device_lost", "worker_failed", "internal"}
+)
 
 PoolMaker = Callable[[VariantSpec, PoolOwner], Pool]
 Spawn = Callable[[Coroutine[Any, Any, None], str], None]

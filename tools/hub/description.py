@@ -44,7 +44,7 @@ class VariantSource(Section, frozen=True):
     entry: str
     precision: Precision
     priority: int  # lower is preferred
-    device: Device = msgspec.field(default_factory=lambda: Device(kind="cpu", providers=("CPUExecutionProvider",)))
+    device: Device = msgspec.field(default_factory=lambda: Device(kind="cpu"))
     runtime: str = "onnxruntime"
     files: tuple[str, ...] = ()
     quant: dict[str, str] = {}
