@@ -18,6 +18,7 @@ from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.layout import Layout
 from agent.bundles.manifest import Manifest, Variant
 from agent.bundles.puller import Puller, StoredBundle
+from agent.bundles.structure import NATIVE_FORMATS
 from agent.bundles.versions import collect, collect_staging
 from agent.clock import Clock
 from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
@@ -39,6 +40,7 @@ _SELF_TEST_TIMEOUT_S: Final = 30.0
 _RETIRE_TIMEOUT_S: Final = 30.0
 _FLOOR_READ_S: Final = 60.0
 _ADDRESS_SPACE_BASE: Final = 4096 * MIB  # libraries, thread stacks and arenas reserve far more than they use
+_RESIDENT_BASE: Final = 512 * MIB  # handler, requests, and what CUDA's libraries take of the host
 
 
 class SpecMaker:
@@ -106,6 +108,7 @@ class SpecMaker:
             },
             "limits": {"memory_bytes": self._memory_bytes(variant), "open_files": self._engine.open_files_max},
             "sandbox": self._policy.sandbox,
+            "code_sandbox": self._policy.code_sandbox if _brings_code(manifest, variant) else "none",
             "share_weights": workers.share_weights,
             "wire": {
                 "header_bytes_max": forwarded_header_bytes(self._serving.header_bytes_max),
@@ -127,6 +130,7 @@ class SpecMaker:
                 shrink_idle_s=workers.shrink_idle_s,
             ),
             threads=threads,
+            resident_bytes_max=self._engine.resident_bytes_max or _RESIDENT_BASE + 4 * variant.memory.host_mb * MIB,
         )
 
     def _memory_bytes(self, variant: Variant) -> int:
@@ -266,6 +270,11 @@ class ReportedState:
             for row in self._engine.status()
         }
         return {"slots": [{**slot, "serving": serving.get(slot["slot"])} for slot in self._reconciler.slots()]}
+
+
+def _brings_code(manifest: Manifest, variant: Variant) -> bool:
+    native = variant.trusted_native or any(manifest.file(path).format in NATIVE_FORMATS for path in variant.files)
+    return bool(manifest.handler.module) or native
 
 
 def _zygote(manifest: Manifest, variant: Variant) -> str:

@@ -163,6 +163,9 @@ class PolicyConfig(Section, frozen=True):
         "prefer"  # require: the best variant or none; cpu: CPU variants only
     )
     sandbox: Literal["enforce", "best_effort"] = "enforce"  # enforce: no worker without seccomp and Landlock
+    code_sandbox: Literal["full", "partial", "none"] = (
+        "full"  # the level that a bundle's own code and native formats need under best_effort; partial: one of the two
+    )
 
 
 class WorkersConfig(Section, frozen=True):
@@ -211,6 +214,8 @@ class EngineConfig(Section, frozen=True):
     deaths_window_s: float = 60.0  # over which deaths are counted
     lanes_max: int = 64  # direct lanes of local applications to workers; 0: everything goes through the daemon
     memory_bytes_max: int = 0  # RLIMIT_AS of a worker; 0: from the manifest's measured memory, with head room
+    resident_bytes_max: int = 0  # of a worker's control group; 0: from the manifest's measured memory, with head room
+    memory_cgroup: str = "auto"  # divided among workers; auto: what systemd delegated; never; or a group's path
     open_files_max: int = 256  # RLIMIT_NOFILE of a worker
 
     def __post_init__(self) -> None:
@@ -224,6 +229,9 @@ class EngineConfig(Section, frozen=True):
         _require(0 < self.restart_first_s <= self.restart_cap_s, "restart_first_s: above 0, at most restart_cap_s")
         _require(1 <= self.deaths_max <= 1000, "deaths_max: 1..1000")
         _require(0 <= self.lanes_max <= 4096, "lanes_max: 0..4096")
+        _require(self.resident_bytes_max == 0 or self.resident_bytes_max >= MIB, "resident_bytes_max: 0, or 1 MiB up")
+        where = self.memory_cgroup
+        _require(where in ("auto", "never") or where.startswith("/"), "memory_cgroup: auto, never or an absolute path")
         _require(16 <= self.open_files_max <= 65536, "open_files_max: 16..65536")
 
     def workers_of(self, model: str) -> WorkersConfig:

@@ -23,6 +23,7 @@ import psutil
 from agent.arena import Arena
 from agent.config import ClientLimitConfig, EngineConfig
 from agent.engine.admission import Admission
+from agent.engine.cgroups import Groups
 from agent.engine.cores import Cores
 from agent.engine.growth import room_for
 from agent.engine.job import Job, error_of
@@ -78,6 +79,7 @@ class Engine:
         self._config = config
         self._scratch = scratch
         self._cores = Cores(cores)
+        self._groups = Groups(config.memory_cgroup)
         self._memory_bytes_max = memory_bytes_max
         self._wire = wire
         self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
@@ -360,6 +362,7 @@ class Engine:
             version=owner.version,
             cores=self._cores,
             room=self._room,
+            make_group=self._groups.make,
             size_before=size_before,
         )
 

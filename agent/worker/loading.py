@@ -66,6 +66,8 @@ def load(spec: Spec) -> Loaded:
         memory_bytes=spec.memory_bytes,
         open_files=spec.open_files,
         mode=spec.sandbox,
+        code_level=spec.code_sandbox,
+        device=spec.device_kind,
     )
     handler = _handler(spec)
     declared = signature.parse(spec.signature, batch_axis=spec.batch_axis, rows_max=spec.batch_rows_max)

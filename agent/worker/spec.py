@@ -47,6 +47,7 @@ class Spec:
     memory_bytes: int  # limit of the address space, 0 = none
     open_files: int
     sandbox: str  # enforce | best_effort
+    code_sandbox: str  # full | partial | none: the level that code of this bundle needs under best_effort
     cores: tuple[int, ...]  # bound to these; empty: to none
     share_weights: bool  # keep weights as they lie in external data files, so that workers share their pages
     wire: Limits
@@ -115,6 +116,7 @@ def parse(packed: bytes) -> Spec:
         memory_bytes=int(limits.number("memory_bytes", 0, 1 << 50, 0)),
         open_files=int(limits.number("open_files", 16, 1 << 20, 256)),
         sandbox=top.choice("sandbox", ("enforce", "best_effort"), "enforce"),
+        code_sandbox=top.choice("code_sandbox", ("full", "partial", "none"), "none"),
         cores=top.numbers("cores", 0, 65_535),
         share_weights=top.take("share_weights", bool, False),
         wire=Limits(
