@@ -75,7 +75,8 @@ class SpecMaker:
 
     def _variant_spec(self, manifest: Manifest, variant: Variant, path: Path) -> VariantSpec:
         batching = manifest.batching
-        device = {"kind": variant.device.kind, "index": 0}
+        pinned = self._engine.device_of(manifest.name) if variant.device.kind == "cuda" else ""
+        device = {"kind": variant.device.kind, "index": int(pinned.partition(":")[2] or 0)}
         workers = self._engine.workers_of(manifest.name)
         threads = variant.threads.intra or self._profile.intra_op_threads
         worker: dict[str, Any] = {
@@ -119,7 +120,9 @@ class SpecMaker:
             id=variant.id,
             runtime=_zygote(manifest, variant),
             precision=variant.precision,
-            device=variant.device.kind if variant.device.kind == "cpu" else f"{variant.device.kind}:0",
+            device="cpu" if variant.device.kind == "cpu" else f"{variant.device.kind}:{device['index']}",
+            pinned_device=pinned,
+            device_bytes=variant.memory.device_mb * MIB,
             worker=worker,
             lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),

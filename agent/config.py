@@ -22,6 +22,7 @@ KIB: Final = 1024
 MIB: Final = 1024 * KIB
 EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG, of the process: systemd need not try again at once
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_GPU: Final = re.compile(r"cuda:(0|[1-9][0-9]?)")
 _UNKNOWN_KEY: Final = re.compile(r"unknown field `(.+)`")
 _DEVICE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -191,11 +192,14 @@ class ModelWorkersConfig(Section, frozen=True):
     """Workers of one model, whether the file, the fleet or a local pin brings it to this box."""
 
     name: str  # the slot
-    workers: int | WorkersConfig  # instead of ``[engine.workers]`` as a whole; a number, or a table with its keys
+    workers: int | WorkersConfig | None = None  # instead of ``[engine.workers]`` as a whole; a number, or a table
+    device: str = ""  # "cuda:1": where its GPU variants run; empty: the GPU with the most free memory
 
     def __post_init__(self) -> None:
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
-        _require_workers(self.workers)
+        _require(not self.device or bool(_GPU.fullmatch(self.device)), "device: cuda:NUMBER")
+        if self.workers is not None:
+            _require_workers(self.workers)
 
 
 class EngineConfig(Section, frozen=True):
@@ -236,8 +240,13 @@ class EngineConfig(Section, frozen=True):
 
     def workers_of(self, model: str) -> WorkersConfig:
         """Return the bounds that hold for ``model``."""
-        own = next((entry.workers for entry in self.models if entry.name == model), self.workers)
-        return WorkersConfig(min=own, max=own) if isinstance(own, int) else own
+        own = next((entry.workers for entry in self.models if entry.name == model), None)
+        bounds = self.workers if own is None else own
+        return WorkersConfig(min=bounds, max=bounds) if isinstance(bounds, int) else bounds
+
+    def device_of(self, model: str) -> str:
+        """Return the GPU that ``model`` is pinned to, empty if to none."""
+        return next((entry.device for entry in self.models if entry.name == model), "")
 
 
 class ClientLimitConfig(Section, frozen=True):

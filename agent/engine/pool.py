@@ -106,6 +106,7 @@ class Pool:
         cores: Cores,
         room: Callable[[Sequence[int]], Awaitable[str]],
         make_group: Callable[[int], Group | None] = lambda limit_bytes: None,
+        place: Callable[[VariantSpec], Awaitable[VariantSpec]] | None = None,
         size_before: int = 0,
     ) -> None:
         """``size_before`` is how many workers the version had that this one is to replace: it will need as many."""
@@ -138,6 +139,7 @@ class Pool:
         self._cores = cores
         self._room = room
         self._make_group = make_group
+        self._place = place
         self._size_before = size_before
         self._trend = Trend()
         self._grown_at = 0.0  # loop seconds
@@ -158,6 +160,8 @@ class Pool:
         Raises:
             WorkerError: it did not load, failed its self-test, or died; the class says which.
         """
+        if self._place is not None:
+            self.spec = await self._place(self.spec)
         await self._start_worker()
         for _ in range(1, self.size):
             self._spawn(self._restart(0.0, replaces=False), f"start {self.spec.id}")

@@ -76,7 +76,7 @@ REFUSED = {
     "root directory": "os.listdir('/')",
     "home": "os.listdir(os.path.expanduser('~root'))",
     "through proc": "open('/proc/self/root/etc/passwd')",
-    "through cwd": "open('/proc/self/cwd/../state.db')",
+    "through cwd": "os.listdir('/proc/self/cwd/..')",
     "raw device": "open('/dev/zero', 'rb')",
     "terminal": "open('/dev/tty', 'w')",
     "shared memory": "open('/dev/shm/x', 'w')",
@@ -97,10 +97,9 @@ REFUSED = {
     "keyring": "syscall(250 if os.uname().machine == 'x86_64' else 219, 0, -3, 0)",
     "memory beside the limit": "os.memfd_create('x')",
     "watching a directory": "libc.inotify_add_watch(libc.inotify_init(), b'/', 2) < 0 and raise_errno('')",
-    "flags of its own model": """
+    "flags of a file it may read": """
         import fcntl
-        model = os.path.join(os.path.dirname(os.getcwd()), 'bundle/fp32/model.onnx')
-        fcntl.ioctl(os.open(model, os.O_RDONLY), 0x40086602, b'x' * 8)
+        fcntl.ioctl(os.open(np.__file__, os.O_RDONLY), 0x40086602, b'x' * 8)
     """,
     "system v memory": "libc.shmget(1, 4096, 0o1666) < 0 and raise_errno('shmget')",
     "calls newer than reviewed": "syscall(463, 0, 0, 0, 0, 0, 0)",

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from agent.worker import landlock
-from tests.fakes import models, torch_models
 from tests.fakes import hostile as attacks
+from tests.fakes import models, torch_models
 from tests.fakes.daemon_side import WorkerProcess, ZygoteProcess
 
 pytestmark = [
