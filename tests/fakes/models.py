@@ -55,6 +55,19 @@ def text_identity() -> onnx.ModelProto:
     )
 
 
+def narrow_identity() -> onnx.ModelProto:
+    """``y[N,4] = x[N,4]``, bfloat16 on both sides."""
+    return _model(
+        [
+            helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+            helper.make_node("Cast", ["wide"], ["y"], to=TensorProto.BFLOAT16),
+        ],
+        [("x", TensorProto.BFLOAT16, ["N", 4])],
+        [("y", TensorProto.BFLOAT16, ["N", 4])],
+        {},
+    )
+
+
 LINEAR_SIGNATURE: dict[str, Any] = {
     "inputs": [{"name": "x", "dtype": "float32", "shape": ["N", 4]}],
     "outputs": [{"name": "y", "dtype": "float32", "shape": ["N", 3]}],

@@ -30,8 +30,9 @@ WORKER_BYTES = 1 << 30
 CONFIG = f"""
 [engine]
 memory_bytes_max = {WORKER_BYTES}
-hang_timeout_s = 3.0
+hang_timeout_s = 5.0
 restart_first_s = 0.01
+restart_cap_s = 0.1
 deaths_max = 100
 """
 
@@ -45,8 +46,13 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
         box.publish_scale("1.0.0", name=ROGUE, handler="hostile")
         box.write_config(store_url=box.store.as_uri(), broker_port=None, models=(MODEL, ROGUE), more=CONFIG)
         box.start()
-        box.until(lambda: all(row_of(box, name)["ready"] for name in (MODEL, ROGUE)), what="both serve", timeout_s=90)
+        box.until(lambda: confirmed(box) == {MODEL, ROGUE}, what="both are confirmed", timeout_s=90)
         yield box
+
+
+def confirmed(box: Box) -> set[str]:
+    """Return the models whose deaths do not end a trial any more."""
+    return {row["slot"] for row in box.status()["slots"] if row["active"] and not row["trial"]}
 
 
 def row_of(box: Box, name: str) -> dict[str, Any]:
