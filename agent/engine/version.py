@@ -164,7 +164,7 @@ class Version:
         return {
             "name": self.spec.model,
             "versions": [self.spec.version],
-            "platform": self.spec.platform,
+            "platform": hello.get("runtime", self.spec.platform),
             "inputs": [_oip_tensor(tensor) for tensor in signature.get("inputs", [])],
             "outputs": [_oip_tensor(tensor) for tensor in signature.get("outputs", [])],
             "variant": hello.get("variant"),

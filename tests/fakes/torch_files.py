@@ -30,6 +30,13 @@ class Mapped(torch.nn.Module):
         return {"y": x, "rows": x.sum(1)}
 
 
+class Double(torch.nn.Module):
+    """``y = 2 x``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
 class Greedy(torch.nn.Module):
     """``count`` rows of a mebibyte each."""
 
@@ -49,7 +56,7 @@ def main(folder: Path) -> None:
         torch.jit.script(module).save(str(folder / f"{name}.pt"))
         program = torch.export.export(module, (torch.ones(2, 4, dtype=dtype),), dynamic_shapes=({0: rows},))
         torch.export.save(program, str(folder / f"{name}.pt2"))
-    for name, module in (("mapped", Mapped()), ("greedy", Greedy())):
+    for name, module in (("mapped", Mapped()), ("greedy", Greedy()), ("double", Double())):
         torch.jit.script(module).save(str(folder / f"{name}.pt"))
     torch.save(Linear().state_dict(), str(folder / "weights.pt"))
 
