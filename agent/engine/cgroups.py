@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -57,19 +58,20 @@ class Groups:
 
     Args:
         where: ``auto`` (what systemd delegated to this service), ``never``, or the path of a group made for us.
+        own: Returns this process' group of version 2.
 
     Raises:
         ConfigError: the path is no memory control group, or cannot be written.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, *, own: Callable[[], Path | None] | None = None) -> None:
         self.reason = ""  # why workers have none
         self._root: Path | None = None
         self._numbers = count(1)
         if where == "never":
             self.reason = "switched off"
         elif where == "auto":
-            self._root = self._delegated()
+            self._root = self._delegated((own or _own_group)())
         else:
             self._root = _prepared(Path(where))
         if self._root is not None:
@@ -92,8 +94,7 @@ class Groups:
             return None
         return Group(path, limit_bytes)
 
-    def _delegated(self) -> Path | None:
-        own = _own_group()
+    def _delegated(self, own: Path | None) -> Path | None:
         if own is None or not _is_delegated(own):
             self.reason = "no control group is delegated to this service"
             return None
