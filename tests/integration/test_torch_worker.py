@@ -225,6 +225,23 @@ def ask(worker: WorkerProcess, count: int) -> dict[str, Any]:
     return worker.receive().header
 
 
+def test_a_fork_computes_with_as_many_threads_as_it_is_told(
+    script: ZygoteProcess, torch_files: Path, tmp_path: Path
+) -> None:
+    """Where the zygote has run an operator before, this hangs."""
+    signature = declared({"count": ("int64", [])}, {"y": ("float32", [None])})
+    found = {}
+    for threads in (1, 2):
+        spec = torch_models.bundle(tmp_path / str(threads), torch_files / "greedy.pt", signature)
+        worker = script.fork(spec | {"threads": {"intra": threads, "inter": 1}})
+        worker.hello()
+        for _ in range(3):
+            assert ask(worker, 8)["kind"] == "result"
+        found[threads] = len(list(Path(f"/proc/{worker.pid}/task").iterdir()))
+        worker.close()
+    assert found[2] > found[1]
+
+
 def test_cuda_without_a_device_says_so(script: ZygoteProcess, torch_files: Path, tmp_path: Path) -> None:
     if Path("/dev/nvidiactl").exists():
         pytest.skip("this box has a GPU")

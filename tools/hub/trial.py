@@ -89,7 +89,7 @@ def _try(raw: Mapping[str, Any]) -> Outcome:
     from agent.worker.spec import parse
 
     spec = parse(msgpack.packb(raw))
-    table.loader(spec.runtime)  # imports the runtime, which a box's zygote has done before
+    table.preload_all(spec.runtime)  # which a box's zygote has done before
     before = _resident_bytes()
     loaded = loading.load(spec)
     one = {

@@ -58,6 +58,18 @@ def loader(manifest_name: str) -> Load:
     return cast("Load", preload(_find("manifest", manifest_name)).load)
 
 
+def preload_all(manifest_name: str) -> None:
+    """Import what any zygote of a manifest's runtime imports.
+
+    Raises:
+        LoadError: no such runtime, or it cannot be imported.
+    """
+    _find("manifest", manifest_name)
+    for entry in ENTRIES:
+        if entry.manifest == manifest_name:
+            preload(entry)
+
+
 def preload(entry: Entry) -> ModuleType:
     """Import what the entry names; return the module.
 
