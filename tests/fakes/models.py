@@ -25,10 +25,13 @@ def linear() -> onnx.ModelProto:
     )
 
 
-def lookup() -> onnx.ModelProto:
-    """``y[N] = table[index[N]]``: an index outside 0..3 fails when run, and with it the whole batch."""
+def lookup(name: str = "") -> onnx.ModelProto:
+    """``y[N] = table[index[N]]``: an index outside 0..3 fails when run, and with it the whole batch.
+
+    The error tells the node's ``name``.
+    """
     return _model(
-        [helper.make_node("Gather", ["table", "index"], ["y"])],
+        [helper.make_node("Gather", ["table", "index"], ["y"], name=name)],
         [("index", TensorProto.INT64, ["N"])],
         [("y", TensorProto.FLOAT, ["N"])],
         {"table": np.arange(4, dtype=np.float32) * 10},

@@ -592,3 +592,22 @@ def test_a_bfloat16_output_is_declared_float32(zygote: ZygoteProcess, tmp_path: 
     worker = zygote.fork(models.bundle(tmp_path, models.narrow_identity(), signature))
     assert "'y': declare it float32" in worker.receive().header["message"]
     worker.close()
+
+
+def test_a_worker_whose_gpu_is_lost_ends_without_answering_so_that_another_does(
+    zygote: ZygoteProcess, tmp_path: Path
+) -> None:
+    """The fault is the model's own, under the words of CUDA: on the CPU they mean nothing."""
+    model = models.lookup("CUDA error: an illegal memory access was encountered")
+    spec = models.bundle(tmp_path, model, models.LOOKUP_SIGNATURE)
+    for kind in ("cpu", "cuda"):
+        worker = zygote.fork(spec | {"device": {"kind": kind, "index": 0}})
+        worker.hello()
+        worker.post({"index": np.array([9])})
+        if kind == "cpu":
+            assert worker.receive().header["code"] in ("inference_failed", "invalid_input")
+        else:
+            with pytest.raises(EOFError):
+                worker.receive()
+            assert zygote.exit_of(worker.pid)["code"] == 1
+        worker.close()

@@ -71,12 +71,14 @@ class OnnxRuntime:
         session: onnxruntime.InferenceSession,
         declared: Signature,
         *,
+        device_kind: str,
         provider: str,
         placement: Mapping[str, int],
     ) -> None:
         inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
         self.provider = provider
         self.placement = placement
+        self._device_kind = device_kind
         self.inputs = as_served(inputs, declared.inputs)
         self.outputs = as_served(outputs, declared.outputs)
         self._names = [spec.name for spec in outputs]
@@ -95,7 +97,7 @@ class OnnxRuntime:
         try:
             outputs = dict(zip(self._names, self._run(self._names, feed), strict=True))
         except _FOREIGN as error:
-            raise _translated(error) from error
+            raise _translated(error, self._device_kind) from error
         for name, dtype in self._gives.items():
             outputs[name] = outputs[name].astype(dtype, copy=False)
         return outputs
@@ -137,7 +139,7 @@ def load(spec: Spec, declared: Signature) -> OnnxRuntime:
             str(path), _options(spec), providers=[_provider(name, spec) for name in spec.providers]
         )
     except _FOREIGN as error:
-        failure = _translated(error)
+        failure = _translated(error, spec.device_kind)
         kind = type(failure) if isinstance(failure, OutOfMemoryError | DeviceLostError) else LoadError
         raise kind(f"{spec.entry}: {_short(error)}") from error
     session.disable_fallback()
@@ -147,7 +149,7 @@ def load(spec: Spec, declared: Signature) -> OnnxRuntime:
             f"execution provider {spec.providers[0]} could not be used; the runtime fell back to {provider}"
         )
     placement = _placement(session, provider)
-    return OnnxRuntime(session, declared, provider=provider, placement=placement)
+    return OnnxRuntime(session, declared, device_kind=spec.device_kind, provider=provider, placement=placement)
 
 
 def _placement(session: onnxruntime.InferenceSession, provider: str) -> dict[str, int]:
@@ -255,10 +257,10 @@ def _wide(value: onnxruntime.OrtValue) -> Array:
     return (halves.astype(np.uint32) << 16).view(np.float32).reshape(value.shape())
 
 
-def _translated(error: Exception) -> AgentError:
+def _translated(error: Exception, device_kind: str) -> AgentError:
     if faults.is_memory(error):
         return OutOfMemoryError(_short(error))
-    if faults.is_device_loss(error):
+    if device_kind == "cuda" and faults.is_device_loss(error):
         return DeviceLostError(_short(error))
     if type(error).__name__ == "InvalidArgument":
         return InvalidInputError(_short(error))

@@ -68,7 +68,7 @@ class TorchRuntime:
         except AgentError:
             raise
         except Exception as error:
-            failure = _translated(error)
+            failure = _translated(error, self._device.type)
             if isinstance(failure, OutOfMemoryError) and self._device.type == "cuda":
                 torch.cuda.empty_cache()
             raise failure from error
@@ -107,7 +107,7 @@ def load(spec: Spec, declared: Signature) -> TorchRuntime:
     except AgentError:
         raise
     except Exception as error:  # what unpickles and runs a file may raise anything
-        failure = _translated(error)
+        failure = _translated(error, device.type)
         kind = type(failure) if isinstance(failure, OutOfMemoryError | DeviceLostError) else LoadError
         raise kind(f"{spec.entry}: {failure}") from error
     if elsewhere:
@@ -146,11 +146,11 @@ def _device(spec: Spec) -> torch.device:
     return device
 
 
-def _translated(error: Exception) -> AgentError:
+def _translated(error: Exception, device_kind: str) -> AgentError:
     text = str(error).strip()[:500] or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or faults.is_memory(error):
         return OutOfMemoryError(text)
-    if faults.is_device_loss(error):
+    if device_kind == "cuda" and faults.is_device_loss(error):
         return DeviceLostError(text)
     if isinstance(error, AssertionError):  # the guards of an exported program: sizes it was not made for
         return InvalidInputError(text)
