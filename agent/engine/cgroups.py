@@ -102,7 +102,6 @@ class Groups:
             _make_room(own)
         except OSError as error:
             self.reason = f"{own}: {error.strerror}"
-            _log.warning("workers have no control group", reason=self.reason)
             return None
         return own
 

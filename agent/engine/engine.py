@@ -111,6 +111,8 @@ class Engine:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The engine lives as long as the body; afterwards no worker and no zygote is left."""
+        if self._groups.reason:
+            _log.info("workers have no memory control group", reason=self._groups.reason)
         self._scratch.mkdir(parents=True, exist_ok=True)
         left = list(self._scratch.iterdir())  # of a daemon that was killed
         if left and (killed := kill_left(self._scratch.resolve())):
