@@ -21,7 +21,7 @@ ENV  := STATE="$(STATE)" PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath
         HYPOTHESIS_STORAGE_DIRECTORY="$(abspath $(STATE))/hypothesis" INFERD_WHEELS="$(abspath $(STATE))/wheels"
 SRC  := agent handlers tools tests profiles
 
-.PHONY: help demo test system run bench bench-pull soak fuzz powercuts kills conformance lint format check clean
+.PHONY: help demo test test-torch system run bench bench-pull soak fuzz powercuts kills conformance lint format check clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -33,6 +33,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt tools/bootstrap.sh
 	@sh tools/bootstrap.sh "$(PYTHON)" "$(VENV)" dev
 	@touch $@ $(VENV)/.demo
 
+# First and by its exact version: a looser one lets pip choose a build with CUDA.
+$(VENV)/.torch: $(VENV)/.dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch scikit-learn
+	@touch $@
+
 $(VENV)/.bench: pyproject.toml constraints.txt tools/bootstrap.sh
 	@sh tools/bootstrap.sh "$(PYTHON)" "$(VENV)" bench
 	@touch $@ $(VENV)/.demo
@@ -43,6 +48,10 @@ demo: $(VENV)/.demo ## The whole main job on real input, in under two minutes
 test: $(VENV)/.dev ## Every test
 	@mkdir -p "$(STATE)"
 	@$(ENV) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" $(PYTEST_ARGS)
+
+test-torch: $(VENV)/.torch ## What needs torch: installs it (0.9 GB on a CPU index, several GB with CUDA on PyPI)
+	@mkdir -p "$(STATE)"
+	@$(ENV) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -m torch $(PYTEST_ARGS)
 
 system: $(VENV)/.dev ## The units under a real systemd in a container (root, minutes)
 	@mkdir -p "$(STATE)"

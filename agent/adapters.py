@@ -23,6 +23,7 @@ from agent.bundles.freshness import judge
 from agent.bundles.layout import Layout
 from agent.bundles.manifest import Manifest, Variant
 from agent.bundles.puller import IndexedVersion, Puller, StoredBundle, SurveyedModel
+from agent.bundles.structure import NATIVE_FORMATS
 from agent.bundles.versions import list_versions
 from agent.clock import Clock
 from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
@@ -52,13 +53,15 @@ from agent.profile import Profile
 from agent.telemetry.commands import CommandInbox
 from agent.telemetry.presence import Presence
 
-_ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}
+_ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}  # others are called as their runtime
+_EXPORTED: Final = "pt2"  # a format of torch that has a zygote of its own, because reading it takes so much to import
 _SELF_TEST_TIMEOUT_S: Final = 30.0
 _RETIRE_TIMEOUT_S: Final = 30.0
 _LOCK_WAIT_S: Final = 30.0
 _EVERYTHING: Final = 1 << 62  # bytes: whatever can go
 _FLOOR_READ_S: Final = 60.0
 _ADDRESS_SPACE_BASE: Final = 4096 * MIB  # libraries, thread stacks and arenas reserve far more than they use
+_RESIDENT_BASE: Final = 512 * MIB  # handler, requests, and what CUDA's libraries take of the host
 
 
 class SpecMaker:
@@ -93,7 +96,8 @@ class SpecMaker:
 
     def _variant_spec(self, manifest: Manifest, variant: Variant, path: Path) -> VariantSpec:
         batching = manifest.batching
-        device = {"kind": variant.device.kind, "index": 0}
+        pinned = self._engine.device_of(manifest.name) if variant.device.kind == "cuda" else ""
+        device = {"kind": variant.device.kind, "index": int(pinned.partition(":")[2] or 0)}
         workers = self._engine.workers_of(manifest.name)
         threads = variant.threads.intra or self._profile.intra_op_threads
         worker: dict[str, Any] = {
@@ -126,6 +130,7 @@ class SpecMaker:
             },
             "limits": {"memory_bytes": self._memory_bytes(variant), "open_files": self._engine.open_files_max},
             "sandbox": self._policy.sandbox,
+            "code_sandbox": self._policy.code_sandbox if _brings_code(manifest, variant) else "none",
             "share_weights": workers.share_weights,
             "wire": {
                 "header_bytes_max": forwarded_header_bytes(self._serving.header_bytes_max),
@@ -134,9 +139,11 @@ class SpecMaker:
         }
         return VariantSpec(
             id=variant.id,
-            runtime=_ZYGOTES.get(variant.runtime, variant.runtime),
+            runtime=_zygote(manifest, variant),
             precision=variant.precision,
-            device=variant.device.kind if variant.device.kind == "cpu" else f"{variant.device.kind}:0",
+            device="cpu" if variant.device.kind == "cpu" else f"{variant.device.kind}:{device['index']}",
+            pinned_device=pinned,
+            device_bytes=variant.memory.device_mb * MIB,
             worker=worker,
             lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
@@ -147,6 +154,7 @@ class SpecMaker:
                 shrink_idle_s=workers.shrink_idle_s,
             ),
             threads=threads,
+            resident_bytes_max=self._engine.resident_bytes_max or _RESIDENT_BASE + 4 * variant.memory.host_mb * MIB,
         )
 
     def _memory_bytes(self, variant: Variant) -> int:
@@ -383,6 +391,17 @@ def _held(lock: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _brings_code(manifest: Manifest, variant: Variant) -> bool:
+    native = variant.trusted_native or any(manifest.file(path).format in NATIVE_FORMATS for path in variant.files)
+    return bool(manifest.handler.module) or native
+
+
+def _zygote(manifest: Manifest, variant: Variant) -> str:
+    if variant.runtime == "torch" and manifest.file(variant.entry).format == _EXPORTED:
+        return "torch-export"
+    return _ZYGOTES.get(variant.runtime, variant.runtime)
 
 
 def _version(loaded: Loaded) -> Version:

@@ -205,9 +205,23 @@ def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
             f", {shown(row['variant'])} on {shown(row['device'])}, sandbox {shown(sandbox)}",
         ),
         Text(f"  {facts}"),
+        *_confinement_lines(row),
         *_worker_lines(row),
         *(Text(f"  not {shown(skip['variant'])}: {shown(skip['reason'])}") for skip in row["fallbacks"]),
     ]
+
+
+def _confinement_lines(row: Mapping[str, Any]) -> list[Text]:
+    """Return what the sandbox lacks, how much memory a worker may use, and which operators run where."""
+    lines = []
+    if detail := (row["sandbox"] or {}).get("detail"):
+        lines.append(Text(f"  sandbox lacks {shown(detail)}"))
+    if limit_bytes := row.get("resident_bytes_max"):
+        lines.append(Text(f"  killed above {limit_bytes >> 20} MiB"))
+    if len(placement := row.get("placement") or {}) > 1:
+        counts = ", ".join(f"{count} on {shown(name)}" for name, count in placement.items())
+        lines.append(Text(f"  operators: {counts}"))
+    return lines
 
 
 def _worker_lines(row: Mapping[str, Any]) -> list[Text]:

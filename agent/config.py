@@ -23,6 +23,7 @@ MIB: Final = 1024 * KIB
 _BUDGET_BYTES_MIN: Final = 16 * MIB  # the largest chunk a bundle may have
 EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG, of the process: systemd need not try again at once
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_GPU: Final = re.compile(r"cuda:(0|[1-9][0-9]?)")
 _UNKNOWN_KEY: Final = re.compile(r"unknown field `(.+)`")
 _STORE_SCHEMES: Final = ("file://", "http://", "https://", "s3://")
 _BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?$")
@@ -226,6 +227,9 @@ class PolicyConfig(Section, frozen=True):
     sandbox: Literal["enforce", "best_effort"] = "enforce"  # enforce: no worker without seccomp and Landlock
     on_revoked: Literal["fallback", "stop", "warn"] = "fallback"  # of what serves: to an earlier version, else stop
     on_long_offline: Literal["continue", "stop"] = "continue"  # after 30 days without word from the store's signers
+    code_sandbox: Literal["full", "partial", "none"] = (
+        "full"  # the level that a bundle's own code and native formats need under best_effort; partial: one of the two
+    )
 
 
 class WorkersConfig(Section, frozen=True):
@@ -251,11 +255,14 @@ class ModelWorkersConfig(Section, frozen=True):
     """Workers of one model, whether the file, the fleet or a local pin brings it to this box."""
 
     name: str  # the slot
-    workers: int | WorkersConfig  # instead of ``[engine.workers]`` as a whole; a number, or a table with its keys
+    workers: int | WorkersConfig | None = None  # instead of ``[engine.workers]`` as a whole; a number, or a table
+    device: str = ""  # "cuda:1": where its GPU variants run; empty: the GPU with the most free memory
 
     def __post_init__(self) -> None:
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
-        _require_workers(self.workers)
+        _require(not self.device or bool(_GPU.fullmatch(self.device)), "device: cuda:NUMBER")
+        if self.workers is not None:
+            _require_workers(self.workers)
 
 
 class EngineConfig(Section, frozen=True):
@@ -274,6 +281,8 @@ class EngineConfig(Section, frozen=True):
     deaths_window_s: float = 60.0  # over which deaths are counted
     lanes_max: int = 64  # direct lanes of local applications to workers; 0: everything goes through the daemon
     memory_bytes_max: int = 0  # RLIMIT_AS of a worker; 0: from the manifest's measured memory, with head room
+    resident_bytes_max: int = 0  # of a worker's control group; 0: from the manifest's measured memory, with head room
+    memory_cgroup: str = "auto"  # divided among workers; auto: what systemd delegated; never; or a group's path
     open_files_max: int = 256  # RLIMIT_NOFILE of a worker
 
     def __post_init__(self) -> None:
@@ -287,12 +296,20 @@ class EngineConfig(Section, frozen=True):
         _require(0 < self.restart_first_s <= self.restart_cap_s, "restart_first_s: above 0, at most restart_cap_s")
         _require(1 <= self.deaths_max <= 1000, "deaths_max: 1..1000")
         _require(0 <= self.lanes_max <= 4096, "lanes_max: 0..4096")
+        _require(self.resident_bytes_max == 0 or self.resident_bytes_max >= MIB, "resident_bytes_max: 0, or 1 MiB up")
+        where = self.memory_cgroup
+        _require(where in ("auto", "never") or where.startswith("/"), "memory_cgroup: auto, never or an absolute path")
         _require(16 <= self.open_files_max <= 65536, "open_files_max: 16..65536")
 
     def workers_of(self, model: str) -> WorkersConfig:
         """Return the bounds that hold for ``model``."""
-        own = next((entry.workers for entry in self.models if entry.name == model), self.workers)
-        return WorkersConfig(min=own, max=own) if isinstance(own, int) else own
+        own = next((entry.workers for entry in self.models if entry.name == model), None)
+        bounds = self.workers if own is None else own
+        return WorkersConfig(min=bounds, max=bounds) if isinstance(bounds, int) else bounds
+
+    def device_of(self, model: str) -> str:
+        """Return the GPU that ``model`` is pinned to, empty if to none."""
+        return next((entry.device for entry in self.models if entry.name == model), "")
 
 
 class ClientLimitConfig(Section, frozen=True):

@@ -25,6 +25,7 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     │   ├── SelfTestError (selftest_failed)         golden outputs differ
     │   ├── SandboxError (sandbox_failed)           the required isolation could not be set up
     │   ├── OutOfMemoryError (out_of_memory)
+    │   ├── DeviceLostError (device_lost)           the GPU answers no more
     │   ├── HandlerError (handler_failed)           the handler raised on this request
     │   └── InferenceError (inference_failed)       the runtime raised on this request
     ├── BundleError (bad_bundle)
@@ -205,6 +206,13 @@ class OutOfMemoryError(WorkerError):
     """Host or device memory did not suffice."""
 
     code = "out_of_memory"
+
+
+class DeviceLostError(WorkerError):
+    """The GPU, or the worker's hold on it, is of no use any more; the worker ends and another is started."""
+
+    code = "device_lost"
+    retryable = True
 
 
 class HandlerError(WorkerError):

@@ -30,6 +30,7 @@ class Box(Stage):
         self,
         version: str,
         *,
+        name: str = MODEL,
         factor: float = 2.0,
         handler: str | None = None,
         channel: str = "stable",
@@ -37,7 +38,7 @@ class Box(Stage):
         prepare_only: bool = False,
     ) -> Path:
         """Pack a version of the scale model, publish it unless ``prepare_only``, and return the bundle."""
-        source, bundle = self.folder / "sources" / version, self.folder / "bundles" / version
+        source, bundle = self.folder / "sources" / name / version, self.folder / "bundles" / name / version
         for variant in ("first", "second"):
             write_scale_model(source / variant / "model.onnx", factor=factor)
         x = np.arange(2 * FEATURES, dtype=np.float32).reshape(2, FEATURES)
@@ -51,7 +52,7 @@ class Box(Stage):
         (source / "model.toml").write_text(
             f"""\
 team = "{magika.TEAM}"
-name = "{MODEL}"
+name = "{name}"
 version = "{version}"
 handler = {{ {spec} }}
 batching = {{ axis = "N", max_batch = 8 }}

@@ -1,8 +1,8 @@
 """Judge one bundle file's bytes by its declared format, before any runtime opens it.
 
 The files' hashes are already known to be the signed ones; this is the second line, against a publisher's mistake or a
-publisher's stolen key: external data that leads out of the bundle, pickles and archives under harmless names, and
-operators that only a native library could supply.
+publisher's stolen key: external data that leads out of the bundle, pickles and archives under harmless names,
+operators that only a native library could supply, and pickled weights or compiled code where a program of torch is due.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final
 
-from agent.bundles import onnx_file, safetensors
+from agent.bundles import onnx_file, safetensors, torch_file
 from agent.bundles.manifest import File, Manifest
 from agent.errors import UnsafeBundleError
 
@@ -115,6 +115,14 @@ def _check_safetensors(view: memoryview, file: File, manifest: Manifest, install
     safetensors.check(view)
 
 
+def _check_script(view: memoryview, file: File, manifest: Manifest, installed: Collection[str]) -> None:
+    torch_file.check_script(view)
+
+
+def _check_exported(view: memoryview, file: File, manifest: Manifest, installed: Collection[str]) -> None:
+    torch_file.check_exported(view)
+
+
 def _check_tflite(view: memoryview, file: File, manifest: Manifest, installed: Collection[str]) -> None:
     if bytes(view[4:8]) != b"TFL3":
         raise UnsafeBundleError("not a TensorFlow Lite file")
@@ -134,5 +142,7 @@ _JUDGES: Final[Mapping[str, _Judge]] = {
     "onnx": _check_onnx,
     "safetensors": _check_safetensors,
     "tflite": _check_tflite,
+    "torchscript": _check_script,
+    "pt2": _check_exported,
     "python": _check_text,
 }

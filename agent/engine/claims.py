@@ -33,6 +33,7 @@ class _Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     landlock: int
     level: str
     detail: str
+    profile: str = "cpu"
 
 
 class _Golden(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +57,7 @@ class _Hello(msgspec.Struct, frozen=True, kw_only=True):
     max_batch: int
     idempotent: bool
     streams: bool = False
+    placement: dict[str, int] = {}
     cores: list[int]
 
 

@@ -23,11 +23,13 @@ import psutil
 from agent.arena import Arena
 from agent.config import ClientLimitConfig, EngineConfig
 from agent.engine.admission import Admission
+from agent.engine.cgroups import Groups
 from agent.engine.cores import Cores
 from agent.engine.growth import room_for
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
 from agent.engine.orphans import kill_left
+from agent.engine.placement import needs_gpu, placed
 from agent.engine.pool import Pool, PoolOwner
 from agent.engine.spawn import Spawned
 from agent.engine.streams import StreamCounts
@@ -36,6 +38,7 @@ from agent.engine.version import Version
 from agent.engine.zygote import Zygote
 from agent.errors import AgentError, LaneRefusedError, LoadError, UnavailableError, UnknownModelError
 from agent.events import EventBus
+from agent.gpus import GpuMemory, free_memory
 from agent.log import get_logger
 from agent.metrics import LATENCY_BUCKETS_S, Metrics
 from agent.wire import FIRST_ID, Header, Limits
@@ -72,12 +75,15 @@ class Engine:
         spawned: Mapping[str, Spawned] | None = None,
         cores: Iterable[int] = (),
         memory_bytes_max: int = 0,
+        gpus: Callable[[], Sequence[GpuMemory]] = free_memory,
     ) -> None:
         """Workers are bound to ``cores``, if any; no pool grows above ``memory_bytes_max`` of all workers (0: none)."""
         self._admission = Admission(limits)
         self._config = config
         self._scratch = scratch
         self._cores = Cores(cores)
+        self._groups = Groups(config.memory_cgroup)
+        self._gpus = gpus
         self._memory_bytes_max = memory_bytes_max
         self._wire = wire
         self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
@@ -105,6 +111,8 @@ class Engine:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The engine lives as long as the body; afterwards no worker and no zygote is left."""
+        if self._groups.reason:
+            _log.info("workers have no memory control group", reason=self._groups.reason)
         self._scratch.mkdir(parents=True, exist_ok=True)
         left = list(self._scratch.iterdir())  # of a daemon that was killed
         if left and (killed := kill_left(self._scratch.resolve())):
@@ -360,8 +368,13 @@ class Engine:
             version=owner.version,
             cores=self._cores,
             room=self._room,
+            make_group=self._groups.make,
+            place=self._placed if needs_gpu(variant) else None,
             size_before=size_before,
         )
+
+    async def _placed(self, variant: VariantSpec) -> VariantSpec:
+        return placed(variant, await asyncio.to_thread(self._gpus))
 
     async def _room(self, own: Sequence[int]) -> str:
         """Return why memory does not allow a pool with these workers another one; empty if it does."""

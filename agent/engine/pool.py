@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 from agent.arena import Arena
 from agent.backoff import Backoff
 from agent.config import EngineConfig
+from agent.engine.cgroups import Group
 from agent.engine.claims import hello_of, part_of
 from agent.engine.cores import Cores
 from agent.engine.growth import Move, Seen, Trend, step
@@ -54,7 +55,7 @@ _GROW_AGAIN_S: Final = (2.0, 300.0)  # after a growth that failed: the first pau
 class Forker(Protocol):
     """What a pool needs of a zygote."""
 
-    async def fork(self, spec: dict[str, Any]) -> WorkerProcess: ...
+    async def fork(self, spec: dict[str, Any], group: Group | None = None) -> WorkerProcess: ...
 
     async def exit_of(self, worker: WorkerProcess, *, timeout_s: float = 1.0) -> Exit: ...
 
@@ -104,6 +105,8 @@ class Pool:
         version: str,
         cores: Cores,
         room: Callable[[Sequence[int]], Awaitable[str]],
+        make_group: Callable[[int], Group | None] = lambda limit_bytes: None,
+        place: Callable[[VariantSpec], Awaitable[VariantSpec]] | None = None,
         size_before: int = 0,
     ) -> None:
         """``size_before`` is how many workers the version had that this one is to replace: it will need as many."""
@@ -135,11 +138,19 @@ class Pool:
         self._drained = asyncio.Event()
         self._cores = cores
         self._room = room
+        self._make_group = make_group
+        self._place = place
         self._size_before = size_before
         self._trend = Trend()
         self._grown_at = 0.0  # loop seconds
         self._grow_from = 0.0  # loop seconds
         self._grow_backoff = Backoff(first_s=_GROW_AGAIN_S[0], cap_s=_GROW_AGAIN_S[1])
+
+    @property
+    def resident_bytes_max(self) -> int:
+        """The memory that control groups let a worker use, 0 where they do not limit it."""
+        groups = [link.process.group for link in self.links]
+        return min((group.limit_bytes for group in groups if group is not None), default=0)
 
     # Life
 
@@ -149,6 +160,8 @@ class Pool:
         Raises:
             WorkerError: it did not load, failed its self-test, or died; the class says which.
         """
+        if self._place is not None:
+            self.spec = await self._place(self.spec)
         await self._start_worker()
         for _ in range(1, self.size):
             self._spawn(self._restart(0.0, replaces=False), f"start {self.spec.id}")
@@ -407,7 +420,13 @@ class Pool:
         cores = self._cores.take(self.spec.threads)
         try:
             order = {**self.spec.worker, "scratch_dir": str(scratch), "cores": list(cores)}
-            process = await self._forker.fork(order)
+            group = self._make_group(self.spec.resident_bytes_max)
+            try:
+                process = await self._forker.fork(order, group)
+            except BaseException:
+                if group is not None:
+                    group.remove()
+                raise
             link = WorkerLink(
                 process,
                 limits=self._wire,
@@ -544,7 +563,8 @@ class Pool:
         ended = await self._forker.exit_of(link.process)
         self._discard(link)
         if started is not None and not started.done():
-            started.set_exception(LoadError(f"the worker died while it loaded: {ended}"))
+            kind = OutOfMemoryError if ended.over_bytes else LoadError
+            started.set_exception(kind(f"the worker died while it loaded: {ended}"))
 
     async def _bury(self, link: WorkerLink, retried: int) -> None:
         ended = await self._forker.exit_of(link.process)

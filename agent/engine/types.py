@@ -78,6 +78,9 @@ class VariantSpec:
     lanes: bool = True  # whether its worker is trusted to count what it answers on direct lanes
     window: int = 64  # requests a worker may hold at once; at least twice its batch
     bounds: Bounds = field(default_factory=Bounds)  # of the number of its workers
+    pinned_device: str = ""  # "cuda:1", by configuration; empty: the GPU with the most free memory
+    device_bytes: int = 0  # GPU memory it needs, 0 if nobody measured it
+    resident_bytes_max: int = 0  # memory a worker may really use, where there are control groups; 0: no limit
     threads: int = 1  # a worker's, for one operation: so many cores it is bound to, where workers are bound
 
 

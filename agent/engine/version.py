@@ -25,7 +25,9 @@ from agent.wire import Buffer, Header
 
 _log = get_logger("version")
 # Faults of the model, not of the caller: what probation counts.
-_FAULTS = frozenset({"worker_died", "handler_failed", "inference_failed", "out_of_memory", "worker_failed", "internal"})
+_FAULTS = frozenset(
+    {"worker_died", "handler_failed", "inference_failed", "out_of_memory", "device_lost", "worker_failed", "internal"}
+)
 
 PoolMaker = Callable[[VariantSpec, PoolOwner], Pool]
 Spawn = Callable[[Coroutine[Any, Any, None], str], None]
@@ -162,7 +164,7 @@ class Version:
         return {
             "name": self.spec.model,
             "versions": [self.spec.version],
-            "platform": self.spec.platform,
+            "platform": hello.get("runtime", self.spec.platform),
             "inputs": [_oip_tensor(tensor) for tensor in signature.get("inputs", [])],
             "outputs": [_oip_tensor(tensor) for tensor in signature.get("outputs", [])],
             "variant": hello.get("variant"),
@@ -187,7 +189,9 @@ class Version:
             "sandbox": hello.get("sandbox"),
             "golden": hello.get("golden"),
             "load_ms": hello.get("load_ms"),
+            "placement": hello.get("placement"),
             "memory": hello.get("memory"),
+            "resident_bytes_max": pool.resident_bytes_max if pool is not None else 0,
             "fallbacks": self.skipped,
             "workers": [link.process.pid for link in pool.links] if pool is not None else [],
             "scaling": _scaling(pool) if pool is not None else None,

@@ -12,11 +12,12 @@ import os
 import signal
 import socket
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import msgpack
 
+from agent.engine.cgroups import Group
 from agent.engine.spawn import Spawned, spawn
 from agent.errors import LoadError, WorkerDiedError
 from agent.log import get_logger
@@ -32,8 +33,11 @@ class Exit:
 
     code: int | None = None
     signal: int | None = None
+    over_bytes: int = 0  # it reached this limit of its control group
 
     def __str__(self) -> str:
+        if self.over_bytes:
+            return f"killed at {self.over_bytes >> 20} MiB, the limit of its control group"
         if self.signal is not None:
             try:
                 return f"killed by {signal.Signals(self.signal).name}"
@@ -49,6 +53,7 @@ class WorkerProcess:
     pid: int
     pidfd: int
     channel: socket.socket
+    group: Group | None = None
 
     def kill(self) -> None:
         """SIGKILL without a race on the pid."""
@@ -60,6 +65,8 @@ class WorkerProcess:
         self.channel.close()
         with contextlib.suppress(OSError):
             os.close(self.pidfd)
+        if self.group is not None:
+            self.group.remove()
 
 
 class Zygote:
@@ -93,8 +100,8 @@ class Zygote:
         """The process id, or ``None`` while it is not running."""
         return self._process.pid if self._process is not None and self._control is not None else None
 
-    async def fork(self, spec: dict[str, Any]) -> WorkerProcess:
-        """Fork a worker that receives ``spec``; starts the zygote if need be.
+    async def fork(self, spec: dict[str, Any], group: Group | None = None) -> WorkerProcess:
+        """Fork a worker that receives ``spec`` and lives in ``group``; starts the zygote if need be.
 
         Raises:
             LoadError: the zygote could not be started or could not fork.
@@ -119,7 +126,11 @@ class Zygote:
                     side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BUFFER_BYTES)
                 ours.setblocking(False)
                 order = msgpack.packb({"op": "fork", "token": token, "spec_len": len(packed)})
-                socket.send_fds(control, [order], [theirs.fileno(), spec_file])
+                descriptors = [theirs.fileno(), spec_file]
+                if group is not None:
+                    descriptors.append(group.procs())
+                    theirs_always.callback(os.close, descriptors[-1])
+                socket.send_fds(control, [order], descriptors)
                 pid, pidfd = await asyncio.wait_for(answer, self._fork_timeout_s)
             except (OSError, TimeoutError) as error:
                 if isinstance(error, TimeoutError) and self._process is not None:
@@ -128,10 +139,15 @@ class Zygote:
             finally:
                 self._forks.pop(token, None)
             ours_on_failure.pop_all()
-        return WorkerProcess(pid=pid, pidfd=pidfd, channel=ours)
+        return WorkerProcess(pid=pid, pidfd=pidfd, channel=ours, group=group)
 
     async def exit_of(self, worker: WorkerProcess, *, timeout_s: float = 1.0) -> Exit:
         """Return how a worker whose pidfd became readable ended; the zygote reaps it, or we do after its loss."""
+        ended = await self._end_of(worker, timeout_s)
+        over = worker.group is not None and ended.signal == signal.SIGKILL and worker.group.killed()
+        return replace(ended, over_bytes=worker.group.limit_bytes) if worker.group is not None and over else ended
+
+    async def _end_of(self, worker: WorkerProcess, timeout_s: float) -> Exit:
         known = _reap(worker.pidfd) or self._exits.pop(worker.pid, None)
         if known is not None:
             return known

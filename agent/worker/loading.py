@@ -59,16 +59,20 @@ def load(spec: Spec) -> Loaded:
     began = time.perf_counter()
     _bind(spec.cores)
     _settle(spec)
+    _show_device(spec)
     confined = sandbox.enter(
         bundle_dir=spec.bundle_dir,
         scratch_dir=spec.scratch_dir,
         memory_bytes=spec.memory_bytes,
         open_files=spec.open_files,
         mode=spec.sandbox,
+        code_level=spec.code_sandbox,
+        device=spec.device_kind,
     )
     handler = _handler(spec)
     declared = signature.parse(spec.signature, batch_axis=spec.batch_axis, rows_max=spec.batch_rows_max)
-    runtime = table.loader(spec.runtime)(spec)
+    signature.check_outputs(declared.outputs)
+    runtime = table.loader(spec.runtime)(spec, declared)
     signature.check_model(declared.inputs, runtime.inputs, "inputs")
     signature.check_model(declared.outputs, runtime.outputs, "outputs")
     goldens = golden.load(spec.golden, spec.bundle_dir)
@@ -85,12 +89,13 @@ def load(spec: Spec) -> Loaded:
         "precision": spec.precision,
         "device": spec.device_name,
         "provider": runtime.provider,
+        "placement": dict(runtime.placement),
         "sandbox": confined.as_dict(),
         "signature": declared.as_dict(),
         "load_ms": round((loaded - began) * 1000, 3),
         "warmup_ms": round((warm - loaded) * 1000, 3),
         "golden": reports,
-        "memory": _memory(),
+        "memory": _memory(runtime),
         "max_batch": declared.rows_max,
         "idempotent": handler.idempotent if handler is not None else True,
         "streams": isinstance(handler, StreamingHandler),
@@ -120,6 +125,15 @@ def _settle(spec: Spec) -> None:
     os.environ["TMPDIR"] = os.environ["HOME"] = str(spec.scratch_dir)
     tempfile.tempdir = str(spec.scratch_dir)
     sys.dont_write_bytecode = True
+
+
+def _show_device(spec: Spec) -> None:
+    """Let CUDA, which is initialised by the runtime's load, see this worker's GPU and no other."""
+    if spec.device_kind == "cuda":
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as NVML, and so everybody else on this box, numbers them
+        os.environ["CUDA_CACHE_PATH"] = str(spec.scratch_dir)
+        if uuid := spec.device.get("uuid"):
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(uuid)
 
 
 def _handler(spec: Spec) -> Handler | None:
@@ -196,12 +210,15 @@ def _zeros(declared: Signature) -> dict[str, Array]:
         shape = [
             size if isinstance(size, int) else max(1, declared.bounds.get(size or "", (1, 1))[0]) for size in spec.shape
         ]
-        inputs[spec.name] = np.full(shape, "", dtype=object) if spec.dtype == "bytes" else np.zeros(shape, spec.dtype)
+        dtype = "float32" if spec.dtype == "bfloat16" else spec.dtype  # as the wire hands it over
+        inputs[spec.name] = np.full(shape, "", dtype=object) if dtype == "bytes" else np.zeros(shape, dtype)
     return inputs
 
 
-def _memory() -> dict[str, int]:
-    """Return this process' resident memory, now and at its highest (bytes, shared pages included)."""
+def _memory(runtime: Runtime) -> dict[str, int]:
+    """Return this process' memory (bytes): resident now and at its highest, shared pages included, and of its GPU."""
     status = Path("/proc/self/status").read_text()
     kib = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Vm")}
-    return {"rss_bytes": int(kib["VmRSS"]) * 1024, "peak_bytes": int(kib["VmHWM"]) * 1024}
+    memory = {"rss_bytes": int(kib["VmRSS"]) * 1024, "peak_bytes": int(kib["VmHWM"]) * 1024}
+    device_bytes = runtime.device_peak_bytes()
+    return memory if device_bytes is None else memory | {"device_peak_bytes": device_bytes}

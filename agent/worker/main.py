@@ -25,6 +25,7 @@ from agent.errors import (
     AgentError,
     CanceledError,
     DeadlineError,
+    DeviceLostError,
     FrameError,
     LoadError,
     NotFoundError,
@@ -83,6 +84,9 @@ def run(packed_spec: bytes, sock: socket.socket) -> int:
         Server(loaded, channel).serve()
     except (FrameError, TooLargeError) as error:
         _log.error("the daemon broke the protocol", error=str(error))
+        return 1
+    except DeviceLostError as error:  # nothing this process still held would succeed: another worker answers it
+        _log.error("the device is lost", error=str(error))
         return 1
     return 0
 
@@ -521,6 +525,8 @@ class Server:
             rows = sum(request.rows for request in part)
             outputs = self._runtime.run(stacked(part, rows))
             return outputs if all(len(array) == rows for array in outputs.values()) else None
+        except DeviceLostError:
+            raise
         except Exception as error:  # noqa: BLE001  as above
             return None if len(part) > 1 else _failure(error)
 

@@ -3,14 +3,17 @@
 In order: raised ``oom_score_adj``, resource limits, no capabilities, ``no_new_privs``, Landlock, seccomp, then a
 probe that tries what must fail. Holds for root. Call it with one thread running: Landlock binds the calling thread
 and those it starts.
+There is one profile for the CPU and one for CUDA, whose driver needs its own nodes (``devices.py``) and one more call,
+and whose address space cannot be limited.
 Promises: the report says what is true after the probe, never what was hoped for.
-Leaves out: CUDA devices, whose driver needs other paths and calls.
+Leaves out: the memory really used, which a control group limits (``agent/engine/cgroups.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import resource
 import socket
@@ -24,9 +27,10 @@ from typing import Any, Final
 import agent
 import handlers
 from agent.errors import SandboxError
-from agent.worker import landlock, seccomp
+from agent.worker import devices, landlock, seccomp
 from agent.worker.landlock import Rule
 
+LEVELS: Final = ("none", "partial", "full")  # in order
 _OOM_SCORE: Final = 500  # of 1000: under memory pressure the kernel takes a model before the daemon
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_CAPBSET_DROP: Final = 24
@@ -48,33 +52,44 @@ class Report:
     landlock: int  # ABI, 0 = none
     level: str  # full | partial | none
     detail: str  # what is missing and why; empty at ``full``
+    profile: str  # cpu | cuda: what the rules leave open
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as the worker's hello carries it."""
-        return {"seccomp": self.seccomp, "landlock": self.landlock, "level": self.level, "detail": self.detail}
+        return dataclasses.asdict(self)
 
 
 def enter(
-    *, bundle_dir: Path, scratch_dir: Path, memory_bytes: int, open_files: int, mode: str, code_dirs: Sequence[str] = ()
+    *,
+    bundle_dir: Path,
+    scratch_dir: Path,
+    memory_bytes: int,
+    open_files: int,
+    mode: str,
+    code_level: str = "none",
+    device: str = "cpu",
+    code_dirs: Sequence[str] = (),
 ) -> Report:
     """Confine this process for good.
 
     Args:
         bundle_dir: May be read.
         scratch_dir: May be read and written.
-        memory_bytes: Limit of the address space; 0 for none.
+        memory_bytes: Limit of the address space; 0 for none. CUDA has none.
         open_files: Limit of open descriptors.
-        mode: ``enforce`` or ``best_effort``.
+        mode: ``enforce`` (level ``full``, whatever is to run) or ``best_effort``.
+        code_level: The lowest level under ``best_effort``, since code of the bundle is to run.
+        device: ``cpu`` or ``cuda``.
         code_dirs: Further directories that may be read and executed (tests with their own interpreter layout).
 
     Raises:
-        SandboxError: ``enforce`` and the level is below ``full``.
+        SandboxError: the level is below what is demanded.
     """
-    _limit(memory_bytes, open_files)
+    _limit(0 if device == "cuda" else memory_bytes, open_files)
     missing: list[str] = []
     _drop_capabilities()
     _libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    rules = list(_rules(bundle_dir, scratch_dir, code_dirs))
+    rules = [*_rules(bundle_dir, scratch_dir, code_dirs), *(devices.cuda_rules() if device == "cuda" else ())]
     try:
         landlock_abi = landlock.restrict(rules)
     except OSError as error:
@@ -82,7 +97,7 @@ def enter(
         missing.append(f"landlock: {error.strerror or error}")
     filtered = True
     try:
-        seccomp.install(refuse_truncate=landlock_abi < 3)
+        seccomp.install(refuse_truncate=landlock_abi < 3, memory_files=device == "cuda")
     except OSError as error:
         filtered = False
         missing.append(f"seccomp: {error.strerror or error}")
@@ -92,15 +107,13 @@ def enter(
     if filtered and not _sockets_are_refused():
         filtered = False
         missing.append("seccomp: a socket can still be made")
-    report = _report(filtered, landlock_abi, missing)
-    if mode == "enforce" and report.level != "full":
-        raise SandboxError(f"isolation is {report.level}, policy demands full: {report.detail}")
+    level = LEVELS[int(filtered) + int(landlock_abi > 0)]
+    report = Report(seccomp=filtered, landlock=landlock_abi, level=level, detail="; ".join(missing), profile=device)
+    demanded = "full" if mode == "enforce" else code_level
+    if LEVELS.index(level) < LEVELS.index(demanded):
+        what = "" if mode == "enforce" else " for code of a bundle"
+        raise SandboxError(f"isolation is {level}, policy demands {demanded}{what}: {report.detail}")
     return report
-
-
-def _report(filtered: bool, landlock_abi: int, missing: Sequence[str]) -> Report:
-    level = ("none", "partial", "full")[int(filtered) + int(landlock_abi > 0)]
-    return Report(seccomp=filtered, landlock=landlock_abi, level=level, detail="; ".join(missing))
 
 
 def _rules(bundle_dir: Path, scratch_dir: Path, code_dirs: Sequence[str]) -> Iterator[Rule]:

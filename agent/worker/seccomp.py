@@ -123,13 +123,14 @@ _IOCTL: Final = (16, 29)
 _TRUNCATE: Final = (76, 45)
 
 
-def program(machine: Machine, *, pid: int, refuse_truncate: bool) -> bytes:
+def program(machine: Machine, *, pid: int, refuse_truncate: bool, memory_files: bool = False) -> bytes:
     """Return the BPF program.
 
     Args:
         machine: The architecture whose calls it judges.
         pid: The only process that may be signalled.
         refuse_truncate: Also refuse ``truncate(2)``, for kernels whose Landlock does not govern it (ABI below 3).
+        memory_files: Allow ``memfd_create``, which the CUDA driver shares memory by.
     """
     column = machine.column
     code = [
@@ -141,7 +142,8 @@ def program(machine: Machine, *, pid: int, refuse_truncate: bool) -> bytes:
     if machine.has_x32:
         code += [_step(_JUMP_GREATER, _X32_BIT - 1, otherwise=1), _step(_RETURN, KILL)]
     code += [_step(_JUMP_GREATER, _NEWEST, otherwise=1), _step(_RETURN, UNKNOWN)]
-    for number in _numbers(REFUSED, column):
+    refused = {name: numbers for name, numbers in REFUSED.items() if not (memory_files and name == "memfd_create")}
+    for number in _numbers(refused, column):
         code += _when(number, [_step(_RETURN, REFUSE)])
     if refuse_truncate:
         code += _when(_TRUNCATE[column], [_step(_RETURN, REFUSE)])
@@ -160,8 +162,8 @@ def program(machine: Machine, *, pid: int, refuse_truncate: bool) -> bytes:
     return b"".join(code)
 
 
-def install(*, refuse_truncate: bool) -> None:
-    """Filter every thread of this process, for good. ``no_new_privs`` must be set.
+def install(*, refuse_truncate: bool, memory_files: bool = False) -> None:
+    """Filter every thread of this process, for good; see ``program``. ``no_new_privs`` must be set.
 
     Raises:
         OSError: no filter for this architecture, or the kernel refuses it.
@@ -169,7 +171,7 @@ def install(*, refuse_truncate: bool) -> None:
     machine = MACHINES.get(platform.machine())
     if machine is None:
         raise OSError(errno.ENOSYS, f"no system-call table for {platform.machine()}")
-    code = program(machine, pid=os.getpid(), refuse_truncate=refuse_truncate)
+    code = program(machine, pid=os.getpid(), refuse_truncate=refuse_truncate, memory_files=memory_files)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = _Program(len(code) // _INSTRUCTION.size, ctypes.cast(buffer, ctypes.c_void_p))
     libc = ctypes.CDLL(None, use_errno=True)

@@ -16,6 +16,7 @@ from agent.wire import DTYPES
 
 Dimension = int | str | None  # fixed, named, or free
 _SIZE_MAX: Final = 1 << 40
+_FLOATS: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,33 @@ def parse(raw: Mapping[str, Any], *, batch_axis: str | None, rows_max: int) -> S
     """
     inputs, outputs = (_tensors(raw.get(side), side) for side in ("inputs", "outputs"))
     return Signature(inputs, outputs, bounds=_bounds(raw.get("dims")), batch_axis=batch_axis, rows_max=rows_max)
+
+
+def converts(dtype: str, other: str) -> bool:
+    """Whether a runtime converts one dtype to the other: floating types only, since integers would be cut."""
+    return dtype == other or {dtype, other} <= _FLOATS
+
+
+def as_served(found: Sequence[TensorSpec], declared: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Return a model's tensors with the declared dtypes wherever its own convert to them."""
+    wanted = {spec.name: spec.dtype for spec in declared}
+    return tuple(
+        TensorSpec(spec.name, wanted[spec.name], spec.shape)
+        if converts(spec.dtype, wanted.get(spec.name, ""))
+        else spec
+        for spec in found
+    )
+
+
+def check_outputs(declared: Sequence[TensorSpec]) -> None:
+    """Refuse an output that no array can hold.
+
+    Raises:
+        LoadError: bfloat16.
+    """
+    for spec in declared:
+        if spec.dtype == "bfloat16":
+            raise LoadError(f"signature outputs: {spec.name!r}: declare it float32, to which bfloat16 is widened")
 
 
 def check_model(declared: Sequence[TensorSpec], found: Sequence[TensorSpec], side: str) -> None:

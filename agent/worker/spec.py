@@ -27,8 +27,8 @@ class Spec:
     variant: str
     runtime: str  # the manifest's name of it: "onnxruntime"
     precision: str
-    device: Mapping[str, Any]  # {"kind": "cpu", "index": 0}
-    providers: tuple[str, ...]  # in the order they are tried; the first must really be used
+    device: Mapping[str, Any]  # {"kind": "cpu", "index": 0}, of a GPU also "uuid" where it is known
+    providers: tuple[str, ...]  # ONNX Runtime: in the order they are tried; the first must really be used
     session: Mapping[str, Any]  # the variant's runtime options
     bundle_dir: Path
     entry: str  # relative to bundle_dir
@@ -47,6 +47,7 @@ class Spec:
     memory_bytes: int  # limit of the address space, 0 = none
     open_files: int
     sandbox: str  # enforce | best_effort
+    code_sandbox: str  # full | partial | none: the level that code of this bundle needs under best_effort
     cores: tuple[int, ...]  # bound to these; empty: to none
     share_weights: bool  # keep weights as they lie in external data files, so that workers share their pages
     wire: Limits
@@ -56,6 +57,16 @@ class Spec:
         """The device as people write it: ``cpu``, ``cuda:0``."""
         kind = str(self.device.get("kind", "cpu"))
         return kind if kind == "cpu" else f"{kind}:{self.device.get('index', 0)}"
+
+    @property
+    def device_kind(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return str(self.device.get("kind", "cpu"))
+
+    @property
+    def visible_index(self) -> int:
+        """The device's number inside the worker, which sees no other where the device is known by its uuid."""
+        return 0 if self.device.get("uuid") else int(self.device.get("index", 0))
 
 
 def parse(packed: bytes) -> Spec:
@@ -105,6 +116,7 @@ def parse(packed: bytes) -> Spec:
         memory_bytes=int(limits.number("memory_bytes", 0, 1 << 50, 0)),
         open_files=int(limits.number("open_files", 16, 1 << 20, 256)),
         sandbox=top.choice("sandbox", ("enforce", "best_effort"), "enforce"),
+        code_sandbox=top.choice("code_sandbox", ("full", "partial", "none"), "none"),
         cores=top.numbers("cores", 0, 65_535),
         share_weights=top.take("share_weights", bool, False),
         wire=Limits(
@@ -155,9 +167,9 @@ class _Fields:
         return value
 
     def texts(self, name: str) -> list[str]:
-        values = self.take(name, list)
-        if not values or not all(isinstance(value, str) for value in values):
-            raise LoadError(f"{self._where}.{name} must be a list of texts and not empty")
+        values = self.take(name, list, [])
+        if not all(isinstance(value, str) for value in values):
+            raise LoadError(f"{self._where}.{name} must be a list of texts")
         return list(values)
 
     def numbers(self, name: str, low: int, high: int) -> tuple[int, ...]:

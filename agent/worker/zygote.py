@@ -2,7 +2,8 @@
 
 ``python -m agent.worker.zygote --runtime onnx --control-fd N`` speaks MessagePack maps, one per packet, over the
 SOCK_SEQPACKET socket N. Up: ``ready``, ``forked`` (with the child's pidfd), ``fork_failed``, ``exited``, or ``failed``
-instead of ``ready``. Down: ``fork`` with two descriptors, the worker's channel and a memfd that holds its spec.
+instead of ``ready``. Down: ``fork`` with two descriptors, the worker's channel and a memfd that holds its spec, and
+maybe a third, the ``cgroup.procs`` of the control group that the worker enters first of all.
 
 It imports and nothing else: no session, no operator, no thread, so that every fork is clean. Promises: it leaves when
 its control closes; its workers live on with the daemon (hence no PR_SET_PDEATHSIG), but where the daemon has died it
@@ -113,23 +114,25 @@ class Zygote:
         spec_bytes = order.get("spec_len")
         if order.get("op") != "fork" or type(order.get("token")) is not int:
             raise ValueError("not a fork order")
-        if type(spec_bytes) is not int or not 0 < spec_bytes <= _SPEC_BYTES_MAX or len(descriptors) != 2:
+        if type(spec_bytes) is not int or not 0 < spec_bytes <= _SPEC_BYTES_MAX or len(descriptors) not in (2, 3):
             raise ValueError(f"a fork order needs a channel, a spec and its length up to {_SPEC_BYTES_MAX}")
-        channel, spec = descriptors
+        channel, spec, *group = descriptors
         pid = os.fork()
         if pid == 0:
-            self._become_worker(channel, spec, spec_bytes)
+            self._become_worker(channel, spec, spec_bytes, group)
         pidfd = os.pidfd_open(pid)
         self._children[pidfd] = pid
         self._poll.register(pidfd, select.EPOLLIN)
         self.send({"op": "forked", "token": order["token"], "pid": pid}, [pidfd])
 
-    def _become_worker(self, channel: int, spec: int, spec_bytes: int) -> NoReturn:
+    def _become_worker(self, channel: int, spec: int, spec_bytes: int, group: Sequence[int]) -> NoReturn:
         """Be the child: keep the channel and standard error, then live as a worker and never return."""
         code = 70
         try:
             from agent.worker import main  # imported long ago, by the zygote
 
+            for procs in group:
+                os.write(procs, b"0")
             self._poll.close()
             self._control.detach()
             packed = os.pread(spec, spec_bytes, 0)

@@ -153,6 +153,8 @@ def _file(path: str, data: bytes) -> dict[str, Any]:
 def _kind(path: str) -> tuple[schema.FileRole, schema.FileFormat]:
     if path.endswith(".onnx"):
         return "model", "onnx"
+    if path.endswith((".pt", ".pt2")):
+        return "model", "torchscript" if path.endswith(".pt") else "pt2"
     if path.endswith(".data"):
         return "weights", "onnx-data"
     if path.endswith(".safetensors"):

@@ -25,10 +25,13 @@ def linear() -> onnx.ModelProto:
     )
 
 
-def lookup() -> onnx.ModelProto:
-    """``y[N] = table[index[N]]``: an index outside 0..3 fails when run, and with it the whole batch."""
+def lookup(name: str = "") -> onnx.ModelProto:
+    """``y[N] = table[index[N]]``: an index outside 0..3 fails when run, and with it the whole batch.
+
+    The error tells the node's ``name``.
+    """
     return _model(
-        [helper.make_node("Gather", ["table", "index"], ["y"])],
+        [helper.make_node("Gather", ["table", "index"], ["y"], name=name)],
         [("index", TensorProto.INT64, ["N"])],
         [("y", TensorProto.FLOAT, ["N"])],
         {"table": np.arange(4, dtype=np.float32) * 10},
@@ -51,6 +54,19 @@ def text_identity() -> onnx.ModelProto:
         [helper.make_node("Identity", ["x"], ["y"])],
         [("x", TensorProto.STRING, ["N"])],
         [("y", TensorProto.STRING, ["N"])],
+        {},
+    )
+
+
+def narrow_identity() -> onnx.ModelProto:
+    """``y[N,4] = x[N,4]``, bfloat16 on both sides."""
+    return _model(
+        [
+            helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+            helper.make_node("Cast", ["wide"], ["y"], to=TensorProto.BFLOAT16),
+        ],
+        [("x", TensorProto.BFLOAT16, ["N", 4])],
+        [("y", TensorProto.BFLOAT16, ["N", 4])],
         {},
     )
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from agent.engine.engine import Engine
 from agent.engine.zygote import become_subreaper
 from agent.errors import LoadError
 from agent.events import EventBus
+from agent.gpus import GpuMemory
 from agent.metrics import Metrics
 from agent.serving.ports import InferRequest
 from agent.tensors import pack, unpack
@@ -82,7 +83,12 @@ class Bench:
 
 @asynccontextmanager
 async def bench(
-    folder: Path, *, cores: Iterable[int] = (), memory_bytes_max: int = 0, **options: Any
+    folder: Path,
+    *,
+    cores: Iterable[int] = (),
+    memory_bytes_max: int = 0,
+    gpus: Callable[[], Sequence[GpuMemory]] = tuple,
+    **options: Any,
 ) -> AsyncIterator[Bench]:
     become_subreaper()
     events = EventBus(SystemClock())
@@ -96,6 +102,7 @@ async def bench(
         metrics=metrics,
         cores=cores,
         memory_bytes_max=memory_bytes_max,
+        gpus=gpus,
     )
     async with engine.running():
         sweeper = asyncio.ensure_future(engine.run())

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import onnxruntime
 import pytest
 
 from tests.fakes import models
@@ -542,3 +543,71 @@ def test_prepared_state_reaches_its_own_answer(zygote: ZygoteProcess, spec: dict
 
 def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_provider_that_takes_none_of_the_model_fails_the_load(zygote: ZygoteProcess, tmp_path: Path) -> None:
+    """The CPU build has a remote one, and lists it first: the model would run on the CPU under its name."""
+    providers = ["AzureExecutionProvider", "CPUExecutionProvider"]
+    if providers[0] not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has the CPU only")
+    worker = zygote.fork(models.bundle(tmp_path, models.linear(), models.LINEAR_SIGNATURE, providers=providers))
+    header = worker.receive().header
+    assert header["code"] == "load_failed"
+    assert "AzureExecutionProvider executes none of the 1 operators" in header["message"]
+    worker.close()
+
+
+def test_a_variant_names_its_provider(zygote: ZygoteProcess, tmp_path: Path) -> None:
+    worker = zygote.fork(models.bundle(tmp_path, models.linear(), models.LINEAR_SIGNATURE, providers=[]))
+    assert "names its execution provider" in worker.receive().header["message"]
+    worker.close()
+
+
+@pytest.mark.parametrize(("taken", "given"), [("bfloat16", "float32"), ("float32", "float16"), ("float64", "float64")])
+def test_floats_of_the_file_are_converted_to_what_is_declared(
+    zygote: ZygoteProcess, tmp_path: Path, taken: str, given: str
+) -> None:
+    """The file takes and gives bfloat16, which NumPy lacks."""
+    signature = {
+        "inputs": [{"name": "x", "dtype": taken, "shape": ["N", 4]}],
+        "outputs": [{"name": "y", "dtype": given, "shape": ["N", 4]}],
+    }
+    worker = zygote.fork(models.bundle(tmp_path, models.narrow_identity(), signature))
+    worker.hello()
+    x = np.array([[0.0, 1.0, -2.5, 3e38]], np.float32)
+    sent = (x.view(np.uint32) >> 16).astype(np.uint16) if taken == "bfloat16" else x.astype(taken)
+    number = worker.next_id()
+    entry = {"name": "x", "dtype": taken, "shape": [1, 4], "nbytes": sent.nbytes}
+    worker.send({"kind": "infer", "id": number, "tensors": [entry]}, [sent.tobytes()])
+    frame = worker.receive()
+    assert frame.header["tensors"][0]["dtype"] == given, frame.header
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(np.frombuffer(bytes(frame.body), given), x[0].astype(given), rtol=0.01)
+    worker.close()
+
+
+def test_a_bfloat16_output_is_declared_float32(zygote: ZygoteProcess, tmp_path: Path) -> None:
+    tensor = {"dtype": "bfloat16", "shape": ["N", 4]}
+    signature = {"inputs": [{"name": "x", **tensor}], "outputs": [{"name": "y", **tensor}]}
+    worker = zygote.fork(models.bundle(tmp_path, models.narrow_identity(), signature))
+    assert "'y': declare it float32" in worker.receive().header["message"]
+    worker.close()
+
+
+def test_a_worker_whose_gpu_is_lost_ends_without_answering_so_that_another_does(
+    zygote: ZygoteProcess, tmp_path: Path
+) -> None:
+    """The fault is the model's own, under the words of CUDA: on the CPU they mean nothing."""
+    model = models.lookup("CUDA error: an illegal memory access was encountered")
+    spec = models.bundle(tmp_path, model, models.LOOKUP_SIGNATURE)
+    for kind in ("cpu", "cuda"):
+        worker = zygote.fork(spec | {"device": {"kind": kind, "index": 0}})
+        worker.hello()
+        worker.post({"index": np.array([9])})
+        if kind == "cpu":
+            assert worker.receive().header["code"] in ("inference_failed", "invalid_input")
+        else:
+            with pytest.raises(EOFError):
+                worker.receive()
+            assert zygote.exit_of(worker.pid)["code"] == 1
+        worker.close()

@@ -52,7 +52,8 @@ def model(text: str, *, ready: bool = False) -> dict[str, Any]:
 def status(text: str) -> dict[str, Any]:
     serving = {
         "model": text, "version": text, "ready": False, "reason": text, "variant": text, "device": text,
-        "sandbox": {"level": text}, "answers": {"good": 1, "faults": 0}, "latency_s": {"p50": 0.001, "p99": 0.002},
+        "sandbox": {"level": text, "detail": text}, "resident_bytes_max": 600 << 20, "placement": {text: 3, "x": 1},
+        "answers": {"good": 1, "faults": 0}, "latency_s": {"p50": 0.001, "p99": 0.002},
         "fallbacks": [{"variant": text, "reason": text}], "workers": [7, 8],
         "scaling": {"min": 1, "max": 4, "held": text, "cores": [[0, 1], [2, 3]]},
     }  # fmt: skip
@@ -288,3 +289,9 @@ def test_a_refused_socket_names_the_group(tmp_path: Path, monkeypatch: pytest.Mo
     done = CliRunner().invoke(main, ["--socket", str(tmp_path / "s"), "status"])
     assert done.exit_code == 3
     assert "group inferd" in done.stderr
+
+
+def test_status_says_what_confines_a_model_and_where_it_runs() -> None:
+    said = str(cli_text.status_text(status("m"), {}))
+    for line in ("sandbox lacks m", "killed above 600 MiB", "operators: 3 on m, 1 on x"):
+        assert line in said

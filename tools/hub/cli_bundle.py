@@ -85,6 +85,16 @@ def pack(
       outputs = "golden/g1.out.safetensors"
       compare = [{ output = "scores", metric = "allclose", rtol = 1e-3, atol = 1e-5 }]
     Further keys: signature, classes, shared, roles, ignore, seq, warmup, drift, rollout, ext.
+
+    \b
+    A variant for torch holds native code, so a box must allow it ([policy] native_formats = "signed"):
+      [[variants]]
+      id = "torch-fp32"
+      runtime = "torch"
+      entry = "torch/model.pt2"            # torch.export.save; or .pt: TorchScript
+      precision = "fp32"
+      priority = 20
+      trusted_native = true
     """
     from tools.hub.pack import pack as pack_bundle  # imports a runtime: only this verb pays
 

@@ -26,7 +26,7 @@ from agent.bundles.inspection import inspect_bundle
 from agent.bundles.names import check_name, check_version
 from agent.config import MIB
 from agent.durable import sync_directory, write_file
-from tools.hub import chunks, export_check, lint, trial
+from tools.hub import chunks, export_check, lint, torch_machine, trial
 from tools.hub.bundle import MANIFEST, Bundle, open_bundle
 from tools.hub.contents import Contents, format_of, plan
 from tools.hub.description import Description
@@ -151,6 +151,8 @@ def _try_variants(
 
 
 def _why_not_here(variant: schema.Variant, available: Collection[str]) -> str:
+    if variant.runtime == "torch":
+        return torch_machine.why_not(variant.device.kind)
     if variant.runtime != "onnxruntime":
         return f"runtime {variant.runtime}"
     if not variant.device.providers:
@@ -247,7 +249,7 @@ def _document(
         total_size=sum(sizes.values()),
         files=tuple(files),
         variants=tuple(_variant(variant, contents, sizes) for variant in description.variants),
-        signature=description.signature or signature_of(sources.root, description.variants[0].entry),
+        signature=description.signature or _signature(sources.root, description),
         handler=description.handler,
         description=description.description,
         labels=description.labels,
@@ -275,7 +277,7 @@ def _variant(variant: VariantSource, contents: Contents, sizes: Mapping[str, int
         entry=variant.entry,
         files=tuple(files),
         precision=variant.precision,
-        device=variant.device,
+        device=_device(variant),
         quant=variant.quant,
         memory=schema.Memory(host_mb=_mib(_ESTIMATE * disk), disk_mb=_mib(disk), source="estimated"),
         threads=variant.threads,
@@ -283,6 +285,24 @@ def _variant(variant: VariantSource, contents: Contents, sizes: Mapping[str, int
         metrics=variant.metrics,
         trusted_native=variant.trusted_native,
     )
+
+
+def _device(variant: VariantSource) -> schema.Device:
+    """Return the device, with the provider named that the CPU has in ONNX Runtime; torch has none."""
+    device = variant.device
+    if variant.runtime == "torch":
+        return msgspec.structs.replace(device, providers=())
+    if variant.runtime == "onnxruntime" and device.kind == "cpu" and not device.providers:
+        return msgspec.structs.replace(device, providers=("CPUExecutionProvider",))
+    return device
+
+
+def _signature(source: Path, description: Description) -> schema.Signature:
+    """Return the signature of the first variant whose file tells it."""
+    for variant in description.variants:
+        if format_of(variant.entry) == "onnx":
+            return signature_of(source, variant.entry)
+    raise SourceError("[signature] is needed: none of the variants' files is ONNX, which alone tells its own")
 
 
 def _measured(variant: schema.Variant, outcome: trial.Outcome | None) -> schema.Variant:

@@ -26,6 +26,7 @@ from tools.hub.errors import TrialError
 _TIMING_RUNS_MAX: Final = 50
 _TIMING_S_MAX: Final = 3.0
 _TIMEOUT_S: Final = 900.0
+_ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # around which the sandbox closes
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +58,7 @@ def attempt(spec: Mapping[str, Any]) -> Outcome:
                 capture_output=True,
                 timeout=_TIMEOUT_S,
                 check=False,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # the sandbox closes around a single thread
+                env=os.environ | _ONE_THREAD,
             )
         except subprocess.TimeoutExpired as error:
             raise TrialError(f"{where}: no result within {_TIMEOUT_S:.0f} s") from error
@@ -88,7 +89,7 @@ def _try(raw: Mapping[str, Any]) -> Outcome:
     from agent.worker.spec import parse
 
     spec = parse(msgpack.packb(raw))
-    table.loader(spec.runtime)  # imports the runtime, which a box's zygote has done before
+    table.preload_all(spec.runtime)  # which a box's zygote has done before
     before = _resident_bytes()
     loaded = loading.load(spec)
     one = {

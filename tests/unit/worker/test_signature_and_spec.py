@@ -159,7 +159,7 @@ def test_a_cuda_device_is_named_with_its_index() -> None:
     ("change", "words"),
     [
         ({"model": 1}, "spec.model must be str"),
-        ({"providers": []}, "spec.providers"),
+        ({"providers": "CPU"}, "spec.providers"),
         ({"providers": [1]}, "spec.providers"),
         ({"bundle_dir": "relative"}, "spec.bundle_dir must be an absolute path"),
         ({"sandbox": "off"}, "enforce, best_effort"),

@@ -1,0 +1,86 @@
+"""The engine's ladder across runtimes and devices, with GPUs that only the test says are there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.engine.types import VariantSpec, VersionSpec
+from agent.errors import OutOfMemoryError
+from agent.gpus import GpuMemory
+from tests.fakes import torch_models
+from tests.integration.test_engine import bench, run
+from tests.models import scale_version
+
+pytestmark = pytest.mark.integration
+GPUS = (
+    GpuMemory(index=0, uuid="GPU-a", free_bytes=1 << 30),
+    GpuMemory(index=1, uuid="GPU-b", free_bytes=8 << 30),
+)
+
+
+def on_gpu(variant: VariantSpec, **changes: object) -> VariantSpec:
+    """Return the variant for a GPU, executed by the CPU all the same."""
+    worker = {**variant.worker, "device": {"kind": "cuda", "index": 0}}
+    return replace(variant, device="cuda:0", worker=worker, **changes)  # type: ignore[arg-type]
+
+
+def load(folder: Path, variants: Sequence[VariantSpec], spec: VersionSpec) -> dict[str, object]:
+    """Load the variants in an engine with two GPUs; return the status."""
+    seen: dict[str, object] = {}
+
+    async def story() -> None:
+        async with bench(folder, gpus=lambda: GPUS) as box:
+            version = await box.engine.load(replace(spec, variants=tuple(variants)))
+            box.engine.activate(version)
+            assert (await box.ask())["y"] == 2.0
+            seen.update(version.status())
+
+    run(story)
+    return seen
+
+
+def test_a_worker_is_told_the_gpu_with_the_most_free_memory(tmp_path: Path) -> None:
+    spec = scale_version(tmp_path / "bundle")
+    status = load(tmp_path, [on_gpu(spec.variants[0])], spec)
+    assert status["device"] == "cuda:1"
+    sandbox = status["sandbox"]
+    assert isinstance(sandbox, dict)
+    assert sandbox["profile"] == "cuda"
+
+
+def test_a_pin_is_kept(tmp_path: Path) -> None:
+    spec = scale_version(tmp_path / "bundle")
+    assert load(tmp_path, [on_gpu(spec.variants[0], pinned_device="cuda:0")], spec)["device"] == "cuda:0"
+
+
+def test_a_variant_that_no_gpu_has_room_for_gives_way_to_the_next(tmp_path: Path) -> None:
+    spec = scale_version(tmp_path / "bundle", factors=(2.0, 2.0))
+    greedy, plain = spec.variants
+    status = load(tmp_path, [on_gpu(greedy, device_bytes=16 << 30), plain], spec)
+    assert (status["variant"], status["device"]) == (plain.id, "cpu")
+    assert status["fallbacks"] == [
+        {
+            "variant": greedy.id,
+            "code": OutOfMemoryError.code,
+            "reason": "needs 16384 MiB of GPU memory, cuda:1 has 8192 free",
+        }
+    ]
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(bool(torch_models.MISSING), reason=torch_models.MISSING)
+def test_a_broken_onnx_file_gives_way_to_torch(tmp_path: Path, torch_files: Path) -> None:
+    spec = scale_version(tmp_path / "bundle", factors=(None,))
+    (broken,) = spec.variants
+    shutil.copyfile(torch_files / "double.pt", tmp_path / "bundle/double.pt")
+    worker = {**broken.worker, "variant": "torch", "runtime": "torch", "providers": [], "entry": "double.pt"}
+    other = replace(broken, id="torch", runtime="torch", worker=worker)
+    status = load(tmp_path, [broken, other], spec)
+    assert (status["variant"], status["provider"]) == ("torch", "torch cpu")
+    (fallback,) = status["fallbacks"]  # type: ignore[misc]
+    assert (fallback["variant"], fallback["code"]) == (broken.id, "load_failed")

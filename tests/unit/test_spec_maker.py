@@ -1,0 +1,90 @@
+"""What a worker is told of a bundle: its zygote, its isolation, its device, its memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.adapters import SpecMaker
+from agent.bundles.puller import StoredBundle
+from agent.config import MIB, EngineConfig, ModelWorkersConfig, PolicyConfig, ServingConfig
+from agent.deploy.ports import Bundle
+from agent.engine.types import VariantSpec
+from agent.profile import Profile
+from tests.fakes import bundles
+
+HANDLER = {"handler": {"module": "handler.py", "class": "H"}}
+
+
+def made(
+    variant: dict[str, Any], *, policy: PolicyConfig | None = None, engine: EngineConfig | None = None, **more: Any
+) -> VariantSpec:
+    """Return the spec of a bundle's only variant, whose own keys are ``variant``'s."""
+    files = bundles.plain_files() | {"handler.py": b"class H: ...", str(variant.get("entry", "x.pt")): b"program"}
+    entry = variant.get("entry", "fp32/model.onnx")
+    base = bundles.describe(files)["variants"][0] | {"files": [entry], "entry": entry} | variant
+    manifest = bundles.manifest(files, variants=[base], **more)
+    maker = SpecMaker(
+        engine=engine or EngineConfig(),
+        policy=policy or PolicyConfig(),
+        serving=ServingConfig(),
+        profile=Profile(name="p", description="", intra_op_threads=3),
+    )
+    stored = StoredBundle(
+        path=Path("/b"), manifest=manifest, manifest_sha256="0" * 64, variants=manifest.variants, dropped=()
+    )
+    bundle = Bundle(team="t", name="tiny", version="1", digest="0" * 64, path=Path("/b"), content=stored)
+    (spec,) = maker.version_spec(bundle).variants
+    return spec
+
+
+TORCH = {"runtime": "torch", "device": {"kind": "cpu"}, "trusted_native": True}
+
+
+@pytest.mark.parametrize(
+    ("variant", "zygote"),
+    [({}, "onnx"), (TORCH | {"entry": "m/a.pt"}, "torch"), (TORCH | {"entry": "m/a.pt2"}, "torch-export")],
+)
+def test_the_zygote_follows_from_runtime_and_format(variant: dict[str, Any], zygote: str) -> None:
+    assert made(variant).runtime == zygote
+
+
+def test_threads_are_the_profiles_unless_the_variant_says() -> None:
+    assert made({}).worker["threads"] == {"intra": 3, "inter": 1}
+    assert made({"threads": {"intra": 2}}).worker["threads"]["intra"] == 2
+
+
+@pytest.mark.parametrize(
+    ("variant", "more", "level"),
+    [({}, {}, "none"), ({}, HANDLER, "partial"), (TORCH | {"entry": "m/a.pt"}, {}, "partial"),
+     ({"trusted_native": True}, {}, "partial")],
+    ids=["weights alone", "handler module", "native format", "native by its own word"],
+)  # fmt: skip
+def test_code_of_a_bundle_needs_the_level_that_policy_names(
+    variant: dict[str, Any], more: dict[str, Any], level: str
+) -> None:
+    policy = PolicyConfig(sandbox="best_effort", code_sandbox="partial")
+    worker = made(variant, policy=policy, **more).worker
+    assert (worker["sandbox"], worker["code_sandbox"]) == ("best_effort", level)
+
+
+def test_the_default_is_the_whole_sandbox_for_code_whatever_else_is_allowed() -> None:
+    worker = made({}, policy=PolicyConfig(sandbox="best_effort"), **HANDLER).worker
+    assert worker["code_sandbox"] == "full"
+
+
+def test_a_pinned_model_keeps_its_gpu_and_a_cpu_variant_needs_none() -> None:
+    engine = EngineConfig(models=(ModelWorkersConfig(name="tiny", device="cuda:2"),))
+    gpu = {"device": {"kind": "cuda", "providers": ["CUDAExecutionProvider"]}, "memory": {"device_mb": 300}}
+    spec = made(gpu, engine=engine)
+    assert (spec.device, spec.pinned_device, spec.device_bytes) == ("cuda:2", "cuda:2", 300 * MIB)
+    assert spec.worker["device"] == {"kind": "cuda", "index": 2}
+    assert spec.bounds.least == 1
+    assert made({}, engine=engine).pinned_device == ""
+
+
+def test_memory_really_used_has_head_room_over_what_was_measured() -> None:
+    assert made({"memory": {"host_mb": 100}}).resident_bytes_max == (512 + 400) * MIB
+    assert made({}, engine=EngineConfig(resident_bytes_max=64 * MIB)).resident_bytes_max == 64 * MIB
