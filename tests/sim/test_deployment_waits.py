@@ -29,13 +29,22 @@ class SlowStore(FakeStore):
     steps = 1_000_000
 
     async def fetch(
-        self, *, team: str, name: str, version: str, channel: str, on_progress: Callable[[Progress], None]
+        self,
+        *,
+        team: str,
+        name: str,
+        version: str,
+        channel: str,
+        medium: str = "",
+        on_progress: Callable[[Progress], None],
     ) -> Bundle:
         on_progress(Progress(phase="resolved", version=version, digest=digest_of(name, version), bytes_total=1000))
         for step in range(self.steps):
             await self.clock.sleep(1.0)
             on_progress(Progress(phase="progress", bytes_done=step, bytes_total=1000, rate_bps=10))
-        return await super().fetch(team=team, name=name, version=version, channel=channel, on_progress=on_progress)
+        return await super().fetch(
+            team=team, name=name, version=version, channel=channel, medium=medium, on_progress=on_progress
+        )
 
 
 def slow_box(folder: Path, *, steps: int) -> Box:
