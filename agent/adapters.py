@@ -194,9 +194,9 @@ class BundleStore:
     async def check(self, path: Path) -> Bundle:
         return _bundle(await self._puller.check(path))
 
-    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> tuple[str, str]:
+    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> Mark:
         found = await self._puller.resolve(team, name, version, channel, medium=medium)
-        return found.version, found.manifest_sha256
+        return Mark(version=found.version, digest=found.manifest_sha256, seq=found.seq, size_bytes=found.bytes_total)
 
     async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
         answer = await self._puller.survey(models, medium=medium)

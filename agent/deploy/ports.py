@@ -159,8 +159,8 @@ class Store(Protocol):
     async def check(self, path: Path) -> Bundle:
         """Return the bundle in ``path`` after checking every byte again, without network or expiry."""
 
-    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> tuple[str, str]:
-        """Return the version and manifest digest the store offers now."""
+    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> Mark:
+        """Return the version that the store offers now."""
 
     async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
         """Refresh, and return what the store says of these models (team, name)."""
