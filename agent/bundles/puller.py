@@ -2,7 +2,7 @@
 
 Runs in the daemon, so nothing here may parse store bytes or import the trust libraries; manifests are read from version
 directories that the child has verified. Promises: no child outlives its call; what a child may write is bounded; a
-flood of commands starts a bounded number of processes.
+flood of commands or of questions about trust starts a bounded number of processes.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ class Puller:
         }
         self._starts = _TokenBucket(commands_per_s, commands_burst, now)
         self._one_command = asyncio.Lock()
+        self._one_report = asyncio.Lock()
 
     async def fetch(
         self,
@@ -208,7 +209,8 @@ class Puller:
 
     async def trust(self) -> dict[str, Any]:
         """Return whom this box trusts and how far, from its disk alone (``survey.trust_line``)."""
-        answer = await self._ask({"op": "trust"}, "trust")
+        async with self._one_report:  # anybody who may read may ask, and each child costs memory that models need
+            answer = await self._ask({"op": "trust"}, "trust")
         del answer["event"]
         return answer
 
