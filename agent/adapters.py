@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -167,6 +167,7 @@ class BundleStore:
         self._puller = puller
         self._layout = Layout(state_dir)
         self._keep_versions = keep_versions
+        self._one_collection = asyncio.Lock()  # each holds a thread
 
     async def fetch(
         self,
@@ -212,12 +213,18 @@ class BundleStore:
             used_share=collection.used_share(self._layout.root),
         )
 
-    async def collect(self, needed: Needed, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
-        return await asyncio.to_thread(self._collect, needed, room, dry_run)
+    async def collect(
+        self, needed: Callable[[], Coroutine[Any, Any, Needed]], *, room: bool = False, dry_run: bool = False
+    ) -> list[Collected]:
+        loop = asyncio.get_running_loop()
 
-    def _collect(self, needed: Needed, room: bool, dry_run: bool) -> list[Collected]:
-        with _held(self._layout.lock):
-            return self._collect_held(needed, room, dry_run)
+        def collect() -> list[Collected]:
+            with _held(self._layout.lock):  # perhaps after half a minute, in which deployments began and ended
+                known = asyncio.run_coroutine_threadsafe(needed(), loop).result(_LOCK_WAIT_S)
+                return self._collect_held(known, room, dry_run)
+
+        async with self._one_collection:
+            return await asyncio.to_thread(collect)
 
     def _collect_held(self, needed: Needed, room: bool, dry_run: bool) -> list[Collected]:
         full = collection.used_share(self._layout.root) > self._collect_above

@@ -17,7 +17,7 @@ from typing import Final
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
-from agent.deploy.desired import REVOCATION, TRANSIENT, Action, Desired, decide, effective
+from agent.deploy.desired import REVOCATION, TRANSIENT, Action, Desired, decide, effective, may_pass
 from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
@@ -505,7 +505,7 @@ class Reconciler:
             return
         version, digest = offered
         failed = latest.state is not State.CONFIRMED
-        retry = failed and (performer.pointer is None or latest.code in TRANSIENT)
+        retry = failed and (performer.pointer is None or may_pass(latest, wish))
         if digest != latest.digest or retry:
             await self._begin_offered(performer, wish, version, digest)
 
