@@ -21,7 +21,7 @@ from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.freshness import judge
 from agent.bundles.layout import Layout
-from agent.bundles.manifest import Manifest, Variant
+from agent.bundles.manifest import Index, Manifest, Variant, parse_index
 from agent.bundles.puller import IndexedVersion, Puller, StoredBundle, SurveyedModel
 from agent.bundles.versions import list_versions
 from agent.clock import Clock
@@ -46,7 +46,7 @@ from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
 from agent.engine.types import VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
-from agent.errors import NotFoundError, PolicyError, SelfTestError, StateError, TransientError
+from agent.errors import AgentError, NotFoundError, PolicyError, SelfTestError, StateError, TransientError
 from agent.events import EventBus
 from agent.profile import Profile
 from agent.telemetry.commands import CommandInbox
@@ -199,6 +199,16 @@ class BundleStore:
             models=tuple(_news(model) for model in answer.models),
             missing={f"{item.team}/{item.name}": item.reason for item in answer.missing},
         )
+
+    async def heard(self) -> Sequence[News]:
+        return await asyncio.to_thread(self._heard)
+
+    def _heard(self) -> list[News]:
+        found = []
+        for path in self._layout.indexes():
+            with contextlib.suppress(OSError, AgentError):  # the next refresh brings it anew
+                found.append(_revoked_by(parse_index(path.read_bytes())))
+        return found
 
     async def inventory(self) -> Inventory:
         items = await asyncio.to_thread(collection.inventory, self._layout)
@@ -418,6 +428,12 @@ def _news(model: SurveyedModel) -> News:
         revoked=tuple(map(_mark, model.revoked)),
         deprecated=tuple(map(_mark, model.deprecated)),
     )
+
+
+def _revoked_by(index: Index) -> News:
+    revoked = (entry for entry in index.versions if entry.status == "revoked")
+    marks = (Mark(version=entry.version, digest=entry.manifest_sha256, reason=entry.reason) for entry in revoked)
+    return News(team=index.team, name=index.name, channels={}, newest=None, revoked=tuple(marks), deprecated=())
 
 
 def _mark(item: IndexedVersion) -> Mark:

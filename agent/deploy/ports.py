@@ -165,6 +165,9 @@ class Store(Protocol):
     async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
         """Refresh, and return what the store says of these models (team, name)."""
 
+    async def heard(self) -> Sequence[News]:
+        """Return what was revoked by what this box has verified so far, without network; never fails."""
+
     async def inventory(self) -> Inventory:
         """Return what is on disk."""
 

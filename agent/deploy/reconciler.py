@@ -122,6 +122,8 @@ class Reconciler:
             self._events.emit(Stream.HEALTH, "pointer.broken", Severity.ERROR, reason=reason)
         with contextlib.suppress(AgentError):
             await self.revocations.load()
+        with contextlib.suppress(AgentError):  # a cut may have come between a refresh and its being learned
+            await self.revocations.learn(await self._store.heard())
         with contextlib.suppress(AgentError):
             await self._refresh_wishes()
         for slot in self._wishes or {wish.slot for wish in self._configured}:

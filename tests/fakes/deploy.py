@@ -91,6 +91,9 @@ class FakeStore:
         ]
         return Survey(issued=1, origin="stick" if medium else "network", models=tuple(news), missing={})
 
+    async def heard(self) -> Sequence[News]:
+        return ()
+
     async def inventory(self) -> Inventory:
         versions = []
         for path in sorted(self.state_dir.glob("versions/*/*/*"), reverse=True):

@@ -433,3 +433,22 @@ def test_a_stick_pulled_out_half_way_does_not_keep_the_box_from_the_stores_versi
             await box.serves("2.0.0")
 
     asyncio.run(story())
+
+
+def test_a_revocation_that_was_verified_holds_although_the_box_died_before_it_took_note(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+
+    async def story() -> None:
+        async with box.alive():
+            await box.serves("1.0.0")
+        box.publish("2.0.0")
+        async with box.alive():
+            await box.serves("2.0.0")
+        box.world.revoke("2.0.0", "wrong labels")
+        await box.device.near_puller(box.clock.wall).survey([("vision", "tiny")])  # its daemon is killed meanwhile
+        box.cut_off()
+        for _ in range(2):
+            async with box.alive():
+                await box.serves("1.0.0")
+
+    asyncio.run(story())
