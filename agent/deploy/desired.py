@@ -94,7 +94,7 @@ def may_pass(record: Record, wish: Desired) -> bool:
 
     What a medium gave is no reason to leave a version aside that the store has, too.
     """
-    only_medium = bool(record.medium) and not wish.medium
+    only_medium = record.state in (State.FAILED, State.REJECTED) and bool(record.medium) and not wish.medium
     return record.code in TRANSIENT or record.code == _BYTES_WRONG or only_medium
 
 

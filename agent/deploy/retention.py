@@ -53,6 +53,7 @@ class Retention:
     async def tidy(self) -> None:
         """Remove what nothing needs, unless a deployment is under way."""
         try:
+            await self._needed_at_rest()  # else a collection would only be in a deployment's way
             await self._store.collect(self._needed_at_rest)
         except OverloadedError:
             return
@@ -66,6 +67,7 @@ class Retention:
             OverloadedError: a deployment is under way whose version is not known yet.
             OSError: the disk; what went before is gone.
         """
+        await self._needed_now()
         return await self._store.collect(self._needed_now, room=room, dry_run=dry_run)
 
     async def make_room(self, digests: frozenset[str]) -> bool:

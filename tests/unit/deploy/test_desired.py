@@ -70,6 +70,10 @@ def test_what_may_pass_by_itself(code: str, medium: str, wanted_medium: str, pas
     assert decide(wanted, SERVING, failed) is (Action.POLL if passes else Action.NOTHING)
 
 
+def test_a_sideload_that_was_cancelled_is_not_tried_again() -> None:
+    assert not may_pass(replace(done(State.SUPERSEDED), medium="/media/stick"), wish())
+
+
 def test_a_pin_wins_over_the_fleet_and_the_fleet_over_the_file() -> None:
     wishes = [wish("f", source="file"), wish("p", source="pin"), wish("m", source="fleet")]
     assert effective(wishes)["magika"].id == "p"
