@@ -32,6 +32,7 @@ ENVELOPE_BYTES_MAX: Final = 64 * 1024
 _LINE_BYTES_MAX: Final = 1024 * 1024
 _SILENCE_S: Final = 600.0  # a child that says nothing for so long is stuck: each of its own waits is far shorter
 _COMMAND_TIMEOUT_S: Final = 120.0
+_MEDIUM_TIMEOUT_S: Final = 120.0  # a mount may hang, and the trust files are held meanwhile
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 OnRefused = Callable[[str, AgentError, Mapping[str, str]], None]
@@ -204,7 +205,12 @@ class Puller:
         Raises:
             BundleError, StoreError, StateError, InvalidInputError: by the child's code.
         """
-        answer = await self._ask({"op": "survey", "models": list(models), "medium": medium}, "surveyed")
+        request = {"op": "survey", "models": list(models), "medium": medium}
+        try:
+            async with asyncio.timeout(_MEDIUM_TIMEOUT_S if medium else None):
+                answer = await self._ask(request, "surveyed")
+        except TimeoutError as error:
+            raise TransientError(f"{medium}: what is mounted there does not answer") from error
         return msgspec.convert(answer, SurveyAnswer)
 
     async def trust(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.signer import CryptoSigner
 
 from agent.bundles.puller import Puller
-from agent.errors import AgentError, CommandError, OverloadedError
+from agent.errors import AgentError, CommandError, OverloadedError, TransientError
 from tests.fakes.device import DeviceWorld
 from tests.fakes.store import StoreWorld
 
@@ -113,6 +113,17 @@ def test_a_flood_starts_a_bounded_number_of_processes(world: StoreWorld, device:
 
     kinds = asyncio.run(run())
     assert kinds.count(OverloadedError) == 48
+
+
+def test_a_medium_that_does_not_answer_is_given_up(
+    world: StoreWorld, device: DeviceWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        await device.puller().survey([("vision", "tiny")], medium=str(world.root))
+
+    monkeypatch.setattr("agent.bundles.puller._MEDIUM_TIMEOUT_S", 0.01)
+    with pytest.raises(TransientError, match="does not answer"):
+        asyncio.run(run())
 
 
 def test_questions_about_trust_start_one_process_at_a_time(
