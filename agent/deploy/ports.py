@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,11 +165,19 @@ class Store(Protocol):
     async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
         """Refresh, and return what the store says of these models (team, name)."""
 
+    async def heard(self) -> Sequence[News]:
+        """Return what was revoked by what this box has verified so far, without network; never fails."""
+
     async def inventory(self) -> Inventory:
         """Return what is on disk."""
 
-    async def collect(self, needed: Needed, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
-        """Remove what nothing needs, and more of it if ``room`` is short; ``dry_run`` only says what would go."""
+    async def collect(
+        self, needed: Callable[[], Coroutine[Any, Any, Needed]], *, room: bool = False, dry_run: bool = False
+    ) -> list[Collected]:
+        """Remove what nothing needs, and more of it if ``room`` is short; ``dry_run`` only says what would go.
+
+        ``needed`` is asked when nobody else is at the store's files any more; what it raises ends the collection.
+        """
 
 
 class Loaded(Protocol):

@@ -17,7 +17,7 @@ from typing import Final
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
-from agent.deploy.desired import REVOCATION, TRANSIENT, Action, Desired, decide, effective
+from agent.deploy.desired import REVOCATION, TRANSIENT, Action, Desired, decide, effective, may_pass
 from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
@@ -123,6 +123,8 @@ class Reconciler:
             self._events.emit(Stream.HEALTH, "pointer.broken", Severity.ERROR, reason=reason)
         with contextlib.suppress(AgentError):
             await self.revocations.load()
+        with contextlib.suppress(AgentError):  # a cut may have come between a refresh and its being learned
+            await self.revocations.learn(await self._store.heard())
         with contextlib.suppress(AgentError):
             await self._refresh_wishes()
         for slot in self._wishes or {wish.slot for wish in self._configured}:
@@ -508,7 +510,7 @@ class Reconciler:
         if offered is None:
             return
         failed = latest.state is not State.CONFIRMED
-        retry = failed and (performer.pointer is None or latest.code in TRANSIENT)
+        retry = failed and (performer.pointer is None or may_pass(latest, wish))
         if offered.digest != latest.digest or retry:
             await self._begin_offered(performer, wish, offered)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from agent.deploy.ports import Bundle, Collected, Evidence, Inventory, Kept, Mark, Needed, News, Progress, Survey
 from agent.errors import AgentError, LoadError, OfflineError, TargetNotFoundError, WorkerDiedError
@@ -95,6 +96,9 @@ class FakeStore:
         ]
         return Survey(issued=1, origin="stick" if medium else "network", models=tuple(news), missing={})
 
+    async def heard(self) -> Sequence[News]:
+        return ()
+
     async def inventory(self) -> Inventory:
         versions = []
         for path in sorted(self.state_dir.glob("versions/*/*/*"), reverse=True):
@@ -106,8 +110,10 @@ class FakeStore:
             )
         return Inventory(versions=tuple(versions))
 
-    async def collect(self, needed: Needed, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
-        self.needed = needed
+    async def collect(
+        self, needed: Callable[[], Coroutine[Any, Any, Needed]], *, room: bool = False, dry_run: bool = False
+    ) -> list[Collected]:
+        self.needed = await needed()
         found, self.collectable = self.collectable, self.collectable if dry_run else []
         return found
 
