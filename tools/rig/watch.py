@@ -33,7 +33,7 @@ class Holding:
     own_bytes: int  # of them what is no file: pages of files count less the more others run the same program
     descriptors: int  # without the arena's
     arena_bytes: int
-    children: int
+    children: int  # without trust children, which come and go with each look at the store
     workers: int  # that the daemon knows
     gauges: Mapping[str, float]  # sums over labels, without those that are zero by nature
 
@@ -56,7 +56,7 @@ def look(rig: Rig) -> Holding:
         own_bytes=pss["Pss_Anon"] + pss["Pss_Shmem"],
         descriptors=descriptors,
         arena_bytes=arena_bytes,
-        children=len(process.children(recursive=True)),
+        children=sum(map(_lasts, process.children(recursive=True))),
         workers=sum(len(row.get("workers", ())) for row in status["models"]),
         gauges={name: gauges.get(name, 0.0) for name in (*_ZERO, "inferd_frame_connections", "inferd_worker_deaths")},
     )
@@ -80,6 +80,13 @@ def not_settled(before: Holding, now: Holding) -> list[str]:
         was, most = before.own_bytes / 1e6, PSS_GROWTH_MAX / 1e6
         found.append(f"{now.own_bytes / 1e6:.1f} MB PSS without files, not {was:.1f} (+{most:g} at most)")
     return found
+
+
+def _lasts(process: psutil.Process) -> bool:
+    try:
+        return "agent.bundles.child" not in process.cmdline()
+    except psutil.Error:
+        return False  # it has ended
 
 
 def descendants(pid: int) -> set[tuple[int, float]]:
