@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ outputs = "golden/out.safetensors"
 compare = [{{ output = "y", metric = "allclose", rtol = 1e-5, atol = 1e-6 }}]
 """
         )
-        self.hub("pack", source, "--out", bundle, *(("--untried", "gpu") if extra_variant else ()))
+        untried = ("--untried", "gpu") if extra_variant else ()
+        number = time.time_ns() // 1_000_000  # two versions may be packed in one second
+        self.hub("pack", source, "--out", bundle, "--seq", number, *untried)
         if not prepare_only:
             self.publish(bundle, *(("--channel", channel) if channel else ()))
         return bundle

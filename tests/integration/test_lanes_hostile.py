@@ -288,7 +288,7 @@ def test_a_body_for_which_memory_does_not_suffice_ends_its_lane_only(tmp_path: P
         async with shared_box(tmp_path, bounded(tmp_path / "n", limit)) as box:
             bad, good = await peers(box.path, "double", 2)
             assert bad.lane is not None
-            bad.lane.sendall(encode_head({"kind": "infer", "id": 1, "model": "double"}, 1 << 26) + bytes(100_000))
+            bad.lane.sendall(encode_head({"kind": "infer", "id": 1, "model": "double"}, 1 << 26) + bytes(10_000))
             assert await asyncio.to_thread(bad.outcome) == "overloaded"
             assert await asyncio.to_thread(bad.outcome) is None
             good.ask(1)
