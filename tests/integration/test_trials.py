@@ -86,6 +86,7 @@ def test_only_crashes_let_a_version_on_trial_yield_to_the_confirmed_one(box: Box
     configure(box, "probation_s = 1.0")
     box.start()
     box.until_serving("1.0.0")
+    box.until(lambda: not pointer(box)["trial"], what="1.0.0 is confirmed", timeout_s=90)
     assert box.stop_daemon() == 0
     configure(box, _ENDLESS)
     box.start()
