@@ -132,8 +132,9 @@ class Engine:
                     await version.close(timeout_s=0)
                 for zygote in self._zygotes.values():
                     await zygote.stop()
-                for folder in self._scratch.iterdir():  # of workers that wrote while they were killed
-                    shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # who removed it all has done our work
+                    for folder in self._scratch.iterdir():  # of workers that wrote while they were killed
+                        shutil.rmtree(folder, ignore_errors=True)
 
     async def run(self) -> None:
         """Component: answer requests whose deadline passed, kill workers that hang."""
