@@ -22,6 +22,8 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     ├── WorkerError (worker_failed)
     │   ├── WorkerDiedError* (worker_died)
     │   ├── LoadError (load_failed)                 a variant could not be loaded
+    │   │   └── UnloadableError (unloadable)        nor ever will be: bad format, unsupported operator, missing file
+    │   ├── DeviceLostError (device_lost)           the GPU of a variant is gone
     │   ├── SelfTestError (selftest_failed)         golden outputs differ
     │   ├── SandboxError (sandbox_failed)           the required isolation could not be set up
     │   ├── OutOfMemoryError (out_of_memory)
@@ -186,6 +188,18 @@ class LoadError(WorkerError):
     """A variant could not be loaded."""
 
     code = "load_failed"
+
+
+class UnloadableError(LoadError):
+    """A variant fails to load the same way each time: bad format, unsupported operator, missing file, wrong handler."""
+
+    code = "unloadable"
+
+
+class DeviceLostError(WorkerError):
+    """The device of a variant has fallen off the bus or needs a reset."""
+
+    code = "device_lost"
 
 
 class SelfTestError(WorkerError):

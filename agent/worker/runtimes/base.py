@@ -39,7 +39,8 @@ class Load(Protocol):
         """Open ``spec.entry``.
 
         Raises:
-            LoadError: missing, malformed, or not runnable by ``spec.providers``.
+            UnloadableError: missing, malformed, or not runnable by ``spec.providers``; another try would fail likewise.
+            LoadError: it could not be loaded now.
             OutOfMemoryError: memory did not suffice.
         """
         ...

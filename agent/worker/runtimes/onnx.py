@@ -16,7 +16,15 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as binding
 
-from agent.errors import AgentError, InferenceError, InvalidInputError, LoadError, OutOfMemoryError, TensorError
+from agent.errors import (
+    AgentError,
+    InferenceError,
+    InvalidInputError,
+    LoadError,
+    OutOfMemoryError,
+    TensorError,
+    UnloadableError,
+)
 from agent.tensors import Array
 from agent.worker.signature import Dimension, TensorSpec
 from agent.worker.spec import Spec, inside
@@ -34,6 +42,7 @@ _LEVELS: Final = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _LOG_ERRORS_ONLY: Final = 3
+_SILENT: Final = 4
 _CPU: Final = "CPUExecutionProvider"
 # A spinning thread pool answers a little sooner and burns a core after every request: wrong on a shared small box.
 _CONFIG: Final = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
@@ -44,6 +53,18 @@ _FOREIGN: Final[tuple[type[Exception], ...]] = (
     TypeError,
     RuntimeError,
     MemoryError,
+)
+_PERMANENT: Final = tuple(
+    getattr(binding, name)
+    for name in ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel", "NotImplemented")
+)
+# What the library calls a mere failure, and is the file's: an operator or version it does not know, weights not there.
+_PERMANENT_SIGNS: Final = (
+    "is not a registered function/op",
+    "ValidateOpsetForDomain",
+    "Unsupported model IR version",
+    "onnxruntime::Model::Model",
+    "External data path",
 )
 _MEMORY_SIGNS: Final = ("bad_alloc", "failed to allocate", "out of memory", "bfcarena", "cannot allocate memory")
 
@@ -57,6 +78,7 @@ class OnnxRuntime:
         self.outputs = _specs(session.get_outputs())
         self._run = session.run
         self._names = [spec.name for spec in self.outputs]
+        self._options: onnxruntime.RunOptions | None = None  # set once memory has run short
         self._texts = frozenset(spec.name for spec in self.inputs if spec.dtype == "bytes")
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -65,24 +87,26 @@ class OnnxRuntime:
         for name in self._texts:
             feed[name] = _as_text(name, feed[name])
         try:
-            return dict(zip(self._names, self._run(self._names, feed), strict=True))
+            return dict(zip(self._names, self._run(self._names, feed, self._options), strict=True))
         except _FOREIGN as error:
-            raise _translated(error) from error
+            failure = _translated(error)
+            if isinstance(failure, OutOfMemoryError):
+                self._options = _lean()
+            raise failure from error
 
 
 def load(spec: Spec) -> OnnxRuntime:
     """See ``base.Load``."""
     missing = [name for name in spec.providers if name not in onnxruntime.get_available_providers()]
     if missing:
-        raise LoadError(f"execution provider {missing[0]} is not in this onnxruntime")
+        raise UnloadableError(f"execution provider {missing[0]} is not in this onnxruntime")
     path = inside(spec.bundle_dir, spec.entry)
     try:
         session = onnxruntime.InferenceSession(
             str(path), _options(spec), providers=[_provider(name, spec) for name in spec.providers]
         )
     except _FOREIGN as error:
-        kind = OutOfMemoryError if _is_memory(error) else LoadError
-        raise kind(f"{spec.entry}: {_short(error)}") from error
+        raise _load_failure(error)(f"{spec.entry}: {_short(error)}") from error
     session.disable_fallback()
     provider = session.get_providers()[0]
     if provider != spec.providers[0]:
@@ -92,6 +116,14 @@ def load(spec: Spec) -> OnnxRuntime:
     return OnnxRuntime(session, provider)
 
 
+def _lean() -> onnxruntime.RunOptions:
+    """Return options with which a run gives its memory back: the runtime's arena would keep all it ever got."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = _SILENT  # the failure is raised; each try to halve it need not be printed too
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def _options(spec: Spec) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = spec.threads_intra
@@ -99,7 +131,7 @@ def _options(spec: Spec) -> onnxruntime.SessionOptions:
     options.log_severity_level = _LOG_ERRORS_ONLY
     level = spec.session.get("graph_opt", "all")
     if level not in _LEVELS:
-        raise LoadError(f"session.graph_opt must be one of {', '.join(_LEVELS)}, got {level!r}")
+        raise UnloadableError(f"session.graph_opt must be one of {', '.join(_LEVELS)}, got {level!r}")
     config = {**_CONFIG, **spec.session.get("config", {})}
     if spec.share_weights and spec.providers[0] == _CPU:
         config["session.disable_prepacking"] = "1"
@@ -107,7 +139,7 @@ def _options(spec: Spec) -> onnxruntime.SessionOptions:
     options.graph_optimization_level = _LEVELS[level]
     for key, value in config.items():
         if not key.startswith("session.") or not isinstance(value, str):
-            raise LoadError(f"session.config: {key!r} must begin with 'session.' and map to a text")
+            raise UnloadableError(f"session.config: {key!r} must begin with 'session.' and map to a text")
         options.add_session_config_entry(key, value)
     return options
 
@@ -122,7 +154,7 @@ def _specs(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
     specs = []
     for node in nodes:
         if node.type not in _DTYPES:
-            raise LoadError(f"tensor {node.name!r} has type {node.type}, which cannot be served")
+            raise UnloadableError(f"tensor {node.name!r} has type {node.type}, which cannot be served")
         shape: tuple[Dimension, ...] = tuple(size if isinstance(size, int | str) else None for size in node.shape)
         specs.append(TensorSpec(node.name, _DTYPES[node.type], shape))
     return tuple(specs)
@@ -136,6 +168,14 @@ def _as_text(name: str, array: Array) -> Array:
     except UnicodeDecodeError as error:
         raise TensorError(f"input {name!r}: an element is not UTF-8 text") from error
     return texts.reshape(array.shape)
+
+
+def _load_failure(error: Exception) -> type[AgentError]:
+    """Return what a failed load was: the file's own fault is there at each try."""
+    if _is_memory(error):
+        return OutOfMemoryError
+    permanent = isinstance(error, _PERMANENT) or any(sign in str(error) for sign in _PERMANENT_SIGNS)
+    return UnloadableError if permanent else LoadError
 
 
 def _translated(error: Exception) -> AgentError:
