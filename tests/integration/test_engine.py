@@ -19,6 +19,7 @@ import uvloop
 
 from agent.clock import SystemClock
 from agent.config import EngineConfig
+from agent.engine.book import VariantBook
 from agent.engine.engine import Engine
 from agent.engine.zygote import become_subreaper
 from agent.errors import LoadError
@@ -82,7 +83,12 @@ class Bench:
 
 @asynccontextmanager
 async def bench(
-    folder: Path, *, cores: Iterable[int] = (), memory_bytes_max: int = 0, **options: Any
+    folder: Path,
+    *,
+    cores: Iterable[int] = (),
+    memory_bytes_max: int = 0,
+    book: VariantBook | None = None,
+    **options: Any,
 ) -> AsyncIterator[Bench]:
     become_subreaper()
     events = EventBus(SystemClock())
@@ -96,6 +102,7 @@ async def bench(
         metrics=metrics,
         cores=cores,
         memory_bytes_max=memory_bytes_max,
+        book=book,
     )
     async with engine.running():
         sweeper = asyncio.ensure_future(engine.run())
@@ -142,7 +149,7 @@ def test_a_variant_that_cannot_load_is_skipped_with_its_reason(tmp_path: Path) -
             box.engine.activate(version)
             assert (await box.ask())["y"] == 5.0
             fallback = version.status()["fallbacks"][0]
-            assert (fallback["variant"], fallback["code"]) == ("v0", "load_failed")
+            assert (fallback["variant"], fallback["code"]) == ("v0", "unloadable")
             assert any(event.type == "variant.skipped" for event in box.events.recent())
 
     run(story)
