@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from agent import __version__
 from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.layout import Layout
 from agent.bundles.manifest import Manifest, Variant
@@ -29,11 +30,12 @@ from agent.engine.types import VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.errors import PolicyError, SelfTestError, StateError
 from agent.events import EventBus
-from agent.profile import Profile
+from agent.profile import Hardware, Profile
 from agent.telemetry.commands import CommandInbox
 from agent.telemetry.presence import Presence
 
 _ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}
+_RUNTIME_PACKAGES: Final = ("onnxruntime", "onnxruntime_gpu", "torch")
 _SELF_TEST_TIMEOUT_S: Final = 30.0
 _RETIRE_TIMEOUT_S: Final = 30.0
 _FLOOR_READ_S: Final = 60.0
@@ -265,6 +267,20 @@ class ReportedState:
             for row in self._engine.status()
         }
         return {"slots": [{**slot, "serving": serving.get(slot["slot"])} for slot in self._reconciler.slots()]}
+
+
+def measured_device(hardware: Hardware) -> str:
+    """Return what measurements of variants hold for: this hardware and driver, these runtimes, this agent.
+
+    The runtimes by their metadata folders' names: ``importlib.metadata`` would cost the daemon two megabytes.
+    """
+    packages = Path(msgspec.__file__).parents[1]
+    runtimes = sorted(
+        folder.name.removesuffix(".dist-info")
+        for name in _RUNTIME_PACKAGES
+        for folder in packages.glob(f"{name}-*.dist-info")
+    )
+    return "/".join((hardware.fingerprint(), *runtimes, __version__))
 
 
 def _version(loaded: Loaded) -> Version:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
 from agent import __version__
+from agent.cli_probe import probe_command
 from agent.cli_text import deployments_text, event_text, models_text, print_text, reason_text, shown, status_text
 from agent.client import Client
 from agent.client.messages import Part, Result
@@ -46,12 +47,16 @@ def main(context: click.Context, socket_path: str) -> None:
     \b
     Examples:
       inferctl status
+      inferctl probe
       inferctl infer magika README.md
       inferctl deploy magika@2.0.0
       inferctl rollback magika
       inferctl events --follow
     """
     context.obj = socket_path
+
+
+main.add_command(probe_command)
 
 
 def _json_option(function: Callable[..., None]) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from typing import Any, Final
 import uvloop
 
 from agent import __version__, sdnotify
-from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker
+from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker, measured_device
 from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
@@ -31,15 +31,18 @@ from agent.control import Box, Control
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
 from agent.deploy.reconciler import Reconciler
+from agent.engine.book import VariantBook
 from agent.engine.engine import Engine
 from agent.engine.spawn import Spawned
 from agent.engine.zygote import become_subreaper
 from agent.errors import AgentError, ConfigError, StateError
 from agent.events import EventBus, Severity, Stream
+from agent.gpus import GpuWatch
 from agent.heap import HeapTrimmer
 from agent.log import get_logger, setup
 from agent.metrics import Metrics
-from agent.profile import Profile, choose, load_profiles, probe
+from agent.probe import probe, readings
+from agent.profile import Profile, choose, load_profiles
 from agent.serving.budget import ReceiveBudget
 from agent.serving.frames import FrameServer
 from agent.serving.http import HttpServer
@@ -123,11 +126,12 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
     clock = SystemClock()
     events, metrics = EventBus(clock), Metrics()
     hardware = probe()
-    profile = choose(config.device.profile, hardware, load_profiles())
+    choice = choose(config.device.profile, hardware, load_profiles())
+    profile = choice.profile
     box = Box(
         config=config,
         hardware=hardware,
-        profile=profile,
+        choice=choice,
         started_wall_s=clock.wall(),
         started_monotonic_s=clock.monotonic(),
     )
@@ -165,7 +169,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             facts=lambda: {"processes": engine.processes()},
         )
         stack.enter_context(reporter.listening())
-        events.emit(Stream.HEALTH, "daemon.started", version=__version__, profile=profile.name)
+        events.emit(Stream.HEALTH, "daemon.started", version=__version__, profile=profile.name, why=choice.reason)
         # Engine and what it serves.
         stack.push(record_end)
         arena = Arena(
@@ -182,6 +186,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             cores=sorted(os.sched_getaffinity(0)) if _binds(config, profile) else (),
             memory_bytes_max=int(profile.memory_share * hardware.memory_bytes),
             spawned=early or {},
+            book=VariantBook(state_dir / "variants.json", device=measured_device(hardware)),
         )
         await stack.enter_async_context(engine.running())
         puller = Puller(config.store, config.policy, state_dir, hardware, profile)
@@ -219,15 +224,28 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
                 rng=random.Random(),
                 new_sid=lambda: secrets.token_hex(8),
             )
+        gpus = GpuWatch(
+            hardware.gpus,
+            read=lambda: readings(hardware),
+            interval_s=config.device.gpu_interval_s,
+            clock=clock,
+            events=events,
+            metrics=metrics,
+            on_lost=engine.device_lost,
+            on_back=engine.device_back,
+        )
         control = Control(
             box,
             engine=engine,
+            gpus=gpus,
             reconciler=reconciler,
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
         )
         keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
         components: list[Component] = [engine, reconciler, reporter, keeper, HeapTrimmer(clock)]
+        if any(gpu.uuid for gpu in hardware.gpus):
+            components.append(gpus)
         if link is not None:
             commands = CommandInbox(
                 state_dir / "commands.db",
