@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from agent import __version__
 from agent.bundles import collection
 from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
@@ -49,12 +50,13 @@ from agent.engine.types import VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.errors import NotFoundError, PolicyError, SelfTestError, StateError, TransientError
 from agent.events import EventBus
-from agent.profile import Profile
+from agent.profile import Hardware, Profile
 from agent.telemetry.commands import CommandInbox
 from agent.telemetry.presence import Presence
 
 _ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}  # others are called as their runtime
 _EXPORTED: Final = "pt2"  # a format of torch that has a zygote of its own, because reading it takes so much to import
+_RUNTIME_PACKAGES: Final = ("onnxruntime", "onnxruntime_gpu", "torch")
 _SELF_TEST_TIMEOUT_S: Final = 30.0
 _RETIRE_TIMEOUT_S: Final = 30.0
 _LOCK_WAIT_S: Final = 30.0
@@ -402,6 +404,20 @@ def _zygote(manifest: Manifest, variant: Variant) -> str:
     if variant.runtime == "torch" and manifest.file(variant.entry).format == _EXPORTED:
         return "torch-export"
     return _ZYGOTES.get(variant.runtime, variant.runtime)
+
+
+def measured_device(hardware: Hardware) -> str:
+    """Return what measurements of variants hold for: this hardware and driver, these runtimes, this agent.
+
+    The runtimes by their metadata folders' names: ``importlib.metadata`` would cost the daemon two megabytes.
+    """
+    packages = Path(msgspec.__file__).parents[1]
+    runtimes = sorted(
+        folder.name.removesuffix(".dist-info")
+        for name in _RUNTIME_PACKAGES
+        for folder in packages.glob(f"{name}-*.dist-info")
+    )
+    return "/".join((hardware.fingerprint(), *runtimes, __version__))
 
 
 def _version(loaded: Loaded) -> Version:

@@ -17,6 +17,7 @@ import click
 from rich.console import Console
 
 from agent import __version__, cli_store
+from agent.cli_probe import probe_command
 from agent.cli_progress import POLL_S, follow
 from agent.cli_session import FINAL_GOOD, change, connected, end_text, json_option, print_json
 from agent.cli_text import deployments_text, event_text, models_text, print_text, reason_text, shown, status_text
@@ -39,6 +40,7 @@ def main(context: click.Context, socket_path: str) -> None:
     \b
     Examples:
       inferctl status
+      inferctl probe
       inferctl infer magika README.md
       inferctl deploy magika@2.0.0
       inferctl rollback magika
@@ -46,6 +48,9 @@ def main(context: click.Context, socket_path: str) -> None:
       inferctl events --follow
     """
     context.obj = socket_path
+
+
+main.add_command(probe_command)
 
 
 @main.command()

@@ -42,11 +42,13 @@ class DeviceConfig(Section, frozen=True):
     id: str = ""  # empty: the host name
     tenant: str = "default"  # the fleet this box belongs to: part of every MQTT topic and signed command
     state_dir: str = "/var/lib/inferd"  # bundles, pointers, journal and outbox; one daemon per folder
-    profile: str = "auto"  # file name in profiles/ without .toml, or "auto"
+    profile: str = "auto"  # file name in profiles/ without .toml, or "auto"; `inferctl probe` says which and why
+    gpu_interval_s: float = 15.0  # between two looks at the GPUs: metrics, and whether one is lost
 
     def __post_init__(self) -> None:
         _require(not self.id or bool(_DEVICE_ID.fullmatch(self.id)), "id: letters, digits, '.', '_', '-', at most 64")
         _require(bool(_NAME.fullmatch(self.tenant)), "tenant: lower-case letters, digits, '.', '_', '-', at most 64")
+        _require(1 <= self.gpu_interval_s <= 3600, "gpu_interval_s: 1..3600")
 
     @property
     def effective_id(self) -> str:
@@ -222,7 +224,7 @@ class PolicyConfig(Section, frozen=True):
     handler_code: Literal["signed", "never"] = "signed"  # never: only built-in handlers, no code of a bundle
     native_formats: Literal["signed", "never"] = "never"  # variants whose format holds native code
     fallback: Literal["prefer", "require", "cpu"] = (
-        "prefer"  # require: the best variant or none; cpu: CPU variants only
+        "prefer"  # require: the best variant, on the best device the bundle supports, or none; cpu: CPU variants only
     )
     sandbox: Literal["enforce", "best_effort"] = "enforce"  # enforce: no worker without seccomp and Landlock
     on_revoked: Literal["fallback", "stop", "warn"] = "fallback"  # of what serves: to an earlier version, else stop
@@ -265,6 +267,31 @@ class ModelWorkersConfig(Section, frozen=True):
             _require_workers(self.workers)
 
 
+class VariantsConfig(Section, frozen=True):
+    """When another variant of a model is tried, and when an approximate one (int8) is preferred."""
+
+    restart_first_s: float = 5.0  # with no variant left to serve: before the ladder is tried again; doubles
+    retry_first_s: float = 60.0  # before a better variant that failed is tried beside the one that serves; doubles
+    retry_cap_s: float = 3600.0  # longest wait between two tries
+    retries_max: int = 12  # tries of a better variant; then not until the daemon's or the device's return
+    healthy_s: float = 600.0  # after serving for so long, a variant's earlier failures are forgotten
+    idle_s: float = 2.0  # without requests for so long, a model is idle enough to try another variant of it
+    patience_s: float = 600.0  # a model that is never idle is tried all the same after so long
+    measure_ms: float = 200.0  # of each of the two rounds in which an approximate variant is timed; 0: never prefer one
+    speedup_min: float = 1.1  # an approximate variant must be so many times as fast as its exact rival
+    agreement_min: float = 0.99  # and its worst output row have this cosine with the recorded one
+
+    def __post_init__(self) -> None:
+        _require(0 < self.restart_first_s <= self.retry_cap_s, "restart_first_s: above 0, at most retry_cap_s")
+        _require(0 < self.retry_first_s <= self.retry_cap_s, "retry_first_s: above 0, at most retry_cap_s")
+        _require(0 <= self.retries_max <= 1000, "retries_max: 0..1000")
+        _require(self.healthy_s > 0, "healthy_s: above 0")
+        _require(0 <= self.idle_s <= self.patience_s, "idle_s: 0..patience_s")
+        _require(0 <= self.measure_ms <= 10_000, "measure_ms: 0..10000")
+        _require(1 <= self.speedup_min <= 100, "speedup_min: 1..100")
+        _require(0 <= self.agreement_min <= 1, "agreement_min: 0..1")
+
+
 class EngineConfig(Section, frozen=True):
     """Bounds of pools and workers."""
 
@@ -279,6 +306,7 @@ class EngineConfig(Section, frozen=True):
     restart_cap_s: float = 30.0  # longest wait between restarts
     deaths_max: int = 5  # within deaths_window_s: the next variant takes over
     deaths_window_s: float = 60.0  # over which deaths are counted
+    variants: VariantsConfig = msgspec.field(default_factory=VariantsConfig)  # falling back, and coming back
     lanes_max: int = 64  # direct lanes of local applications to workers; 0: everything goes through the daemon
     memory_bytes_max: int = 0  # RLIMIT_AS of a worker; 0: from the manifest's measured memory, with head room
     resident_bytes_max: int = 0  # of a worker's control group; 0: from the manifest's measured memory, with head room

@@ -32,7 +32,9 @@ from agent.errors import (
     by_code,
 )
 from agent.events import EventBus, Severity, Stream
-from agent.profile import Hardware, Profile
+from agent.gpus import GpuWatch
+from agent.probe import described
+from agent.profile import Choice, Hardware
 
 Roles = frozenset[str]
 Verb = Callable[[dict[str, Any], str], Awaitable[Any]]
@@ -65,7 +67,7 @@ class Box:
 
     config: Config
     hardware: Hardware
-    profile: Profile
+    choice: Choice
     started_wall_s: float
     started_monotonic_s: float
 
@@ -83,6 +85,7 @@ class Control:
         telemetry: TelemetryView,
         store: StoreVerbs,
         inspector: Inspector,
+        gpus: GpuWatch,
     ) -> None:
         self._store = store
         self._box = box
@@ -91,6 +94,7 @@ class Control:
         self._events = events
         self._telemetry = telemetry
         self._inspector = inspector
+        self._gpus = gpus
         self._verbs: Mapping[str, tuple[str, Verb]] = {
             "ping": ("infer", self._ping),
             "status": ("read", self._status),
@@ -176,12 +180,15 @@ class Control:
             "device": {
                 "id": box.config.device.effective_id,
                 "tenant": box.config.device.tenant,
-                "profile": box.profile.name,
+                "profile": box.choice.profile.name,
+                "profile_reason": box.choice.reason,
                 "arch": box.hardware.arch,
                 "cores": box.hardware.cores,
                 "memory_bytes": box.hardware.memory_bytes,
                 "gpus": [gpu.name for gpu in box.hardware.gpus],
+                "gpu_readings": described(box.hardware, self._gpus.seen),
                 "gpu_reason": box.hardware.gpu_reason,
+                "cpu_features": list(box.hardware.cpu_features),
             },
             "models": self._engine.status(),
             "slots": self._reconciler.slots(),
@@ -203,6 +210,8 @@ class Control:
                 rows.append({**slot, "ready": state.ready, "reason": state.reason})
             except AgentError as error:
                 rows.append({**slot, "ready": False, "reason": str(error)})
+            active = self._engine.active(name)
+            rows[-1] |= {"variants": active.status()["variants"] if active is not None else []}
             try:
                 rows[-1] |= {"metadata": self._engine.describe(name)}
             except AgentError:

@@ -23,6 +23,7 @@ import psutil
 from agent.arena import Arena
 from agent.config import ClientLimitConfig, EngineConfig
 from agent.engine.admission import Admission
+from agent.engine.book import VariantBook
 from agent.engine.cgroups import Groups
 from agent.engine.cores import Cores
 from agent.engine.growth import room_for
@@ -38,12 +39,14 @@ from agent.engine.version import Version
 from agent.engine.zygote import Zygote
 from agent.errors import AgentError, LaneRefusedError, LoadError, UnavailableError, UnknownModelError
 from agent.events import EventBus
-from agent.gpus import GpuMemory, free_memory
+from agent.gpus import Question
 from agent.log import get_logger
 from agent.metrics import LATENCY_BUCKETS_S, Metrics
+from agent.nvml import GpuMemory
 from agent.wire import FIRST_ID, Header, Limits
 
 _SWEEP_S: Final = 0.05
+_DRIVER_TIMEOUT_S: Final = 30.0  # for the GPUs' free memory
 _log = get_logger("engine")
 
 
@@ -75,15 +78,18 @@ class Engine:
         spawned: Mapping[str, Spawned] | None = None,
         cores: Iterable[int] = (),
         memory_bytes_max: int = 0,
-        gpus: Callable[[], Sequence[GpuMemory]] = free_memory,
+        gpus: Callable[[], Sequence[GpuMemory]] = tuple,
+        book: VariantBook | None = None,
     ) -> None:
         """Workers are bound to ``cores``, if any; no pool grows above ``memory_bytes_max`` of all workers (0: none)."""
         self._admission = Admission(limits)
+        self._book = book or VariantBook()
         self._config = config
         self._scratch = scratch
         self._cores = Cores(cores)
         self._groups = Groups(config.memory_cgroup)
-        self._gpus = gpus
+        self._gpus = Question(gpus)
+        self._lost: dict[str, str] = {}  # devices, and why
         self._memory_bytes_max = memory_bytes_max
         self._wire = wire
         self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
@@ -105,6 +111,9 @@ class Engine:
         metrics.gauge("inferd_queue_requests", "Requests admitted and not answered", ("model",), self._outstanding)
         metrics.gauge("inferd_lanes", "Direct lanes that are open", ("model",), self._lanes)
         metrics.gauge("inferd_model_ready", "1 while the model serves", ("model", "version"), self._readiness)
+        metrics.gauge(
+            "inferd_variants_failed", "Variants of the active version that failed", ("model",), self._failed_variants
+        )
         metrics.gauge("inferd_workers", "Workers of the active version that serve", ("model",), self._workers)
         metrics.gauge("inferd_worker_deaths", "Deaths of the active version's workers", ("model",), self._deaths)
 
@@ -141,11 +150,8 @@ class Engine:
             now = loop.time()
             busy = watched = False
             for version in self._loaded:
-                pool = version.pool
-                if pool is not None and (pool.busy or pool.lanes):
-                    busy = busy or pool.busy
-                    watched = watched or pool.lanes > 0
-                    pool.sweep(now)
+                one_busy, one_watched = version.sweep(now)
+                busy, watched = busy or one_busy, watched or one_watched
             if not busy:
                 self._work.clear()
                 if watched:
@@ -177,15 +183,14 @@ class Engine:
         """Forget ``request``: it gets no answer any more; a worker that has not begun it never will."""
         job = request.handle
         if job is not None and job.version is not None:
-            if job.version.pool is not None:
-                job.version.pool.cancel(job)
+            job.version.cancel(job)
             job.settle()
 
     def pace(self, request: InferRequest, *, paused: bool) -> None:
         """Hold the stream that answers ``request``, or let it go on; its deadline runs in any case."""
         job = request.handle
-        if job is not None and job.version is not None and job.version.pool is not None:
-            job.version.pool.pace(job, paused=paused)
+        if job is not None and job.version is not None:
+            job.version.pace(job, paused=paused)
 
     def open_lane(self, model: str, *, client: str, deadline_ms: int) -> Lane:
         """Open a direct lane to the worker of ``model`` for ``client``.
@@ -207,7 +212,7 @@ class Engine:
             raise LaneRefusedError("this client's requests are limited, so the daemon counts them")
         if version.pool is None:
             raise LaneRefusedError("no worker is ready")
-        if sum(one.pool.lanes for one in self._loaded if one.pool is not None) >= config.lanes_max:
+        if sum(pool.lanes for one in self._loaded for pool in one.pools) >= config.lanes_max:
             raise LaneRefusedError(f"{config.lanes_max} lanes are open")
         terms = Terms(
             client=client,
@@ -254,7 +259,10 @@ class Engine:
             answers=self._answers,
             streams=StreamCounts(self._metrics, (spec.model, spec.version)),
             now=self._now,
-            revive_s=self._config.restart_cap_s,
+            config=self._config.variants,
+            book=self._book,
+            room=self._room,
+            lost=self._lost,
         )
         try:
             await version.load()
@@ -277,8 +285,10 @@ class Engine:
         previous = self._active.get(version.spec.model)
         self._active[version.spec.model] = version
         self._expected.pop(version.spec.model, None)
+        version.route(here=True)
         if previous is version or previous is None:
             return None
+        previous.route(here=False)
         if previous.pool is not None:
             previous.pool.revoke_lanes()
         return previous
@@ -314,9 +324,7 @@ class Engine:
             raise UnknownModelError(f"Request for unknown model: {name!r} is not found")
         if version and version != active.spec.version:
             raise UnknownModelError(f"Request for unknown model: {name!r} version {version!r} is not found")
-        return ModelState(
-            ready=active.ready, reason="" if active.ready else active.reason or "the worker is restarting"
-        )
+        return ModelState(ready=active.ready, reason=active.why_not)
 
     def describe(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Return the model's metadata.
@@ -340,7 +348,7 @@ class Engine:
         """Return pid, role and PSS (bytes) of the engine's processes."""
         found = [(zygote.pid, f"zygote {name}") for name, zygote in self._zygotes.items()]
         for version in self._loaded:
-            links = version.pool.links if version.pool is not None else []
+            links = [link for pool in version.pools for link in pool.links]
             found += [(link.process.pid, f"worker {version.spec.model} {version.spec.version}") for link in links]
         return [{"pid": pid, "role": role, "pss_bytes": pss_bytes(pid)} for pid, role in found if pid is not None]
 
@@ -354,7 +362,19 @@ class Engine:
         active = self._active.get(model)
         return active.pool.size if active is not None and active.pool is not None else 0
 
-    def _make_pool(self, variant: VariantSpec, owner: PoolOwner, *, size_before: int) -> Pool:
+    def device_lost(self, device: str, reason: str) -> None:
+        """Let every version leave the variants of a device (``cuda:0``) that is gone."""
+        self._lost[device] = reason
+        for version in list(self._loaded):
+            version.device_lost(device)
+
+    def device_back(self, device: str) -> None:
+        """Let every version try its variants of a device again."""
+        self._lost.pop(device, None)
+        for version in list(self._loaded):
+            version.device_back(device)
+
+    def _make_pool(self, variant: VariantSpec, owner: PoolOwner, *, size_before: int | None = None) -> Pool:
         return Pool(
             variant,
             self._zygote(variant.runtime),
@@ -370,15 +390,19 @@ class Engine:
             room=self._room,
             make_group=self._groups.make,
             place=self._placed if needs_gpu(variant) else None,
-            size_before=size_before,
+            size_before=size_before or 0,
         )
 
     async def _placed(self, variant: VariantSpec) -> VariantSpec:
-        return placed(variant, await asyncio.to_thread(self._gpus))
+        try:
+            gpus = await self._gpus.answer(_DRIVER_TIMEOUT_S)
+        except TimeoutError as error:
+            raise LoadError(f"the GPU driver gave no answer in {_DRIVER_TIMEOUT_S:g} s") from error
+        return placed(variant, gpus, self._lost)
 
     async def _room(self, own: Sequence[int]) -> str:
         """Return why memory does not allow a pool with these workers another one; empty if it does."""
-        pools = [version.pool for version in self._loaded if version.pool is not None]
+        pools = [pool for version in self._loaded for pool in version.pools]
         others = [link.process.pid for pool in pools for link in pool.links if link.process.pid not in own]
         return await asyncio.to_thread(self._measured_room, own, others)
 
@@ -417,6 +441,9 @@ class Engine:
 
     def _workers(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), len(version.pool.links) if version.pool else 0) for name, version in self._active.items()]
+
+    def _failed_variants(self) -> list[tuple[tuple[str, ...], float]]:
+        return [((name,), version.fallen) for name, version in self._active.items()]
 
     def _deaths(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), version.deaths) for name, version in self._active.items()]

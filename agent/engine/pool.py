@@ -32,11 +32,14 @@ from agent.engine.types import VariantSpec
 from agent.engine.zygote import Exit, WorkerProcess
 from agent.errors import (
     AgentError,
+    BundleError,
     DeadlineError,
+    DeviceLostError,
     LaneRefusedError,
     LoadError,
     OutOfMemoryError,
     OverloadedError,
+    UnloadableError,
     WorkerDiedError,
     WorkerError,
     by_code,
@@ -61,29 +64,32 @@ class Forker(Protocol):
 
 
 class PoolOwner(Protocol):
-    """Who is told what happens in a pool."""
+    """Who is told what happens in a pool; it may own several."""
 
     @property
     def version(self) -> str:
         """The version its workers serve."""
 
-    def answered(self, job: Job, header: Header, body: Sequence[Buffer]) -> None:
+    def answered(self, pool: Pool, job: Job, header: Header, body: Sequence[Buffer]) -> None:
         """A job has its answer; pass it on and count it."""
 
-    def part(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    def part(self, pool: Pool, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """A job has one more part of its answer; pass it on and count it."""
 
     def lanes_counted(self, counts: LaneCounts) -> None:
         """A worker has told what it answered on its lanes."""
 
-    def worker_died(self, pid: int, cause: str, retried: int) -> None: ...
+    def worker_died(self, pool: Pool, pid: int, cause: str, retried: int) -> None: ...
 
-    def worker_ready(self, pid: int) -> None: ...
+    def worker_ready(self, pool: Pool, pid: int) -> None: ...
+
+    def batch_shrunk(self, pool: Pool, rows_max: int) -> None:
+        """A worker makes smaller batches from now on: memory did not suffice for larger ones."""
 
     def pool_resized(self, change: str, workers: int, reason: str) -> None:
         """The pool has ``grown`` or ``shrunk`` to so many workers, or was ``held`` where it is; the reason says why."""
 
-    def pool_lost(self, error: WorkerError) -> None:
+    def pool_lost(self, pool: Pool, error: WorkerError) -> None:
         """The variant cannot be kept alive; its waiting jobs are in ``Pool.waiting``."""
 
 
@@ -118,6 +124,7 @@ class Pool:
         self.waiting: deque[Job] = deque()
         self.hello: dict[str, Any] = {}
         self.restarts = 0
+        self.cause = ""  # how its last worker that died ended, or why none starts
         self._forker = forker
         self._config = config
         self._owner = owner
@@ -208,6 +215,23 @@ class Pool:
         self._waiting_bytes = 0
         return jobs
 
+    def evacuate(self) -> list[Job]:
+        """End every worker at once; return the jobs that another pool may answer, the others are failed."""
+        self._closed.set()
+        self.revoke_lanes()
+        jobs = []
+        for link in self.links:
+            for job in list(link.jobs.values()):
+                link.forget(job)
+                if self._may_retry(job):
+                    jobs.append(job)
+                else:
+                    self._finish_failed(job, WorkerDiedError("the worker was ended while it held this request"))
+            link.kill()
+        self._leaving.update(self.links)
+        self.links = []
+        return [*jobs, *self.take_waiting()]
+
     # Lanes
 
     def open_lane(self, number: int, terms: Terms) -> Lane:
@@ -263,6 +287,15 @@ class Pool:
         return bool(self.waiting) or len(self.links) > self.spec.bounds.least or any(link.owed for link in self.links)
 
     @property
+    def idempotent(self) -> bool:
+        """Whether a request may be tried again."""
+        return self._idempotent
+
+    def quiet(self, now: float) -> bool:
+        """Whether nobody waits for an answer, here or on a lane."""
+        return not self.outstanding and not any(link.lanes_in_use(now) for link in self.links)
+
+    @property
     def held_bytes(self) -> int:
         """Body bytes of all outstanding jobs."""
         held = self._waiting_bytes
@@ -302,7 +335,7 @@ class Pool:
     def cancel(self, job: Job) -> bool:
         """Forget ``job`` and tell its worker; ``False`` if it is not here."""
         link = job.link
-        if link is not None and job.number in link.jobs:
+        if link in self.links and job.number in link.jobs:
             link.forget(job)
             link.post({"kind": "cancel", "id": job.number})  # its place is free once the worker has answered that
             self._check_drained()
@@ -318,7 +351,7 @@ class Pool:
     def pace(self, job: Job, *, paused: bool) -> None:
         """Hold the stream of ``job``, or let it go on; before its first part it may turn out to be none."""
         link = job.link
-        if job.parts and job.number in link.jobs:
+        if job.parts and link in self.links and job.number in link.jobs:
             link.pace(job, paused=paused)
 
     def sweep(self, now: float) -> None:
@@ -338,8 +371,10 @@ class Pool:
         if self.spec.bounds.most > self.spec.bounds.least and not self._closed.is_set():
             self._resize(now)
 
-    async def call(self, method: str, *, timeout_s: float) -> Any:
-        """Call ``selftest`` or ``ping`` on a worker and return its value.
+    async def call(self, method: str, *, timeout_s: float, **arguments: Any) -> Any:
+        """Call ``selftest``, ``measure`` or ``ping`` on a worker and return its value.
+
+        A worker that does not answer in time hangs in native code, which nothing else could end: it is killed.
 
         Raises:
             WorkerDiedError: no worker, it died, or it did not answer in time.
@@ -349,15 +384,21 @@ class Pool:
         number, future = next(self._numbers), self._loop.create_future()
         link = self.links[number % len(self.links)]
         self._calls[number] = (link, future)
-        link.post({"kind": "call", "id": number, "method": method})
+        link.post({"kind": "call", "id": number, "method": method, **arguments})
         try:
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError as error:
-            raise WorkerDiedError(f"the worker did not answer {method} within {timeout_s} s") from error
+            _log.error("worker hangs; killing it", variant=self.spec.id, pid=link.process.pid, method=method)
+            link.kill()
+            raise WorkerDiedError(f"the worker did not answer {method} within {timeout_s:g} s") from error
         finally:
             self._calls.pop(number, None)
 
     # Inside
+
+    def _may_retry(self, job: Job) -> bool:
+        """Whether a job whose worker is gone may be answered by another."""
+        return self._idempotent and job.attempts < _ATTEMPTS_MAX and not job.parts
 
     def _held(self) -> Iterator[Job]:
         """All jobs admitted and not answered."""
@@ -394,17 +435,17 @@ class Pool:
     def _on_answer(self, job: Job | None, header: Header, body: Buffer) -> None:
         """Pass on the answer of ``job``, or of one nobody waits for; either way there is room for another."""
         if job is not None:
-            self._owner.answered(job, header, (body,) if len(body) else ())
+            self._owner.answered(self, job, header, (body,) if len(body) else ())
         if self.waiting:
             self._refill()
         elif self._closed.is_set():
             self._check_drained()
 
     def _on_part(self, job: Job, header: Header, body: Buffer) -> None:
-        self._owner.part(job, part_of(header), (body,) if len(body) else ())
+        self._owner.part(self, job, part_of(header), (body,) if len(body) else ())
 
     def _finish_failed(self, job: Job, error: AgentError) -> None:
-        self._owner.answered(job, Header(error_of(error, None)), ())
+        self._owner.answered(self, job, Header(error_of(error, None)), ())
 
     def _check_drained(self) -> None:
         if self._closed.is_set() and not self.outstanding and not self.lanes:
@@ -463,7 +504,7 @@ class Pool:
         self._idempotent = bool(link.hello.get("idempotent", True))
         link.ready_at = self._loop.time()
         self.links.append(link)
-        self._owner.worker_ready(process.pid)
+        self._owner.worker_ready(self, process.pid)
         self._refill()
 
     def _make_scratch(self) -> Path:
@@ -493,7 +534,12 @@ class Pool:
                     started.set_result(None)
             elif kind == "error":
                 error = by_code(str(header.get("code")), str(header.get("message")))
-                started.set_exception(error if isinstance(error, WorkerError) else LoadError(f"{error.code}: {error}"))
+                started.set_exception(_start_failure(error))
+        elif kind == "shrunk":
+            rows_max = header.get("rows_max")
+            if type(rows_max) is int and rows_max > 0:
+                link.hello["max_batch"] = rows_max
+                self._owner.batch_shrunk(self, rows_max)
         elif kind == "lane_closed":
             self._check_drained()
         elif kind == "lanes":
@@ -520,7 +566,7 @@ class Pool:
         link.jobs.clear()
         retried = 0
         for job in reversed(jobs):
-            if self._idempotent and job.attempts < _ATTEMPTS_MAX and not job.parts:
+            if self._may_retry(job):
                 retried += 1
                 self.adopt(job, first=True)
             else:
@@ -536,7 +582,8 @@ class Pool:
         if now - link.ready_at > self._config.deaths_window_s:
             self._backoff.reset()
         if self._count_death(now) and not self.links:
-            self._lose(WorkerDiedError(f"{len(self._deaths)} deaths within {self._config.deaths_window_s:g} s"))
+            last = f", the last: {self.cause}" if self.cause else ""
+            self._lose(WorkerDiedError(f"{len(self._deaths)} deaths within {self._config.deaths_window_s:g} s{last}"))
         else:
             self._spawn(self._restart(self._backoff.next()), f"restart {self.spec.id}")
 
@@ -560,16 +607,21 @@ class Pool:
             shutil.rmtree(link.scratch, ignore_errors=True)
 
     async def _explain_failed_start(self, link: WorkerLink, started: asyncio.Future[None] | None) -> None:
-        ended = await self._forker.exit_of(link.process)
-        self._discard(link)
+        try:
+            ended = await self._forker.exit_of(link.process)
+        finally:
+            self._discard(link)
         if started is not None and not started.done():
             kind = OutOfMemoryError if ended.over_bytes else LoadError
             started.set_exception(kind(f"the worker died while it loaded: {ended}"))
 
     async def _bury(self, link: WorkerLink, retried: int) -> None:
-        ended = await self._forker.exit_of(link.process)
-        self._discard(link)
-        self._owner.worker_died(link.process.pid, str(ended), retried)
+        try:
+            ended = await self._forker.exit_of(link.process)
+        finally:
+            self._discard(link)
+        self.cause = str(ended)
+        self._owner.worker_died(self, link.process.pid, self.cause, retried)
 
     async def _restart(self, delay_s: float, *, replaces: bool = True) -> None:
         while self._needed():
@@ -582,7 +634,9 @@ class Pool:
                 if not self._needed():
                     return
                 _log.error("worker does not start", variant=self.spec.id, code=error.code, error=str(error))
-                if self._count_death(self._loop.time()) and not self.links:
+                self.cause = str(error)
+                hopeless = isinstance(error, UnloadableError)  # what fails the same way each time is not tried again
+                if (self._count_death(self._loop.time()) or hopeless) and not self.links:
                     self._lose(error)
                     return
                 if self.links and self.size > self.spec.bounds.least:
@@ -680,4 +734,15 @@ class Pool:
     def _lose(self, error: WorkerError) -> None:
         if not self._closed.is_set():
             self._closed.set()
-            self._owner.pool_lost(error)
+            self._owner.pool_lost(self, error)
+
+
+def _start_failure(error: AgentError) -> WorkerError:
+    """Return what a worker said of its failed start as one of ours; a refused bundle is refused each time.
+
+    That a device is lost is NVML's to say: a worker knows of its own hold on it only, and the next try may get another.
+    """
+    if isinstance(error, WorkerError) and not isinstance(error, DeviceLostError):
+        return error
+    kind = UnloadableError if isinstance(error, BundleError) else LoadError
+    return kind(f"{error.code}: {error}")

@@ -1,22 +1,39 @@
 """One loaded version of a model: the ladder of its variants, one of them serving.
 
-Loading walks the variants best first; each that cannot load or fails its self-test is skipped with its reason kept.
-A variant that keeps dying while it serves is left for the next one, and its waiting jobs move along.
+Loading walks the ladder down; each variant that cannot load or fails its self-test is left with its reason kept. A
+variant that keeps dying, loses its device or runs out of memory while it serves is left for the next one, and its jobs
+move along. While a lesser variant serves, a better one is tried again beside it, when the model is idle: it takes over
+only once it has loaded and passed its self-test, and an approximate one only if it was measured to be faster and to
+agree. Leaves out: every decision (``ladder.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol
 
+from agent.config import VariantsConfig
+from agent.engine.book import VariantBook
 from agent.engine.claims import answer_of
+from agent.engine.contest import contest
 from agent.engine.job import Job, error_of
+from agent.engine.ladder import Purpose, Try, Verdict
 from agent.engine.lanes import LaneCounts
 from agent.engine.pool import Pool, PoolOwner
+from agent.engine.standing import Standing
 from agent.engine.streams import StreamCounts
 from agent.engine.types import OIP_DATATYPES, VariantSpec, VersionSpec
-from agent.errors import AgentError, LoadError, UnavailableError, WorkerError, by_code
+from agent.errors import (
+    AgentError,
+    DeviceLostError,
+    LoadError,
+    OutOfMemoryError,
+    UnavailableError,
+    WorkerError,
+    by_code,
+)
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 from agent.metrics import Counter, HistogramSeries
@@ -28,9 +45,19 @@ _log = get_logger("version")
 _FAULTS = frozenset(
     {"worker_died", "handler_failed", "inference_failed", "out_of_memory", "device_lost", "worker_failed", "internal"}
 )
+_DRAIN_TIMEOUT_S: Final = 30.0
+_RESCUES_MAX: Final = 3  # variants that one request may run out of memory on
+_SHORT: Final = "memory did not suffice for a request"
+_NO_ROOM: Final = "no_room"  # no error of anybody's: there was no memory to try it in
 
-PoolMaker = Callable[[VariantSpec, PoolOwner], Pool]
 Spawn = Callable[[Coroutine[Any, Any, None], str], None]
+Room = Callable[[Sequence[int]], Awaitable[str]]
+
+
+class PoolMaker(Protocol):
+    """Makes the pool of one variant."""
+
+    def __call__(self, variant: VariantSpec, owner: PoolOwner, *, size_before: int | None = None) -> Pool: ...
 
 
 class Version:
@@ -47,12 +74,16 @@ class Version:
         answers: Counter,
         streams: StreamCounts,
         now: Callable[[], float],
-        revive_s: float,
+        config: VariantsConfig,
+        book: VariantBook,
+        room: Room,
+        lost: Mapping[str, str],
     ) -> None:
+        """``lost`` is kept current: the devices that are lost, and why."""
         self.spec = spec
         self.pool: Pool | None = None
         self.reason = "loading"  # why it cannot serve; empty while it can
-        self.skipped: list[dict[str, str]] = []
+        self.routed = False  # whether requests come: otherwise nothing better is looked for
         self.deaths = 0
         self.good = 0
         self.faults = 0
@@ -64,12 +95,23 @@ class Version:
         self._answers = answers
         self._streams = streams
         self._now = now
-        self._revive_s = revive_s
+        self._config = config
+        self._room = room
+        self._lost = lost
         self._shares = Shares()
         self._ok = (spec.model, spec.version, "ok")
-        self._rung = 0  # the variant in use or tried next
+        self._variants = {variant.id: variant for variant in spec.variants}
+        self._standing = Standing(spec, config, book, now=now)
+        self._aside: Pool | None = None  # being started for requests that the serving one has no memory for
+        self._beside: set[Pool] = set()  # not serving yet
+        self._leaving: set[Pool] = set()  # not serving any more
+        self._too_large: dict[str, int] = {}  # bytes of the smallest request that a variant had no memory for
+        self._asked_at = 0.0  # when the last request came
+        self._walking = False  # down the ladder, or about to: nobody else may
+        self._climbing = False
+        self._wake = asyncio.Event()
         for name, reason in spec.dropped:
-            self._skip(name, "no_variant", reason)
+            self._tell_skipped(name, "no_variant", reason)
 
     @property
     def version(self) -> str:
@@ -81,39 +123,80 @@ class Version:
         """Whether a request would be dispatched now."""
         return self.pool is not None and bool(self.pool.links)
 
+    @property
+    def pools(self) -> Iterator[Pool]:
+        """All that may hold requests: the one that serves, those on their way in, those on their way out."""
+        if self.pool is not None:
+            yield self.pool
+        yield from self._beside
+        yield from self._leaving
+
+    @property
+    def why_not(self) -> str:
+        """Why it is not ready; empty if it is."""
+        if self.ready:
+            return ""
+        if self.reason:
+            return self.reason
+        if self._walking:
+            return "the next variant is starting"
+        if self.pool is None:
+            return "unloaded"
+        return f"its worker is restarting: {self.pool.cause or 'it died'}"
+
+    @property
+    def fallen(self) -> int:
+        """How many variants have failed."""
+        return self._standing.fallen
+
+    @property
+    def skipped(self) -> list[dict[str, str]]:
+        """The variants that do not serve because something is wrong, with the reason."""
+        return self._standing.skipped
+
     async def load(self, carried: Sequence[Job] = ()) -> None:
         """Start the best variant that loads and passes its self-test; ``carried`` jobs are its first.
 
         Raises:
             WorkerError: none did; its class is that of the last failure, its message lists all.
         """
+        self._walking = True
+        try:
+            await self._walk_down(list(carried))
+        finally:
+            self._walking = False
+
+    async def _walk_down(self, jobs: list[Job]) -> None:
         last: WorkerError | None = None
-        jobs = list(carried)
-        while self._rung < len(self.spec.variants) and not self._closing.is_set():
-            variant = self.spec.variants[self._rung]
-            pool = self._make_pool(variant, self)
+        standing = self._standing
+        for variant in standing.descent():
+            if self._closing.is_set():
+                break
+            known = standing.fall_of(variant)
+            pool = self._make_pool(self._variants[variant], self)
             for job in jobs:  # they wait in the new pool, where deadlines and cancels find them
                 pool.adopt(job)
             self.pool = pool
             try:
-                await pool.start()
+                await self._start(pool)
             except WorkerError as error:
                 jobs = pool.take_waiting()
-                self.pool = None
                 await pool.close(timeout_s=0)
-                self._skip(variant.id, error.code, str(error))
+                jobs += pool.take_waiting()  # what came meanwhile waits for the next variant too
+                if standing.fall_of(variant) is known:
+                    self._fell(variant, error)
                 last = error
-                self._rung += 1
                 continue
             if self._closing.is_set():
                 await pool.close(timeout_s=0)
                 return
-            self.reason = ""
+            self._stands_on(pool)
             if self.skipped:
-                _log.warning("serving a fallback", model=self.spec.model, variant=variant.id, skipped=self.skipped)
+                _log.warning("serving a fallback", model=self.spec.model, variant=variant, skipped=self.skipped)
             return
+        self.pool = None
         reasons = "; ".join(f"{skip['variant']}: {skip['reason']}" for skip in self.skipped)
-        self.reason = "unloaded" if self._closing.is_set() else f"no variant loads: {reasons}"
+        self.reason = "unloaded" if self._closing.is_set() else f"no variant loads: {reasons}{self._next_text()}"
         for job in jobs:
             self._fail(job, UnavailableError(self.reason))
         raise type(last or LoadError(""))(self.reason) from last
@@ -127,6 +210,7 @@ class Version:
         """
         if self.pool is None or self._closing.is_set():
             raise UnavailableError(f"{self.spec.model} {self.spec.version}: {self.reason or 'unloaded'}")
+        self._asked_at = job.arrived
         client = job.request.client
         self._shares.check(client, outstanding=self.pool.outstanding, bound=self.pool.queue_requests_max)
         self.pool.submit(job)
@@ -134,11 +218,52 @@ class Version:
             self._shares.add(client)
             job.shares = self._shares
 
+    def cancel(self, job: Job) -> None:
+        """Forget ``job``, wherever it is."""
+        for pool in self.pools:
+            if pool.cancel(job):
+                return
+
+    def pace(self, job: Job, *, paused: bool) -> None:
+        """Hold the stream that answers ``job``, or let it go on."""
+        for pool in self.pools:
+            pool.pace(job, paused=paused)
+
+    def sweep(self, now: float) -> tuple[bool, bool]:
+        """Look after what is late; return whether there is more to look after, and whether lanes are open."""
+        busy = watched = False
+        for pool in list(self.pools):
+            if pool.busy or pool.lanes:
+                busy = busy or pool.busy
+                watched = watched or pool.lanes > 0
+                pool.sweep(now)
+        return busy, watched
+
+    def route(self, *, here: bool) -> None:
+        """Note whether requests come to this version."""
+        self.routed = here
+        self._look_up()
+
+    def device_lost(self, device: str) -> None:
+        """Leave a device that is gone: a variant that is not pinned to it finds another, if there is one."""
+        for variant in self._standing.pinned_to(device):
+            self._fell(variant, DeviceLostError(f"{device} is lost: {self._lost[device]}"))
+        pool = self.pool
+        if pool is not None and pool.spec.device == device and not self._walking and not self._closing.is_set():
+            self._leave(pool, pool.evacuate(), reason="")  # no fault of the version's
+
+    def device_back(self, device: str) -> None:
+        """Try the variants of a device again that was gone."""
+        self._standing.device_back(device)
+        self._look_up()
+
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then end the workers."""
         self._closing.set()
-        if self.pool is not None:
-            await self.pool.close(timeout_s=timeout_s)
+        self._wake.set()
+        async with asyncio.TaskGroup() as group:
+            for pool in list(self.pools):
+                group.create_task(pool.close(timeout_s=timeout_s))
 
     async def self_test(self, *, timeout_s: float) -> dict[str, Any]:
         """Run the golden inputs again in the serving worker.
@@ -181,7 +306,7 @@ class Version:
             "version": self.spec.version,
             "digest": self.spec.digest,
             "ready": self.ready,
-            "reason": self.reason,
+            "reason": self.why_not,
             "variant": hello.get("variant"),
             "precision": hello.get("precision"),
             "device": hello.get("device"),
@@ -193,6 +318,8 @@ class Version:
             "memory": hello.get("memory"),
             "resident_bytes_max": pool.resident_bytes_max if pool is not None else 0,
             "fallbacks": self.skipped,
+            "variants": self._standing.rows(pool.spec.id if pool is not None else None),
+            "max_batch": hello.get("max_batch"),
             "workers": [link.process.pid for link in pool.links] if pool is not None else [],
             "scaling": _scaling(pool) if pool is not None else None,
             "outstanding": pool.outstanding if pool is not None else 0,
@@ -205,13 +332,15 @@ class Version:
 
     # PoolOwner
 
-    def answered(self, job: Job, header: Header, body: Sequence[Buffer]) -> None:
-        """Count the answer, name who gave it, pass it on."""
+    def answered(self, pool: Pool, job: Job, header: Header, body: Sequence[Buffer]) -> None:
+        """Count the answer, name who gave it, pass it on; a request that memory did not suffice for moves down."""
         answer = header.digest
         if answer is None:
-            answer = header.digest = self._named(header)
+            answer = header.digest = self._named(header, pool)
         if answer["kind"] == "error":
             code = answer["code"]
+            if code == OutOfMemoryError.code and self._rescued(pool, job):
+                return
             if code in _FAULTS:
                 self.faults += 1
             self._answers.add((self.spec.model, self.spec.version, code))
@@ -227,115 +356,322 @@ class Version:
         for code, amount in counts.codes.items():
             known = "ok" if code == "ok" else by_code(code, "").code
             self._answers.add((self.spec.model, self.spec.version, known), amount)
+            if known == OutOfMemoryError.code and amount and self.pool is not None:
+                self.pool.revoke_lanes()  # through the daemon the next variant can answer
             if known == "ok":
                 self.good += amount
             elif known in _FAULTS:
                 self.faults += amount
         self._latency.merge(counts.buckets, counts.sum_s)
 
-    def part(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    def part(self, pool: Pool, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """Count a part of an answer, number it, pass it on; the first names who gives it."""
         header["seq"] = job.parts
         if not job.parts:
-            self._sign(header)
+            self._sign(header, pool)
         self._streams.count(job, self._now())
         job.part(header, body)
 
-    def worker_died(self, pid: int, cause: str, retried: int) -> None:
+    def worker_died(self, pool: Pool, pid: int, cause: str, retried: int) -> None:
         """Report a death the pool is already repairing."""
-        self.deaths += 1
-        data: dict[str, Any] = {
-            "model": self.spec.model,
-            "version": self.spec.version,
-            "pid": pid,
-            "cause": cause,
-            "retried": retried,
-        }
-        _log.warning("worker died", **data)
-        self._events.emit(Stream.HEALTH, "worker.died", Severity.WARNING, **data)
+        if pool not in self._beside:  # what is only tried is no evidence against what serves
+            self.deaths += 1
+        self._tell("worker.died", Severity.WARNING, variant=pool.spec.id, pid=pid, cause=cause, retried=retried)
 
-    def worker_ready(self, pid: int) -> None:
+    def worker_ready(self, pool: Pool, pid: int) -> None:
         """Note a worker that serves."""
-        self.reason = ""
-        data: dict[str, Any] = {"model": self.spec.model, "version": self.spec.version, "pid": pid}
-        _log.info("worker ready", **data)
-        self._events.emit(Stream.HEALTH, "worker.ready", **data)
+        if pool is self.pool:
+            self.reason = ""
+        self._tell("worker.ready", variant=pool.spec.id, pid=pid)
+
+    def batch_shrunk(self, pool: Pool, rows_max: int) -> None:
+        """Report that memory bounds the batches of a variant."""
+        self._tell("batch.shrunk", Severity.WARNING, variant=pool.spec.id, rows_max=rows_max)
 
     def pool_resized(self, change: str, workers: int, reason: str) -> None:
         """Report another number of workers, or why there is none."""
-        data: dict[str, Any] = {
-            "model": self.spec.model,
-            "version": self.spec.version,
-            "workers": workers,
-            "reason": reason,
-        }
         severity = Severity.WARNING if change == "held" else Severity.INFO
-        (_log.warning if change == "held" else _log.info)(f"pool {change}", **data)
-        self._events.emit(Stream.HEALTH, f"pool.{change}", severity, **data)
+        self._tell(f"pool.{change}", severity, workers=workers, reason=reason)
 
-    def pool_lost(self, error: WorkerError) -> None:
+    def pool_lost(self, pool: Pool, error: WorkerError) -> None:
         """Leave a variant that cannot be kept alive."""
-        lost = self.pool
-        if lost is None or self._closing.is_set():
+        if self._closing.is_set():
             return
-        self._skip(lost.spec.id, error.code, str(error))
-        self._spawn(self._step_down(lost), f"fallback {self.spec.model}")
+        self._fell(pool.spec.id, error)
+        if pool is self.pool and not self._walking:
+            self._leave(pool, reason="its variant kept failing; the next one is starting")
 
-    async def _step_down(self, lost: Pool) -> None:
-        jobs = lost.take_waiting()
-        self._rung += 1
-        self.reason = "its variant kept failing; the next one is starting"
+    # Down
+
+    def _leave(self, lost: Pool, jobs: Sequence[Job] = (), *, reason: str) -> None:
+        """Let the next variant answer ``jobs`` and what waits in ``lost``."""
+        self._walking = True
+        self.reason = reason
+        self._spawn(self._step_down(lost, jobs), f"fallback {self.spec.model}")
+
+    async def _step_down(self, lost: Pool, carried: Sequence[Job]) -> None:
+        jobs = [*carried, *lost.take_waiting()]
+        self.pool = None
+        self._leaving.add(lost)
         try:
             await self.load(jobs)
         except WorkerError as error:
             _log.error("no variant is left", model=self.spec.model, version=self.spec.version, error=str(error))
-            self._events.emit(
-                Stream.HEALTH,
-                "model.failed",
-                Severity.ERROR,
-                model=self.spec.model,
-                version=self.spec.version,
-                reason=self.reason,
-            )
-        await lost.close(timeout_s=0)
-        if self.pool is None:
+            self._tell("model.failed", Severity.ERROR, reason=self.reason)
+        else:
+            self._tell_change(lost, "the variant before was lost")
+        await self._drop(lost)
+        self._look_up()
+
+    def _rescued(self, pool: Pool, job: Job) -> bool:
+        """Let the next variant answer a request that this one had no memory for; ``False``: nobody else can.
+
+        The variant goes on serving until the next one can. A request as large as one that is known not to fit is
+        answered at once, so that nobody can move a model up and down.
+        """
+        if self._closing.is_set() or job.settled or job.parts or job.attempts > _RESCUES_MAX or not pool.idempotent:
+            return False
+        if pool in self._leaving and self.pool is not None:
+            self.pool.adopt(job, first=True)
+            return True
+        if pool is not self.pool:
+            return False
+        if self._aside is None:
+            if 0 < self._too_large.get(pool.spec.id, 0) <= job.body_bytes:
+                return False
+            self._aside = self._next_below(pool)
+            if self._aside is None:
+                return False
+            self._spawn(self._step_aside(pool, self._aside), f"fallback {self.spec.model}")
+        if job.body_bytes:
+            self._too_large[pool.spec.id] = min(job.body_bytes, self._too_large.get(pool.spec.id, job.body_bytes))
+        self._aside.adopt(job)
+        return True
+
+    def _next_below(self, current: Pool) -> Pool | None:
+        """Return a pool of the next variant down that may be tried."""
+        variant = self._standing.below(current.spec.id)
+        if variant is None:
+            return None
+        pool = self._make_pool(self._variants[variant], self, size_before=current.size)
+        self._beside.add(pool)
+        return pool
+
+    async def _step_aside(self, current: Pool, aside: Pool) -> None:
+        """Serve by ``aside``, or whatever below it loads, because ``current`` runs out of memory."""
+        while not await self._starts(aside):
+            jobs, failed = aside.take_waiting(), aside
+            following = self._aside = self._next_below(current)
+            for job in jobs:
+                if following is not None:
+                    following.adopt(job)
+                else:
+                    self._fail(job, OutOfMemoryError(f"{_SHORT}, and no further variant loads"))
+            await self._drop(failed)
+            if following is None:
+                return
+            aside = following
+        self._aside = None
+        if self.pool is current and not self._closing.is_set():
+            self._fell(current.spec.id, OutOfMemoryError(_SHORT))
+            self._take_over(aside, _SHORT)
+            return
+        for job in aside.take_waiting():  # something else serves meanwhile
+            if self.pool is not None:
+                self.pool.adopt(job)
+            else:
+                self._fail(job, OutOfMemoryError(_SHORT))
+        await self._drop(aside, timeout_s=_DRAIN_TIMEOUT_S)
+
+    async def _starts(self, pool: Pool) -> bool:
+        try:
+            await self._start(pool)
+        except WorkerError as error:
+            self._fell(pool.spec.id, error)
+            return False
+        return True
+
+    async def _start(self, pool: Pool) -> None:
+        """Start a pool, on a device that is there when it is done.
+
+        Raises:
+            WorkerError: it does not start.
+        """
+        await pool.start()
+        self._check_device(pool)
+
+    def _check_device(self, pool: Pool) -> None:
+        if pool.spec.device in self._lost:
+            raise DeviceLostError(f"{pool.spec.device} is lost: {self._lost[pool.spec.device]}")
+
+    # Up
+
+    def _look_up(self) -> None:
+        """See to it that what is better is tried in time."""
+        self._wake.set()
+        if not self._climbing and not self._closing.is_set():
+            self._climbing = True
+            self._spawn(self._climb(), f"better variants of {self.spec.model}")
+
+    async def _climb(self) -> None:
+        try:
+            while not self._closing.is_set() and (step := self._next()) is not None:
+                self._wake.clear()
+                if await self._time_for(step):
+                    await self._attempt(step)
+        finally:
+            self._climbing = False
+
+    def _next(self) -> Try | None:
+        pool = self.pool
+        if self._walking:
+            return None  # whoever walks looks up in the end
+        return self._standing.next_try(pool.spec.id if pool is not None else None)
+
+    async def _time_for(self, step: Try) -> bool:
+        """Wait until ``step`` may be done; ``False``: something changed before."""
+        first = max(step.at, self._now())
+        while True:
+            now = self._now()
+            if self.pool is None or not self.routed:
+                wait_s = step.at - now if self.pool is None else 3600.0
+            else:
+                quiet_from = self._asked_at + self._config.idle_s if self.pool.quiet(now) else now + self._config.idle_s
+                wait_s = max(step.at, min(quiet_from, first + self._config.patience_s)) - now
+            if wait_s <= 0:
+                return True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), wait_s)
+                return False
+
+    async def _attempt(self, step: Try) -> None:
+        current, variant = self.pool, self._variants[step.rung.id]
+        if current is None:
             await self._revive()
+            return
+        reason = await self._room([link.process.pid for link in current.links])
+        if reason:
+            self._standing.fell(variant.id, _NO_ROOM, reason)
+            return
+        if self.pool is not current or self._closing.is_set():
+            return
+        pool = self._make_pool(variant, self, size_before=current.size)
+        self._beside.add(pool)
+        try:
+            await self._challenge(pool, current, step.purpose)
+        except WorkerError as error:
+            if not self._closing.is_set():
+                self._fell(variant.id, error)
+        if pool in self._beside:
+            await self._drop(pool)
+
+    async def _challenge(self, pool: Pool, current: Pool, purpose: Purpose) -> None:
+        """Let ``pool`` take over from ``current`` if it loads, passes its self-test and, to be compared, is better.
+
+        Raises:
+            WorkerError: it does not load, or one of them did not answer.
+        """
+        why = "it loads again and passed its self-test"
+        await self._start(pool)
+        if purpose is Purpose.COMPARE:
+            verdict = await contest(pool, current, self._config)
+            self._note(pool.spec.id, verdict)
+            why = verdict.reason
+            if not verdict.preferred:
+                return
+            self._check_device(pool)
+        if self.pool is current and not self._closing.is_set():
+            self._take_over(pool, why)
 
     async def _revive(self) -> None:
-        """Try the whole ladder again now and then: what failed may have been the box."""
-        while True:
-            await asyncio.sleep(self._revive_s)
-            if self._closing.is_set():
-                return
-            self._rung = 0
-            del self.skipped[len(self.spec.dropped) :]
-            try:
-                await self.load()
-            except WorkerError as error:
-                _log.warning("still no variant loads", model=self.spec.model, error=str(error))
-            else:
-                return
+        try:
+            await self.load()
+        except WorkerError as error:
+            _log.warning("still no variant loads", model=self.spec.model, error=str(error))
 
-    def _named(self, header: Header) -> Header:
+    def _note(self, variant: str, verdict: Verdict) -> None:
+        self._standing.measured(variant, verdict)
+        self._tell("variant.measured", variant=variant, preferred=verdict.preferred, reason=verdict.reason)
+
+    # Changing over
+
+    def _take_over(self, pool: Pool, why: str) -> None:
+        """Route requests to a pool that has passed its self-test; the one before answers what it holds."""
+        before, self.pool = self.pool, pool
+        self._beside.discard(pool)
+        if before is not None:
+            for job in before.take_waiting():
+                pool.adopt(job)
+            self._leaving.add(before)
+            self._spawn(self._drop(before, timeout_s=_DRAIN_TIMEOUT_S), f"drain {before.spec.id}")
+        self._stands_on(pool)
+        self._tell_change(before, why)
+
+    def _stands_on(self, pool: Pool) -> None:
+        """Note what serves from now on."""
+        variant = pool.spec.id
+        self.reason = ""
+        if self._standing.serves(variant):
+            self._spawn(self._forgive(pool), f"forgive {variant}")
+        self._look_up()
+
+    async def _forgive(self, pool: Pool) -> None:
+        """Forget earlier failures once the variant has served well for long enough."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), self._config.healthy_s)
+        if self.pool is pool and not self._closing.is_set():
+            self._standing.served_well(pool.spec.id)
+
+    async def _drop(self, pool: Pool, *, timeout_s: float = 0.0) -> None:
+        """End a pool; ``close`` does if this is canceled."""
+        await pool.close(timeout_s=timeout_s)
+        self._beside.discard(pool)
+        self._leaving.discard(pool)
+
+    def _fell(self, variant: str, error: WorkerError) -> None:
+        """Keep why a variant does not serve."""
+        self._standing.fell(variant, error.code, str(error))
+        self._tell_skipped(variant, error.code, str(error))
+
+    # Telling
+
+    def _next_text(self) -> str:
+        step = self._standing.next_try(None)
+        if step is None:
+            return "; it is not tried again by itself, because each try would fail the same way"
+        return f"; tried again in {max(0.0, step.at - self._now()):.0f} s"
+
+    def _tell_change(self, before: Pool | None, why: str) -> None:
+        now = self.pool.spec.id if self.pool is not None else ""
+        self._tell("variant.changed", variant=now, before=before.spec.id if before is not None else "", reason=why)
+
+    def _tell(self, event: str, severity: Severity = Severity.INFO, **data: Any) -> None:
+        """Say it to the log and to everybody who listens."""
+        data = {"model": self.spec.model, "version": self.spec.version, **data}
+        log = {Severity.INFO: _log.info, Severity.WARNING: _log.warning, Severity.ERROR: _log.error}[severity]
+        log(event.replace(".", " "), **data)
+        self._events.emit(Stream.HEALTH, event, severity, **data)
+
+    def _named(self, header: Header, pool: Pool) -> Header:
         """Return what a worker may say in its answer, and whose it is."""
         answer = answer_of(header)
         if answer["kind"] == "result":
-            self._sign(answer)
+            self._sign(answer, pool)
         return Header(answer)
 
-    def _sign(self, header: dict[str, Any]) -> None:
+    def _sign(self, header: dict[str, Any], pool: Pool) -> None:
         header["model"], header["version"] = self.spec.model, self.spec.version
-        header["variant"] = self.pool.spec.id if self.pool is not None else ""
+        header["variant"] = pool.spec.id
 
     def _fail(self, job: Job, error: AgentError) -> None:
-        self.answered(job, Header(error_of(error, None)), ())
+        """Answer a job that no pool holds."""
+        if error.code in _FAULTS:
+            self.faults += 1
+        self._answers.add((self.spec.model, self.spec.version, error.code))
+        job.answer(Header(error_of(error, None)), ())
 
-    def _skip(self, variant: str, code: str, reason: str) -> None:
-        skip = {"variant": variant, "code": code, "reason": reason}
-        self.skipped.append(skip)
-        data: dict[str, Any] = {"model": self.spec.model, "version": self.spec.version, **skip}
-        _log.warning("variant skipped", **data)
-        self._events.emit(Stream.HEALTH, "variant.skipped", Severity.WARNING, **data)
+    def _tell_skipped(self, variant: str, code: str, reason: str) -> None:
+        self._tell("variant.skipped", Severity.WARNING, variant=variant, code=code, reason=reason)
 
 
 def _scaling(pool: Pool) -> dict[str, Any]:

@@ -19,12 +19,13 @@ import uvloop
 
 from agent.clock import SystemClock
 from agent.config import EngineConfig
+from agent.engine.book import VariantBook
 from agent.engine.engine import Engine
 from agent.engine.zygote import become_subreaper
 from agent.errors import LoadError
 from agent.events import EventBus
-from agent.gpus import GpuMemory
 from agent.metrics import Metrics
+from agent.nvml import GpuMemory
 from agent.serving.ports import InferRequest
 from agent.tensors import pack, unpack
 from agent.wire import Header, Limits
@@ -88,6 +89,7 @@ async def bench(
     cores: Iterable[int] = (),
     memory_bytes_max: int = 0,
     gpus: Callable[[], Sequence[GpuMemory]] = tuple,
+    book: VariantBook | None = None,
     **options: Any,
 ) -> AsyncIterator[Bench]:
     become_subreaper()
@@ -103,6 +105,7 @@ async def bench(
         cores=cores,
         memory_bytes_max=memory_bytes_max,
         gpus=gpus,
+        book=book,
     )
     async with engine.running():
         sweeper = asyncio.ensure_future(engine.run())
@@ -149,7 +152,7 @@ def test_a_variant_that_cannot_load_is_skipped_with_its_reason(tmp_path: Path) -
             box.engine.activate(version)
             assert (await box.ask())["y"] == 5.0
             fallback = version.status()["fallbacks"][0]
-            assert (fallback["variant"], fallback["code"]) == ("v0", "load_failed")
+            assert (fallback["variant"], fallback["code"]) == ("v0", "unloadable")
             assert any(event.type == "variant.skipped" for event in box.events.recent())
 
     run(story)

@@ -11,9 +11,9 @@ import pytest
 
 from agent.engine.types import VariantSpec, VersionSpec
 from agent.errors import OutOfMemoryError
-from agent.gpus import GpuMemory
+from agent.nvml import GpuMemory
 from tests.fakes import torch_models
-from tests.integration.test_engine import bench, run
+from tests.integration.test_engine import bench, run, until
 from tests.models import scale_version
 
 pytestmark = pytest.mark.integration
@@ -72,6 +72,30 @@ def test_a_variant_that_no_gpu_has_room_for_gives_way_to_the_next(tmp_path: Path
     ]
 
 
+def test_a_variant_moves_to_another_gpu_when_its_own_is_lost_and_falls_with_the_last(tmp_path: Path) -> None:
+    async def story() -> None:
+        spec = scale_version(tmp_path / "bundle", factors=(2.0, 3.0))
+        first, second = spec.variants
+        async with bench(tmp_path, gpus=lambda: GPUS) as box:
+            version = await box.engine.load(replace(spec, variants=(on_gpu(first), second)))
+            box.engine.activate(version)
+            served = []
+            for lost in ("", "cuda:1", "cuda:0"):
+                if lost:
+                    box.engine.device_lost(lost, "fallen off the bus")
+                await until(lambda: version.ready)
+                served.append((await box.ask()).get("y"))
+                served.append(version.status()["device"])
+            assert served == [2.0, "cuda:1", 2.0, "cuda:0", 3.0, "cpu"]
+            assert [skip["code"] for skip in version.skipped] == ["device_lost"]
+            box.engine.device_back("cuda:1")
+            await until(lambda: version.status()["device"] == "cuda:1")
+            assert (await box.ask())["y"] == 2.0
+            assert not version.skipped
+
+    run(story)
+
+
 @pytest.mark.torch
 @pytest.mark.skipif(bool(torch_models.MISSING), reason=torch_models.MISSING)
 def test_a_broken_onnx_file_gives_way_to_torch(tmp_path: Path, torch_files: Path) -> None:
@@ -83,4 +107,4 @@ def test_a_broken_onnx_file_gives_way_to_torch(tmp_path: Path, torch_files: Path
     status = load(tmp_path, [broken, other], spec)
     assert (status["variant"], status["provider"]) == ("torch", "torch cpu")
     (fallback,) = status["fallbacks"]  # type: ignore[misc]
-    assert (fallback["variant"], fallback["code"]) == (broken.id, "load_failed")
+    assert (fallback["variant"], fallback["code"]) == (broken.id, "unloadable")

@@ -41,9 +41,17 @@ def deployment(text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def variant(text: str, state: str) -> dict[str, Any]:
+    return {
+        "variant": text, "state": state, "kind": text, "reason": text, "failures": 2, "retry_s": 61.0,
+        "measured": {"reason": text},
+    }  # fmt: skip
+
+
 def model(text: str, *, ready: bool = False) -> dict[str, Any]:
     tensor = {"name": text, "datatype": text, "shape": [-1, 3]}
     return {
+        "variants": [variant(text, "failed"), variant(text, "serving")],
         "slot": text, "ready": ready, "reason": text, "active": text, "trial": True, "previous": text, "wanted": text,
         "source": text, "metadata": {"inputs": [tensor], "outputs": [tensor]},
     }  # fmt: skip
@@ -54,12 +62,24 @@ def status(text: str) -> dict[str, Any]:
         "model": text, "version": text, "ready": False, "reason": text, "variant": text, "device": text,
         "sandbox": {"level": text, "detail": text}, "resident_bytes_max": 600 << 20, "placement": {text: 3, "x": 1},
         "answers": {"good": 1, "faults": 0}, "latency_s": {"p50": 0.001, "p99": 0.002},
-        "fallbacks": [{"variant": text, "reason": text}], "workers": [7, 8],
+        "fallbacks": [{"variant": text, "reason": text}], "variants": [variant(text, "failed")], "workers": [7, 8],
         "scaling": {"min": 1, "max": 4, "held": text, "cores": [[0, 1], [2, 3]]},
     }  # fmt: skip
     return {
         "agent": {"version": text, "uptime_s": 61, "pid": 7},
-        "device": {"id": text, "profile": text, "cores": 2, "memory_bytes": 2**31, "gpus": [], "gpu_reason": text},
+        "device": {
+            "id": text,
+            "profile": text,
+            "cores": 2,
+            "memory_bytes": 2**31,
+            "gpus": [],
+            "gpu_reason": text,
+            "profile_reason": text,
+            "gpu_readings": [
+                {"index": 0, "reading": None, "fault": text},
+                {"index": 1, "reading": {"temperature_c": 41, "power_w": 70.5}, "fault": ""},
+            ],
+        },
         "telemetry": {"configured": True, "connected": False, "reason": text, "outbox_rows": 3},
         "models": [serving, {"model": text + "2", "ready": False, "reason": text}],
         "slots": [{"slot": text + "3", "wanted": text + "x", "source": text}],
