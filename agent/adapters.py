@@ -25,11 +25,14 @@ from agent.deploy.ports import Bundle, Evidence, Loaded, Progress
 from agent.deploy.reconciler import Reconciler
 from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
-from agent.engine.types import VariantSpec, VersionSpec, forwarded_header_bytes
+from agent.engine.learned import Learned
+from agent.engine.memory import HOST, estimate
+from agent.engine.meter import NvmlDevices, SystemMeter
+from agent.engine.types import Keeping, VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.errors import PolicyError, SelfTestError, StateError
 from agent.events import EventBus
-from agent.profile import Profile
+from agent.profile import Hardware, Profile
 from agent.telemetry.commands import CommandInbox
 from agent.telemetry.presence import Presence
 
@@ -68,6 +71,11 @@ class SpecMaker:
             digest=stored.manifest_sha256,
             variants=tuple(self._variant_spec(manifest, variant, stored.path) for variant in stored.variants),
             dropped=stored.dropped,
+            keeping=Keeping(
+                lazy=self._engine.lazy(manifest.name),
+                keep_alive_s=self._engine.keep_alive_of(manifest.name),
+                pinned=self._engine.of(manifest.name).pin,
+            ),
         )
 
     def _variant_spec(self, manifest: Manifest, variant: Variant, path: Path) -> VariantSpec:
@@ -111,11 +119,14 @@ class SpecMaker:
                 "body_bytes_max": self._serving.body_bytes_max,
             },
         }
+        runtime = _ZYGOTES.get(variant.runtime, variant.runtime)
+        on_cpu = variant.device.kind == "cpu"
+        device_name = variant.device.kind if on_cpu else f"{variant.device.kind}:0"
         return VariantSpec(
             id=variant.id,
-            runtime=_ZYGOTES.get(variant.runtime, variant.runtime),
+            runtime=runtime,
             precision=variant.precision,
-            device=variant.device.kind if variant.device.kind == "cpu" else f"{variant.device.kind}:0",
+            device=device_name,
             worker=worker,
             lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
@@ -126,6 +137,14 @@ class SpecMaker:
                 shrink_idle_s=workers.shrink_idle_s,
             ),
             threads=threads,
+            need=estimate(
+                runtime=runtime,
+                place=HOST if on_cpu else device_name,
+                file_bytes=sum(manifest.file(name).size for name in variant.files),
+                host_mib=variant.memory.host_mb,
+                device_mib=variant.memory.device_mb,
+                measured=variant.memory.source == "measured",
+            ),
         )
 
     def _memory_bytes(self, variant: Variant) -> int:
@@ -134,6 +153,21 @@ class SpecMaker:
         if variant.device.kind != "cpu":
             return 0  # CUDA maps the whole address space of the device
         return _ADDRESS_SPACE_BASE + 4 * variant.memory.host_mb * MIB
+
+
+def system_meter(config: EngineConfig, hardware: Hardware, profile: Profile) -> SystemMeter:
+    """Return the meter of this box, with what its configuration and profile let models take."""
+    share = config.memory_share or profile.memory_share
+    return SystemMeter(
+        budget_bytes=config.memory_budget_bytes or int(share * hardware.memory_bytes),
+        device_share=config.device_memory_share,
+        devices=NvmlDevices(len(hardware.gpus)) if hardware.gpus else None,
+    )
+
+
+def learned_memory(state_dir: Path, hardware: Hardware) -> Learned:
+    """Return what models have taken of this box's memory so far."""
+    return Learned(state_dir / "memory.json", hardware.fingerprint())
 
 
 class BundleStore:
@@ -200,6 +234,12 @@ class EngineHost:
 
     async def load(self, bundle: Bundle) -> LoadedVersion:
         return LoadedVersion(await self._engine.load(self._specs(bundle)))
+
+    async def restore(self, bundle: Bundle) -> LoadedVersion:
+        return LoadedVersion(await self._engine.restore(self._specs(bundle)))
+
+    def confirm(self, loaded: Loaded) -> None:
+        self._engine.confirm(_version(loaded))
 
     def activate(self, slot: str, loaded: Loaded) -> LoadedVersion | None:
         previous = self._engine.activate(_version(loaded))

@@ -22,7 +22,15 @@ from typing import Any, Final
 import uvloop
 
 from agent import __version__, sdnotify
-from agent.adapters import BundleStore, EngineHost, ReportedState, SignedTime, SpecMaker
+from agent.adapters import (
+    BundleStore,
+    EngineHost,
+    ReportedState,
+    SignedTime,
+    SpecMaker,
+    learned_memory,
+    system_meter,
+)
 from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
@@ -180,7 +188,8 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             arena=arena,
             limits=config.limits,
             cores=sorted(os.sched_getaffinity(0)) if _binds(config, profile) else (),
-            memory_bytes_max=int(profile.memory_share * hardware.memory_bytes),
+            meter=system_meter(config.engine, hardware, profile),
+            learned=learned_memory(state_dir, hardware),
             spawned=early or {},
         )
         await stack.enter_async_context(engine.running())

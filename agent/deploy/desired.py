@@ -16,7 +16,9 @@ from agent.deploy.state import FINAL, TRIAL, Record, State
 
 PRECEDENCE: Final = ("pin", "fleet", "file")  # strongest first
 # Ends whose cause may pass by itself: the wish is tried again now and then.
-TRANSIENT: Final = frozenset({"metadata_expired", "disk_full", "offline", "store_transient", "store_failed"})
+TRANSIENT: Final = frozenset(
+    {"metadata_expired", "disk_full", "offline", "store_transient", "store_failed", "overloaded"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

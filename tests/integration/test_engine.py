@@ -20,6 +20,7 @@ import uvloop
 from agent.clock import SystemClock
 from agent.config import EngineConfig
 from agent.engine.engine import Engine
+from agent.engine.meter import SystemMeter
 from agent.engine.zygote import become_subreaper
 from agent.errors import LoadError
 from agent.events import EventBus
@@ -95,7 +96,7 @@ async def bench(
         events=events,
         metrics=metrics,
         cores=cores,
-        memory_bytes_max=memory_bytes_max,
+        meter=SystemMeter(budget_bytes=memory_bytes_max),
     )
     async with engine.running():
         sweeper = asyncio.ensure_future(engine.run())
