@@ -20,7 +20,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
 from agent import __version__
-from agent.cli_text import deployments_text, event_text, models_text, print_text, reason_text, shown, status_text
+from agent.cli_text import (
+    deployments_text,
+    event_text,
+    models_text,
+    print_text,
+    reason_text,
+    residency_text,
+    shown,
+    status_text,
+)
 from agent.client import Client
 from agent.client.messages import Part, Result
 from agent.errors import AgentError
@@ -172,6 +181,45 @@ def unpin(socket_path: str, model: str) -> None:
     with _client(socket_path) as client:
         client.call("unpin", {"model": model})
     click.echo(f"{shown(model)} follows the fleet and the configuration again")
+
+
+@main.command()
+@click.argument("model")
+@_json_option
+@click.pass_obj
+def load(socket_path: str, model: str, as_json: bool) -> None:
+    """Load MODEL into memory now, as its next request would.
+
+    \b
+    Example:
+      inferctl load detector
+    """
+    _move(socket_path, "load", model, as_json=as_json)
+
+
+@main.command()
+@click.argument("model")
+@_json_option
+@click.pass_obj
+def unload(socket_path: str, model: str, as_json: bool) -> None:
+    """Give MODEL's memory back now; what it holds is answered, and its next request loads it again.
+
+    Refused for a model that is pinned in the configuration, and while one of its versions is on trial.
+
+    \b
+    Example:
+      inferctl unload detector
+    """
+    _move(socket_path, "unload", model, as_json=as_json)
+
+
+def _move(socket_path: str, verb: str, model: str, *, as_json: bool) -> None:
+    with _client(socket_path) as client, Console(stderr=True).status(f"{verb}ing {shown(model)}"):
+        value = client.call(verb, {"model": model})
+    if as_json:
+        _print_json(value)
+        return
+    click.echo(f"{shown(model)}: {residency_text(value)}")
 
 
 @main.command()

@@ -196,7 +196,7 @@ class ModelEngineConfig(Section, frozen=True):
 
     name: str  # the slot
     workers: int | WorkersConfig | None = None  # instead of ``[engine.workers]`` as a whole; a number, or a table
-    load: LoadWhen | None = None  # instead of ``load`` in ``[engine]``
+    load: LoadWhen | None = None  # "eager" or "lazy", instead of ``load`` in ``[engine]``
     keep_alive_s: float | KeepAlive | None = None  # instead of ``keep_alive_s`` in ``[engine]``
     pin: bool = False  # never unloaded for another model, nor for idleness
 

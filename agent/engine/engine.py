@@ -34,7 +34,7 @@ from agent.engine.residency import Residency, Seat
 from agent.engine.spawn import Spawned
 from agent.engine.streams import StreamCounts
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
-from agent.engine.version import ON_DEMAND, Stage, Version
+from agent.engine.version import ON_DEMAND, RESTORED, Stage, Version
 from agent.engine.zygote import Zygote
 from agent.errors import (
     AgentError,
@@ -270,7 +270,7 @@ class Engine:
             await self._drop(version)
             active = self._active.get(spec.model)
             if active is not None and not active.keeping.lazy:
-                active.wake("restored")
+                active.wake(RESTORED)
             raise
         return version
 
@@ -338,11 +338,12 @@ class Engine:
         previous = self._active.get(version.spec.model)
         self._active[version.spec.model] = version
         self._expected.pop(version.spec.model, None)
-        if version.stage is Stage.BEFORE:
+        back = version.stage is Stage.BEFORE
+        if back:
             version.stage = Stage.SERVING
         if previous is version or previous is None:
             return None
-        previous.stage = Stage.BEFORE
+        previous.stage = Stage.LEFT if back else Stage.BEFORE
         if previous.pool is not None:
             previous.pool.revoke_lanes()
         for job in previous.give_up_unserved():

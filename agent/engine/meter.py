@@ -79,9 +79,10 @@ class SystemMeter:
 class NvmlDevices:
     """GPUs as NVML sees them. One that stops answering has nothing free."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, nvml: Any = None) -> None:
+        """``nvml`` is the library, initialised; by default ``pynvml`` at the first use."""
         self._count = count
-        self._nvml: Any = None
+        self._nvml = nvml
 
     def read(self) -> Mapping[str, tuple[int, int]]:
         """See ``Devices``."""

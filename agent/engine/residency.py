@@ -94,7 +94,6 @@ class Seat:
         self.need = residency.need_of(lodger.digest, variant)
         self.pool: Held | None = None
         self.loading = True
-        self.leaving = False
         self.measured_at = -math.inf  # loop seconds
         self._residency = residency
 
@@ -143,6 +142,7 @@ class Residency:
         self._events = events
         self._seats: list[Seat] = []
         self._turn = asyncio.Lock()
+        self._blocked = False  # somebody waits for models in use
         self._news = asyncio.Event()
         self._told = 0  # events of the present minute
         self._told_from = -math.inf
@@ -212,14 +212,18 @@ class Residency:
                 if decided.move is Move.REFUSE or (decided.move is Move.WAIT and self._now() >= lodger.load_until):
                     raise _refusal(decided.reason)
                 if decided.move is Move.WAIT:
-                    await asyncio.sleep(_LOOK_AGAIN_S)
+                    self._blocked = True
+                    try:
+                        await asyncio.sleep(_LOOK_AGAIN_S)
+                    finally:
+                        self._blocked = False
                     continue
                 leaving = [seats[position] for position in decided.unload]
                 await self._make_room(leaving, f"room for {lodger.name}", replaced_by=lodger)
 
     async def room_for_one(self, seat: Seat, pool: Held) -> str:
         """See ``Seat.room``."""
-        if self._turn.locked():
+        if self._blocked:
             return "another model waits for memory"
         async with self._turn:
             rooms = await asyncio.to_thread(self._meter.rooms)
@@ -283,20 +287,19 @@ class Residency:
         """Return a seat as decisions see it; ``fewer``: without the one worker that is being asked for."""
         lodger, pool = seat.lodger, seat.pool
         assert pool is not None
-        replaced = (
-            asker is not None
-            and lodger is not asker
-            and lodger.model == asker.model
-            and bool(asker.held_by)
-            and not (lodger.held_by or seat.loading or seat.leaving)
-        )
-        kept = "" if replaced or seat.leaving else lodger.held_by or ("pinned" if lodger.keeping.pinned else "")
+        sibling = asker is not None and lodger is not asker and lodger.model == asker.model
+        # A version on trial takes the place of the one that serves, which in turn waits for how the trial begins.
+        tried = sibling and asker is not None and bool(asker.held_by) and not lodger.held_by
+        waits = sibling and asker is not None and not asker.held_by
+        replaced = tried and not (seat.loading or pool.closed)
+        staying = lodger.held_by or ("pinned" if lodger.keeping.pinned else "")
+        kept = "" if replaced or waits or pool.closed else staying
         return Tenant(
             name=lodger.name,
             need=seat.need.times(pool.size - fewer),
             used_at=lodger.used_at,
             keep_alive_s=lodger.keeping.keep_alive_s,
-            busy=seat.loading or seat.leaving or pool.in_use(self._now()),
+            busy=waits or seat.loading or pool.closed or pool.in_use(self._now()),
             loading=seat.loading,
             kept=kept,
             replaced=replaced,
@@ -332,7 +335,7 @@ class Residency:
         """Unload one, unless somebody has asked it something meanwhile."""
         await self.measure(seat)
         pool = seat.pool
-        if seat.leaving or pool is None or pool.closed or (pool.in_use(self._now()) and not busy_too):
+        if pool is None or pool.closed or (pool.in_use(self._now()) and not busy_too):
             return
         await seat.lodger.unload(cause, reason)
 

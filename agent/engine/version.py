@@ -41,17 +41,22 @@ _log = get_logger("version")
 _FAULTS = frozenset({"worker_died", "handler_failed", "inference_failed", "out_of_memory", "worker_failed", "internal"})
 
 _DRAIN_S: Final = 30.0
+RESTORED: Final = "restored"  # the cause of a load that nobody needs to wait for
 ON_DEMAND: Final = "not loaded, loads on demand"
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], None]
 
 
 class Stage(StrEnum):
-    """Where a version stands in its slot; the text is why it must stay in memory."""
+    """Where a version stands in its slot."""
 
     TRYING = "on trial"
-    SERVING = ""
+    SERVING = "serving"
     BEFORE = "kept for a rollback"
+    LEFT = "left"  # by a rollback
+
+
+_HELD: Final = frozenset({Stage.TRYING, Stage.BEFORE})
 
 
 class Version:
@@ -90,7 +95,8 @@ class Version:
         self._memory_wait_s = memory_wait_s
         self._opened: Pool | None = None  # made ahead of its load, so that jobs can wait in it
         self._draining: list[Pool] = []  # unloaded, and still with answers to give
-        self._on_demand = False  # what loads it now is a request or a call that may be withdrawn
+        self._on_demand = False  # what loads it now are requests and calls, which may be withdrawn
+        self._woken = False  # it slept before it was loaded, and may sleep again if that fails
         self._calls = 0  # that wait for it to be loaded
         self._settled = asyncio.Event()  # no wake is under way
         self._settled.set()
@@ -140,7 +146,7 @@ class Version:
     @property
     def held_by(self) -> str:
         """Why a deployment needs it in memory; empty if none does."""
-        return self.stage.value
+        return self.stage.value if self.stage in _HELD else ""
 
     @property
     def ready(self) -> bool:
@@ -206,7 +212,8 @@ class Version:
         """Begin to load, if it sleeps; requests wait in its pool from now on."""
         if not self.asleep or self._closing.is_set():
             return
-        self.asleep, self.reason, self._on_demand = False, "it is being loaded", True
+        self.asleep, self.reason, self._woken = False, "it is being loaded", True
+        self._on_demand = cause != RESTORED
         exhausted = self._rung >= len(self.spec.variants)
         if exhausted or any(skip["code"] == OverloadedError.code for skip in self.skipped):
             self._restart_ladder()
@@ -480,7 +487,7 @@ class Version:
         for variant, error in failed:
             if isinstance(error, OverloadedError):
                 self._skip(variant, error.code, str(error))
-        self.reason, self._trouble, self._on_demand = "", None, False
+        self.reason, self._trouble, self._on_demand, self._woken = "", None, False, False
         self._variant, self._hello = pool.spec.id, pool.hello
         self.used_at = self._now()
         if self.skipped:
@@ -495,9 +502,8 @@ class Version:
         self.pool = None
         self.reason = "unloaded" if self._closing.is_set() else f"no variant loads: {reasons}"
         refusal: AgentError = short or type(last)(self.reason)
-        if self.stage is not Stage.TRYING and (self._on_demand or self.spec.keeping.lazy or short is not None):
+        if self.stage is not Stage.TRYING and (self._woken or self.spec.keeping.lazy or short is not None):
             self.sleep()
-            self._on_demand = False
             if short is None:
                 self._trouble, self.reason = refusal, str(refusal)
                 self._wake_from = self._now() + self._revive_s
@@ -584,7 +590,9 @@ class Version:
         header["variant"] = self._variant
 
     def _fail(self, job: Job, error: AgentError) -> None:
-        self.answered(job, Header(error_of(error, None)), ())
+        header = Header(error_of(error, None))
+        header.digest = Header(header)  # ours, not a worker's: it may say when to come back
+        self.answered(job, header, ())
 
     def _skip(self, variant: str, code: str, reason: str) -> None:
         skip = {"variant": variant, "code": code, "reason": reason}

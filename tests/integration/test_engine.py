@@ -20,7 +20,8 @@ import uvloop
 from agent.clock import SystemClock
 from agent.config import EngineConfig
 from agent.engine.engine import Engine
-from agent.engine.meter import SystemMeter
+from agent.engine.learned import Learned
+from agent.engine.meter import Meter, SystemMeter
 from agent.engine.zygote import become_subreaper
 from agent.errors import LoadError
 from agent.events import EventBus
@@ -83,7 +84,13 @@ class Bench:
 
 @asynccontextmanager
 async def bench(
-    folder: Path, *, cores: Iterable[int] = (), memory_bytes_max: int = 0, **options: Any
+    folder: Path,
+    *,
+    cores: Iterable[int] = (),
+    memory_bytes_max: int = 0,
+    meter: Meter | None = None,
+    learned: Learned | None = None,
+    **options: Any,
 ) -> AsyncIterator[Bench]:
     become_subreaper()
     events = EventBus(SystemClock())
@@ -96,7 +103,8 @@ async def bench(
         events=events,
         metrics=metrics,
         cores=cores,
-        meter=SystemMeter(budget_bytes=memory_bytes_max),
+        meter=meter or SystemMeter(budget_bytes=memory_bytes_max),
+        learned=learned,
     )
     async with engine.running():
         sweeper = asyncio.ensure_future(engine.run())
