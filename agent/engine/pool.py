@@ -265,8 +265,8 @@ class Pool:
         return [link.process.pid for link in self.links]
 
     def in_use(self, now: float) -> bool:
-        """Whether it owes an answer, to us or to a request that was withdrawn, or has just given one on a lane."""
-        if self.waiting or self._calls:
+        """Whether it restarts, owes an answer, also to a withdrawn request, or has just given one on a lane."""
+        if self.waiting or self._calls or not self.links:
             return True
         return any(link.owed or link.lanes_in_use(now) for link in self.links)
 

@@ -220,6 +220,8 @@ class Residency:
                     continue
                 leaving = [seats[position] for position in decided.unload]
                 await self._make_room(leaving, f"room for {lodger.name}", replaced_by=lodger)
+                if all(other in self._seats for other in leaving):  # they were asked something meanwhile
+                    await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def room_for_one(self, seat: Seat, pool: Held) -> str:
         """See ``Seat.room``."""

@@ -253,10 +253,8 @@ class Version:
             self.wake("request")
             for job in waiting:
                 self.adopt(job)
-        try:
-            await pool.close(timeout_s=_DRAIN_S)
-        finally:
-            self._draining.remove(pool)
+        await pool.close(timeout_s=_DRAIN_S)
+        self._draining.remove(pool)
         self._residency.tell_unloaded(self, cause, reason)
 
     # Work
@@ -306,8 +304,8 @@ class Version:
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then end the workers."""
         self._closing.set()
-        if self.pool is not None:
-            await self.pool.close(timeout_s=timeout_s)
+        for pool in self.pools:
+            await pool.close(timeout_s=timeout_s)
 
     async def self_test(self, *, timeout_s: float) -> dict[str, Any]:
         """Run the golden inputs again in the serving worker.

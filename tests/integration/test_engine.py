@@ -418,3 +418,18 @@ def test_a_folder_that_cannot_be_written_costs_a_worker_not_the_engine(tmp_path:
             assert (await box.ask())["y"] == 2.0
 
     run(story)
+
+
+def test_a_version_without_a_variant_left_says_so_at_once_and_is_tried_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=2, restart_cap_s=1.0) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", handler="odd"))
+            box.engine.activate(version)
+            assert (await box.say("die", deadline_s=3600.0))["code"] == "worker_died"
+            await until(lambda: version.pool is None, turns=9000)
+            refused = await box.say("[1, 1, 1, 1]", deadline_s=3600.0)
+            assert (refused["code"], refused["retryable"]) == ("unavailable", True)
+            await until(lambda: version.ready, turns=9000)
+            assert (await box.say("[1, 1, 1, 1]"))["kind"] == "result"
+
+    run(story)
