@@ -100,7 +100,8 @@ class Version:
         self._calls = 0  # that wait for it to be loaded
         self._settled = asyncio.Event()  # no wake is under way
         self._settled.set()
-        self._trouble: AgentError | None = None  # why the last wake failed
+        self._refusal: AgentError | None = None  # why the last load failed
+        self._trouble: AgentError | None = None  # the same, if it sleeps and another try would hardly end otherwise
         self._wake_from = 0.0  # loop seconds
         self._hello: dict[str, Any] = {}  # the last worker's
         self._variant = ""
@@ -234,7 +235,7 @@ class Version:
         finally:
             self._calls -= 1
         if not self.ready:
-            raise self._trouble or UnavailableError(self.reason)
+            raise self._refusal or UnavailableError(self.reason or "its worker is restarting")
 
     def wanted(self) -> bool:
         """Whether anybody still waits for what it loads."""
@@ -485,7 +486,8 @@ class Version:
         for variant, error in failed:
             if isinstance(error, OverloadedError):
                 self._skip(variant, error.code, str(error))
-        self.reason, self._trouble, self._on_demand, self._woken = "", None, False, False
+        self.reason, self._refusal, self._trouble = "", None, None
+        self._on_demand = self._woken = False
         self._variant, self._hello = pool.spec.id, pool.hello
         self.used_at = self._now()
         if self.skipped:
@@ -499,7 +501,7 @@ class Version:
         reasons = "; ".join(f"{skip['variant']}: {skip['reason']}" for skip in self.skipped)
         self.pool = None
         self.reason = "unloaded" if self._closing.is_set() else f"no variant loads: {reasons}"
-        refusal: AgentError = short or type(last)(self.reason)
+        refusal = self._refusal = short or type(last)(self.reason)
         if self.stage is not Stage.TRYING and (self._woken or self.spec.keeping.lazy or short is not None):
             self.sleep()
             if short is None:
