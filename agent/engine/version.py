@@ -188,7 +188,7 @@ class Version:
                 break
             except (WorkerError, OverloadedError) as error:
                 failed.append((pool.spec.id, error))
-                if isinstance(error, WorkerError):
+                if isinstance(error, WorkerError) and not self._closing.is_set():
                     self._skip(pool.spec.id, error.code, str(error))
                 self._rung += 1
                 waiting, left = pool.take_waiting(), pool
@@ -288,8 +288,9 @@ class Version:
 
     def cancel(self, job: Job) -> None:
         """Forget ``job``."""
+        with_worker = job.link is not None and job.number in job.link.jobs
         for pool in self.pools:
-            if (job.link is None or job.link in pool.links) and pool.cancel(job):
+            if (not with_worker or job.link in pool.links) and pool.cancel(job):
                 return
 
     def give_up_unserved(self) -> list[Job]:

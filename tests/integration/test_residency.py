@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +181,8 @@ def test_a_model_that_may_not_be_unloaded_keeps_another_out_with_a_reason(tmp_pa
 def test_a_model_in_use_is_waited_for_and_no_longer_than_configured(tmp_path: Path) -> None:
     async def story() -> None:
         async with limited(tmp_path, 1, memory_wait_s=0.3) as box:
-            busy = await serve(box, model(tmp_path, "a", handler="odd", version="1.0.0"))
             await serve(box, model(tmp_path, "b"))
-            held = ask_text(box, "a", "hang", deadline_s=3600.0)
-            await until(lambda: busy.ready, turns=9000)
+            held, go_on = await hold(box, await serve(box, model(tmp_path, "a")))
             refused = await ask(box, "b")
             assert (refused["code"], "in use: a 1.0.0" in refused["message"]) == ("overloaded", True)
             assert not held.done()
@@ -190,8 +190,18 @@ def test_a_model_in_use_is_waited_for_and_no_longer_than_configured(tmp_path: Pa
             assert late["code"] == "deadline_exceeded"
             await until(lambda: box.engine.active("b").asleep, turns=9000)
             assert loads(box)["b"] == 0
+            go_on()
+            assert (await held)["y"] == 2.0
 
     run(story)
+
+
+async def hold(box: Bench, version: Version) -> tuple[asyncio.Future[dict[str, Any]], Callable[[], None]]:
+    """Load a model and stop its worker with a request in its hands; return the answer, and what lets it go on."""
+    await ask(box, version.model)
+    (pid,) = version.pool.pids
+    os.kill(pid, signal.SIGSTOP)
+    return ask(box, version.model, deadline_s=3600.0), partial(os.kill, pid, signal.SIGCONT)
 
 
 def ask_text(box: Bench, name: str, text: str, *, deadline_s: float) -> asyncio.Future[dict[str, Any]]:
@@ -416,5 +426,30 @@ def test_many_more_models_than_fit_are_served_in_turn(tmp_path: Path) -> None:
             assert unloaded.total() >= MODELS - fit
             assert not [event for event in box.events.recent() if event.type == "worker.died"]
             print(f"{MODELS} models, room for {fit}: {MODELS + REQUESTS} requests, {loaded.total()} loads, 0 failed")
+
+    run(story)
+
+
+def test_a_request_withdrawn_while_its_model_waits_for_memory_is_forgotten(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with limited(tmp_path, 1) as box:
+            waiting = await serve(box, model(tmp_path, "b"))
+            held, go_on = await hold(box, await serve(box, model(tmp_path, "a")))
+            request = InferRequest(
+                model="b",
+                version=None,
+                header=Header({"kind": "infer", "content_type": "text/plain"}),
+                body=b"",
+                deadline=asyncio.get_running_loop().time() + 3600.0,
+                client="test",
+                answer=lambda _head, _body: pytest.fail("answered although it was withdrawn"),
+            )
+            box.engine.submit(request)
+            assert not waiting.asleep
+            box.engine.cancel(request)
+            await until(lambda: waiting.asleep, turns=9000)
+            assert loads(box)["b"] == 0
+            go_on()
+            assert (await held)["y"] == 2.0
 
     run(story)
