@@ -451,8 +451,9 @@ def parse(raw: dict[str, Any]) -> Config:
 def _advice(message: str, key: str) -> str:
     """Return what the value may be, or which key was probably meant, as far as that is known."""
     kind = _kind_at(key)
-    if message.startswith("Invalid enum value") and get_origin(kind) is Literal:
-        return f"; one of {', '.join(map(repr, get_args(kind)))}"
+    texts = next((item for item in (kind, *get_args(kind)) if get_origin(item) is Literal), None)
+    if message.startswith("Invalid enum value") and texts is not None:
+        return f"; one of {', '.join(map(repr, get_args(texts)))}"
     unknown = _UNKNOWN_KEY.search(message)
     if unknown and isinstance(kind, type) and issubclass(kind, Section):
         close = difflib.get_close_matches(unknown[1], kind.__struct_fields__, n=1)
