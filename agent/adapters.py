@@ -300,7 +300,8 @@ class ReportedState:
     def _document(self) -> dict[str, Any]:
         serving = {
             row["model"]: {
-                name: row.get(name) for name in ("version", "digest", "variant", "ready", "reason", "fallbacks")
+                **{name: row.get(name) for name in ("version", "digest", "variant", "ready", "fallbacks")},
+                "reason": "" if row["ready"] else row["reason"],  # models that come and go are no news to the fleet
             }
             for row in self._engine.status()
         }

@@ -331,7 +331,7 @@ class Version:
 
     def describe(self) -> dict[str, Any]:
         """Return the model's metadata in the Open Inference Protocol's terms, plus what serves it."""
-        hello = self.pool.hello if self.pool is not None and self.pool.hello else self._hello
+        hello = self._last_hello()
         told = self.spec.variants[0].worker if self.spec.variants else {}
         signature = hello.get("signature") or told.get("signature", {})
         return {
@@ -349,7 +349,7 @@ class Version:
     def status(self) -> dict[str, Any]:
         """Return what an operator wants to see."""
         pool = self.pool
-        hello = pool.hello if pool is not None else {}
+        hello = self._last_hello()
         return {
             "version": self.spec.version,
             "digest": self.spec.digest,
@@ -472,6 +472,10 @@ class Version:
         self._spawn(self._step_down(lost), f"fallback {self.spec.model}")
 
     # Inside
+
+    def _last_hello(self) -> dict[str, Any]:
+        """Return what its worker has said of itself, or the last one it had."""
+        return self.pool.hello if self.pool is not None and self.pool.hello else self._hello
 
     def _open(self, jobs: Iterable[Job]) -> Pool | None:
         """Make the pool of the next variant, if there is one, and let the jobs wait in it."""
