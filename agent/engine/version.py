@@ -235,7 +235,7 @@ class Version:
         finally:
             self._calls -= 1
         if not self.ready:
-            raise self._refusal or UnavailableError(self.reason or "its worker is restarting")
+            raise _told(self._refusal or UnavailableError(self.reason or "its worker is restarting"))
 
     def wanted(self) -> bool:
         """Whether anybody still waits for what it loads."""
@@ -608,10 +608,11 @@ class Version:
 
 
 def _told(refusal: AgentError) -> AgentError:
-    """Return what a caller is told of a failed load: to come back, or that there is too little memory here."""
-    if isinstance(refusal, OverloadedError | OutOfMemoryError):
-        return refusal
-    return UnavailableError(str(refusal))
+    """Return what a caller is told of a failed load, each time anew: an error keeps the traces of all who raise it."""
+    kind = type(refusal) if isinstance(refusal, OverloadedError | OutOfMemoryError) else UnavailableError
+    told = kind(str(refusal))
+    told.retry_after_s = refusal.retry_after_s
+    return told
 
 
 def _scaling(pool: Pool) -> dict[str, Any]:
