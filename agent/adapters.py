@@ -46,7 +46,10 @@ from agent.deploy.ports import (
 from agent.deploy.reconciler import Reconciler
 from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
-from agent.engine.types import VariantSpec, VersionSpec, forwarded_header_bytes
+from agent.engine.learned import Learned
+from agent.engine.memory import HOST, estimate
+from agent.engine.meter import NvmlDevices, SystemMeter
+from agent.engine.types import Keeping, VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.errors import NotFoundError, PolicyError, SelfTestError, StateError, TransientError
 from agent.events import EventBus
@@ -94,6 +97,11 @@ class SpecMaker:
             digest=stored.manifest_sha256,
             variants=tuple(self._variant_spec(manifest, variant, stored.path) for variant in stored.variants),
             dropped=stored.dropped,
+            keeping=Keeping(
+                lazy=self._engine.lazy(manifest.name),
+                keep_alive_s=self._engine.keep_alive_of(manifest.name),
+                pinned=self._engine.of(manifest.name).pin,
+            ),
         )
 
     def _variant_spec(self, manifest: Manifest, variant: Variant, path: Path) -> VariantSpec:
@@ -139,13 +147,14 @@ class SpecMaker:
                 "body_bytes_max": self._serving.body_bytes_max,
             },
         }
+        runtime = _zygote(manifest, variant)
+        on_cpu = variant.device.kind == "cpu"
         return VariantSpec(
             id=variant.id,
-            runtime=_zygote(manifest, variant),
+            runtime=runtime,
             precision=variant.precision,
-            device="cpu" if variant.device.kind == "cpu" else f"{variant.device.kind}:{device['index']}",
+            device="cpu" if on_cpu else f"{variant.device.kind}:{device['index']}",
             pinned_device=pinned,
-            device_bytes=variant.memory.device_mb * MIB,
             worker=worker,
             lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
@@ -157,6 +166,14 @@ class SpecMaker:
             ),
             threads=threads,
             resident_bytes_max=self._engine.resident_bytes_max or _RESIDENT_BASE + 4 * variant.memory.host_mb * MIB,
+            need=estimate(
+                runtime=runtime,
+                place=HOST if on_cpu else pinned or variant.device.kind,
+                file_bytes=sum(manifest.file(name).size for name in variant.files),
+                host_mib=variant.memory.host_mb,
+                device_mib=variant.memory.device_mb,
+                measured=variant.memory.source == "measured",
+            ),
         )
 
     def _memory_bytes(self, variant: Variant) -> int:
@@ -165,6 +182,21 @@ class SpecMaker:
         if variant.device.kind != "cpu":
             return 0  # CUDA maps the whole address space of the device
         return _ADDRESS_SPACE_BASE + 4 * variant.memory.host_mb * MIB
+
+
+def system_meter(config: EngineConfig, hardware: Hardware, profile: Profile) -> SystemMeter:
+    """Return the meter of this box, with what its configuration and profile let models take."""
+    share = config.memory_share or profile.memory_share
+    return SystemMeter(
+        budget_bytes=config.memory_budget_bytes or int(share * hardware.memory_bytes),
+        device_share=config.device_memory_share,
+        devices=NvmlDevices(hardware) if hardware.gpus else None,
+    )
+
+
+def learned_memory(state_dir: Path, hardware: Hardware) -> Learned:
+    """Return what models have taken of this box's memory so far."""
+    return Learned(state_dir / "memory.json", hardware.fingerprint())
 
 
 class BundleStore:
@@ -292,6 +324,12 @@ class EngineHost:
     async def load(self, bundle: Bundle) -> LoadedVersion:
         return LoadedVersion(await self._engine.load(self._specs(bundle)))
 
+    async def restore(self, bundle: Bundle) -> LoadedVersion:
+        return LoadedVersion(await self._engine.restore(self._specs(bundle)))
+
+    def confirm(self, loaded: Loaded) -> None:
+        self._engine.confirm(_version(loaded))
+
     def activate(self, slot: str, loaded: Loaded) -> LoadedVersion | None:
         previous = self._engine.activate(_version(loaded))
         return LoadedVersion(previous) if previous is not None else None
@@ -369,7 +407,8 @@ class ReportedState:
     def _document(self) -> dict[str, Any]:
         serving = {
             row["model"]: {
-                name: row.get(name) for name in ("version", "digest", "variant", "ready", "reason", "fallbacks")
+                **{name: row.get(name) for name in ("version", "digest", "variant", "ready", "fallbacks")},
+                "reason": "" if row["ready"] else row["reason"],  # models that come and go are no news to the fleet
             }
             for row in self._engine.status()
         }

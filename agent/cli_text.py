@@ -57,6 +57,7 @@ def status_text(value: Mapping[str, Any], failures: Mapping[str, str]) -> Text:
         *_profile_lines(device),
         Text(f"telemetry: {link_text(value['telemetry'])}"),
         *([Text(f"trust: {freshness_text(value['trust'])}")] if value.get("trust") else []),
+        *(Text(f"memory of models: {_place_text(*place)}") for place in value.get("memory", {}).items()),
         *_model_lines(value["models"], value.get("slots", []), failures),
         columns(
             ("process", "pid", "PSS"),
@@ -76,11 +77,24 @@ def models_text(rows: Rows) -> Text:
         cells.append((row["slot"], ready, active, row["previous"] or "-", row["wanted"] or "-", row["source"] or "-"))
         notes.append(
             ([] if row["ready"] else [f"not ready: {row['reason']}"])
+            + ([f"memory: {residency_text(row['residency'])}"] if row.get("residency") else [])
             + [_ladder_text(row["variants"])] * bool(row["variants"])
             + [line for one in row["variants"] for line in variant_lines(one)]
             + [f"{side}: {tensors_text(metadata[side])}" for side in ("inputs", "outputs") if metadata[side]]
         )
     return columns(("model", "ready", "active", "previous", "wanted", "source"), cells, notes)
+
+
+def residency_text(residency: Mapping[str, Any]) -> str:
+    """Return whether a model is in memory and what it takes, not yet ``shown``: ``17 MB measured, lazy``."""
+    loaded = residency["loaded"]
+    sizes = residency["held_bytes"] if loaded else residency["worker_bytes"]
+    parts = [
+        f"{size / 1e6:.0f} MB" if place == "host" else f"{place} {size / 1e6:.0f} MB" for place, size in sizes.items()
+    ]
+    takes = f"{' + '.join(parts)} {residency['source']}" if parts else "unknown"
+    marks = [residency["load"], *(["pinned"] if residency["pinned"] else [])]
+    return ", ".join([takes if loaded else f"not loaded ({takes})", *marks])
 
 
 def deployments_text(rows: Rows) -> Text:
@@ -236,6 +250,10 @@ def _model_lines(rows: Rows, slots: Rows, failures: Mapping[str, str]) -> list[T
 def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
     answers, sandbox = row["answers"], (row["sandbox"] or {}).get("level", "unknown")
     ready = ("ready", "green") if row["ready"] else (f"not ready: {shown(row['reason'])}", "red")
+    residency = row.get("residency")
+    if residency is not None and not residency["loaded"]:
+        note = [] if not row["ready"] else [f"  {shown(row['reason'])}; {shown(residency_text(residency))}"]
+        return [Text.assemble((f"{shown(row['model'])} {shown(row['version'])}", "bold"), " ", ready), *map(Text, note)]
     facts = f"{answers['good']} good answers, {answers['faults']} faults{_latency(row['latency_s'])}"
     return [
         Text.assemble(
@@ -276,6 +294,12 @@ def _worker_lines(row: Mapping[str, Any]) -> list[Text]:
     parts += [f", on cores {bound}"] if bound else []
     lines = [Text("".join(parts))] if most > 1 or bound else []
     return lines + ([Text(f"  no further worker: {shown(scaling['held'])}")] if scaling["held"] else [])
+
+
+def _place_text(place: str, sizes: Mapping[str, Any]) -> str:
+    where = "" if place == "host" else f"{shown(place)}: "
+    budget = f"{sizes['budget_bytes'] / 1e6:.0f} MB" if sizes["budget_bytes"] else "unbounded"
+    return f"{where}{sizes['held_bytes'] / 1e6:.0f} of {budget}, {sizes['available_bytes'] / 1e6:.0f} MB free"
 
 
 def _absent_lines(model: str, reason: str) -> list[Text]:

@@ -110,6 +110,8 @@ class Control:
             "unpin": ("operate", self._unpin),
             **store.verbs(),
             "cancel": ("operate", self._cancel),
+            "load": ("operate", self._load),
+            "unload": ("operate", self._unload),
         }
 
     async def call(self, method: str, args: dict[str, Any], roles: Roles, peer: str) -> Any:
@@ -191,6 +193,7 @@ class Control:
                 "cpu_features": list(box.hardware.cpu_features),
             },
             "models": self._engine.status(),
+            "memory": await self._engine.memory(),
             "slots": self._reconciler.slots(),
             "trust": self._store.standing(),
             "telemetry": await self._telemetry.status(),
@@ -216,6 +219,8 @@ class Control:
                 rows[-1] |= {"metadata": self._engine.describe(name)}
             except AgentError:
                 rows[-1] |= {"metadata": None}
+            version = self._engine.active(name)
+            rows[-1] |= {"residency": version.residency() if version is not None else None}
         return rows
 
     async def _recent_events(self, args: dict[str, Any], _peer: str) -> list[dict[str, Any]]:
@@ -290,6 +295,22 @@ class Control:
 
     async def _cancel(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         return {"deployment": await self._reconciler.cancel(text_of(args, "model"))}
+
+    async def _load(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
+        """Return once the model is in memory."""
+        model = text_of(args, "model")
+        await self._engine.load_now(model)
+        return self._residency_of(model)
+
+    async def _unload(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
+        """Return once the model has left memory; its next request loads it again."""
+        model = text_of(args, "model")
+        await self._engine.unload_now(model)
+        return self._residency_of(model)
+
+    def _residency_of(self, model: str) -> dict[str, Any]:
+        version = self._engine.active(model)
+        return {"model": model, **(version.residency() if version is not None else {"loaded": False})}
 
     async def _rollback_wish(self, model: str, wish_id: str, source: str) -> Desired:
         known = await self._reconciler.find(wish_id)

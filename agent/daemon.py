@@ -30,7 +30,9 @@ from agent.adapters import (
     SpecMaker,
     TrustRecord,
     VersionInspector,
+    learned_memory,
     measured_device,
+    system_meter,
 )
 from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
@@ -198,7 +200,8 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             arena=arena,
             limits=config.limits,
             cores=sorted(os.sched_getaffinity(0)) if _binds(config, profile) else (),
-            memory_bytes_max=int(profile.memory_share * hardware.memory_bytes),
+            meter=system_meter(config.engine, hardware, profile),
+            learned=learned_memory(state_dir, hardware),
             spawned=early or {},
             gpus=lambda: free_memory(hardware),
             book=VariantBook(state_dir / "variants.json", device=measured_device(hardware)),

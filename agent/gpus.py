@@ -8,9 +8,9 @@ answer for minutes, which costs that thread and nothing else, and is said. Leave
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
@@ -36,37 +36,45 @@ T = TypeVar("T")
 
 
 class Question(Generic[T]):
-    """What a driver is asked, in a thread of its own: no executor's, which is waited for when the process ends."""
+    """What a driver is asked, in a thread of its own: no executor's, which is waited for when the process ends.
+
+    While there is no answer the same is not asked again: whoever wants to know waits for that one.
+    """
 
     def __init__(self, ask: Callable[[], T]) -> None:
         self._ask = ask
-        self._asked: asyncio.Future[T] | None = None
+        self._asked: Future[T] | None = None
+        self._turn = threading.Lock()
 
     async def answer(self, timeout_s: float) -> T:
-        """Ask and return the answer; what was not answered yet is not asked again, but waited for.
+        """Return the answer.
 
         Raises:
             TimeoutError: there is none in time.
         """
-        if self._asked is None:
-            loop = asyncio.get_running_loop()
-            self._asked = loop.create_future()
-            threading.Thread(target=self._run, args=(loop, self._asked), name="nvml", daemon=True).start()
-        asked = self._asked
+        asked = asyncio.wrap_future(self._pending())
         done, _ = await asyncio.wait({asked}, timeout=timeout_s)
         if not done:
             raise TimeoutError
-        if self._asked is asked:
-            self._asked = None
         return asked.result()
 
-    def _run(self, loop: asyncio.AbstractEventLoop, asked: asyncio.Future[T]) -> None:
+    def answer_here(self, timeout_s: float) -> T:
+        """Return the answer to a thread that may block; as ``answer``."""
+        return self._pending().result(timeout_s)
+
+    def _pending(self) -> Future[T]:
+        with self._turn:
+            if self._asked is None or self._asked.done():
+                self._asked = Future()
+                self._asked.set_running_or_notify_cancel()  # whoever gives up does not cancel it for the others
+                threading.Thread(target=self._run, args=(self._asked,), name="nvml", daemon=True).start()
+            return self._asked
+
+    def _run(self, asked: Future[T]) -> None:
         try:
-            settle = partial(asked.set_result, self._ask())
+            asked.set_result(self._ask())
         except Exception as error:  # noqa: BLE001  whoever asked gets it
-            settle = partial(asked.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle)
+            asked.set_exception(error)
 
 
 class GpuWatch:

@@ -10,7 +10,7 @@ Leaves out: Jetson boards whose NVML knows little (``probe.py`` asks their devic
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeVar
@@ -85,6 +85,7 @@ class Library(Protocol):
     def nvmlDeviceGetTemperature(self, handle: Any, sensor: int, /) -> int: ...  # noqa: N802
     def nvmlDeviceGetPowerUsage(self, handle: Any, /) -> int: ...  # noqa: N802
     def nvmlDeviceGetUtilizationRates(self, handle: Any, /) -> Any: ...  # noqa: N802
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any, /) -> Iterable[Any]: ...  # noqa: N802
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,6 +178,16 @@ class Nvml:
             power_w=power_mw / 1000 if power_mw is not None else None,
             utilisation_percent=int(rates.gpu) if rates is not None else None,
         )
+
+    def processes(self, uuid: str) -> dict[int, int]:
+        """Return what each process holds of a device (bytes), by its id; empty where the board does not tell.
+
+        Raises:
+            NvmlError: it is lost, or the driver does not answer.
+        """
+        handle = self._ask(self._library.nvmlDeviceGetHandleByUUID, uuid)
+        running = self._offered(self._library.nvmlDeviceGetComputeRunningProcesses, handle) or ()
+        return {int(process.pid): int(process.usedGpuMemory or 0) for process in running}
 
     def _gpu(self, index: int) -> Gpu:
         library = self._library

@@ -6,6 +6,7 @@ is read below ``root``, so that tests can bring machines of their own; NVML come
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -96,6 +97,19 @@ def readings(hardware: Hardware, nvml: Callable[[], Nvml] = Nvml) -> dict[str, R
                     found[uuid] = Unread(fault=error.fault, reason=str(error))
     except NvmlError as error:
         found = dict.fromkeys(uuids, Unread(fault=error.fault, reason=str(error)))
+    return found
+
+
+def processes(hardware: Hardware, nvml: Callable[[], Nvml] = Nvml) -> dict[str, dict[int, int]]:
+    """Return what each process holds of each GPU that tells (bytes), by UUID and process id."""
+    found: dict[str, dict[int, int]] = {}
+    uuids = [gpu.uuid for gpu in hardware.gpus if gpu.uuid]
+    with contextlib.suppress(NvmlError):
+        if uuids:
+            with nvml() as library:
+                for uuid in uuids:
+                    with contextlib.suppress(NvmlError):
+                        found[uuid] = library.processes(uuid)
     return found
 
 

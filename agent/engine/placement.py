@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from agent.engine.types import VariantSpec
-from agent.errors import DeviceLostError, LoadError, OutOfMemoryError
+from agent.errors import DeviceLostError, LoadError
 from agent.nvml import GpuMemory
-
-_MIB = 1024 * 1024
 
 
 def needs_gpu(variant: VariantSpec) -> bool:
@@ -32,7 +30,6 @@ def placed(variant: VariantSpec, gpus: Sequence[GpuMemory], lost: Mapping[str, s
     Raises:
         DeviceLostError: the GPU it is pinned to is lost, or there is no other left.
         LoadError: it is pinned to a GPU that is not there.
-        OutOfMemoryError: it needs more memory than the GPU has free.
     """
     pin = variant.pinned_device
     here = {name: gpu for gpu in gpus if (name := f"cuda:{gpu.index}") not in lost}
@@ -45,9 +42,10 @@ def placed(variant: VariantSpec, gpus: Sequence[GpuMemory], lost: Mapping[str, s
         raise LoadError(f"is pinned to {pin} by [[engine.models]]; this box has {', '.join(here)}")
     device = pin or max(here, key=lambda name: (here[name].free_bytes, -here[name].index))
     chosen = here[device]
-    if chosen.free_bytes < variant.device_bytes:
-        raise OutOfMemoryError(
-            f"needs {variant.device_bytes // _MIB} MiB of GPU memory, {device} has {chosen.free_bytes // _MIB} free"
-        )
-    place = {"kind": "cuda", "index": chosen.index, "uuid": chosen.uuid}
-    return replace(variant, device=device, worker={**variant.worker, "device": place})
+    sizes = {device if place in ("cuda", device) else place: size for place, size in variant.need.sizes.items()}
+    return replace(
+        variant,
+        device=device,
+        need=replace(variant.need, sizes=sizes),
+        worker={**variant.worker, "device": {"kind": "cuda", "index": chosen.index, "uuid": chosen.uuid}},
+    )

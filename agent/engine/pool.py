@@ -63,6 +63,25 @@ class Forker(Protocol):
     async def exit_of(self, worker: WorkerProcess, *, timeout_s: float = 1.0) -> Exit: ...
 
 
+class Seat(Protocol):
+    """A pool's part of memory, see ``residency.py``."""
+
+    async def take(self, pool: Pool) -> None:
+        """Return when there is room for ``pool.size`` workers; raise ``WorkerError`` or ``OverloadedError``."""
+
+    async def room(self, pool: Pool) -> str:
+        """Return why there is no room for the one worker more that ``pool.size`` counts already; empty if there is."""
+
+    def settle(self) -> None:
+        """The first worker is ready."""
+
+    async def measure(self, pid: int) -> None:
+        """Learn what a worker takes."""
+
+    def leave(self) -> None:
+        """No worker is left; may be repeated."""
+
+
 class PoolOwner(Protocol):
     """Who is told what happens in a pool; it may own several."""
 
@@ -110,7 +129,7 @@ class Pool:
         numbers: itertools.count[int],
         version: str,
         cores: Cores,
-        room: Callable[[Sequence[int]], Awaitable[str]],
+        seat: Seat,
         make_group: Callable[[int], Group | None] = lambda limit_bytes: None,
         place: Callable[[VariantSpec], Awaitable[VariantSpec]] | None = None,
         size_before: int = 0,
@@ -144,7 +163,7 @@ class Pool:
         self._idempotent = True
         self._drained = asyncio.Event()
         self._cores = cores
-        self._room = room
+        self._seat = seat
         self._make_group = make_group
         self._place = place
         self._size_before = size_before
@@ -162,14 +181,17 @@ class Pool:
     # Life
 
     async def start(self) -> None:
-        """Start the first worker; the others follow in the background.
+        """Wait for memory and start the first worker; the others follow in the background.
 
         Raises:
             WorkerError: it did not load, failed its self-test, or died; the class says which.
+            OverloadedError: there is no room in memory now.
         """
         if self._place is not None:
             self.spec = await self._place(self.spec)
+        await self._seat.take(self)
         await self._start_worker()
+        self._seat.settle()
         for _ in range(1, self.size):
             self._spawn(self._restart(0.0, replaces=False), f"start {self.spec.id}")
         if min(self._size_before, self.spec.bounds.most) > self.size:
@@ -195,6 +217,7 @@ class Pool:
         async with asyncio.TaskGroup() as group:
             for link in self._leaving:
                 group.create_task(self._see_off(link))
+        self._seat.leave()
 
     def abandon(self, error: AgentError) -> None:
         """Fail every job of the pool with ``error``."""
@@ -230,6 +253,7 @@ class Pool:
             link.kill()
         self._leaving.update(self.links)
         self.links = []
+        self._seat.leave()
         return [*jobs, *self.take_waiting()]
 
     # Lanes
@@ -265,6 +289,24 @@ class Pool:
     def lanes_waiting(self) -> int:
         """How many requests waited on them when the workers last told."""
         return sum(link.lanes_waiting for link in self.links)
+
+    # Memory
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more work."""
+        return self._closed.is_set()
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers that serve."""
+        return [link.process.pid for link in self.links]
+
+    def in_use(self, now: float) -> bool:
+        """Whether it restarts, owes an answer, also to a withdrawn request, or has just given one on a lane."""
+        if self.waiting or self._calls or not self.links:
+            return True
+        return any(link.owed or link.lanes_in_use(now) for link in self.links)
 
     # Work
 
@@ -505,6 +547,7 @@ class Pool:
         link.ready_at = self._loop.time()
         self.links.append(link)
         self._owner.worker_ready(self, process.pid)
+        self._spawn(self._seat.measure(process.pid), f"measure {process.pid}")
         self._refill()
 
     def _make_scratch(self) -> Path:
@@ -688,7 +731,7 @@ class Pool:
     async def _grow(self, why: str) -> None:
         """Start the worker that ``size`` already counts, if memory allows it."""
         try:
-            reason = await self._room([link.process.pid for link in self.links])
+            reason = await self._seat.room(self)
             if reason:
                 raise OutOfMemoryError(reason)
             await self._start_worker()
@@ -734,6 +777,7 @@ class Pool:
     def _lose(self, error: WorkerError) -> None:
         if not self._closed.is_set():
             self._closed.set()
+            self._seat.leave()
             self._owner.pool_lost(self, error)
 
 

@@ -15,6 +15,7 @@ from agent.engine.book import VariantBook
 from agent.engine.ladder import Fall, Kind, Rung, Try, Verdict
 from agent.engine.rows import rows_of
 from agent.engine.types import VariantSpec, VersionSpec
+from agent.errors import OverloadedError
 
 
 class Standing:
@@ -108,6 +109,10 @@ class Standing:
             fall = self._falls.get(rung.id)
             if fall is not None and fall.kind is Kind.DEVICE and rung.device in (device, device.partition(":")[0]):
                 del self._falls[rung.id]
+
+    def forget_shortage(self) -> None:
+        """Let what only found no room in memory be tried again."""
+        self._falls = {variant: fall for variant, fall in self._falls.items() if fall.code != OverloadedError.code}
 
     def rows(self, current: str | None) -> list[dict[str, Any]]:
         """Return what status tells of each variant; ``current`` serves."""

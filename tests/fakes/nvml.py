@@ -31,6 +31,7 @@ class Board:
     temperature_c: int = 41
     power_mw: int = 28_500
     busy_percent: int = 12
+    held: dict[int, int] = field(default_factory=dict)  # bytes by process
     lost: bool = False
     lacks: frozenset[str] = frozenset()  # "temperature", "power", "utilisation"
 
@@ -121,6 +122,10 @@ class FakeDriver:
 
     def nvmlDeviceGetUtilizationRates(self, handle: Any, /) -> Any:  # noqa: N802
         return SimpleNamespace(gpu=self._sensor(handle, "utilisation").busy_percent, memory=0)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any, /) -> list[Any]:  # noqa: N802
+        held = self._board(handle).held
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in held.items()]
 
     def _was_enumerated(self, board: Board) -> bool:
         return any(board is known for known in self._enumerated)

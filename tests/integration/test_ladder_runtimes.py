@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from agent.engine.memory import HOST, Need
+from agent.engine.meter import SystemMeter
 from agent.engine.types import VariantSpec, VersionSpec
 from agent.errors import OutOfMemoryError
 from agent.nvml import GpuMemory
@@ -23,6 +25,16 @@ GPUS = (
 )
 
 
+class Gpus:
+    """Their memory, as the account of memory asks for it."""
+
+    def read(self) -> Mapping[str, tuple[int, int]]:
+        return {f"cuda:{gpu.index}": (16_000 << 20, gpu.free_bytes) for gpu in GPUS}
+
+    def used_by(self, pid: int) -> Mapping[str, int]:
+        return {}
+
+
 def on_gpu(variant: VariantSpec, **changes: object) -> VariantSpec:
     """Return the variant for a GPU, executed by the CPU all the same."""
     worker = {**variant.worker, "device": {"kind": "cuda", "index": 0}}
@@ -34,7 +46,7 @@ def load(folder: Path, variants: Sequence[VariantSpec], spec: VersionSpec) -> di
     seen: dict[str, object] = {}
 
     async def story() -> None:
-        async with bench(folder, gpus=lambda: GPUS) as box:
+        async with bench(folder, gpus=lambda: GPUS, meter=SystemMeter(devices=Gpus())) as box:
             version = await box.engine.load(replace(spec, variants=tuple(variants)))
             box.engine.activate(version)
             assert (await box.ask())["y"] == 2.0
@@ -61,13 +73,14 @@ def test_a_pin_is_kept(tmp_path: Path) -> None:
 def test_a_variant_that_no_gpu_has_room_for_gives_way_to_the_next(tmp_path: Path) -> None:
     spec = scale_version(tmp_path / "bundle", factors=(2.0, 2.0))
     greedy, plain = spec.variants
-    status = load(tmp_path, [on_gpu(greedy, device_bytes=16 << 30), plain], spec)
+    need = Need(sizes={HOST: 0, "cuda": 16 << 30})
+    status = load(tmp_path, [on_gpu(greedy, need=need), plain], spec)
     assert (status["variant"], status["device"]) == (plain.id, "cpu")
     assert status["fallbacks"] == [
         {
             "variant": greedy.id,
             "code": OutOfMemoryError.code,
-            "reason": "needs 16384 MiB of GPU memory, cuda:1 has 8192 free",
+            "reason": "it needs 16384 MiB of cuda:1's memory, models may take 12800",
         }
     ]
 
