@@ -37,7 +37,7 @@ from agent.engine.residency import Residency, Seat
 from agent.engine.spawn import Spawned
 from agent.engine.streams import StreamCounts
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
-from agent.engine.version import ON_DEMAND, RESTORED, Stage, Version
+from agent.engine.version import ON_DEMAND, OPERATOR, RESTORED, Stage, Version
 from agent.engine.zygote import Zygote
 from agent.errors import (
     AgentError,
@@ -321,7 +321,7 @@ class Engine:
             UnknownModelError: no such model.
             OverloadedError, OutOfMemoryError, UnavailableError: it cannot be loaded now.
         """
-        await self._route_to(model).ensure("operator")
+        await self._route_to(model).ensure(OPERATOR)
 
     async def unload_now(self, model: str) -> None:
         """Answer what a model holds, then unload it until it is asked again.

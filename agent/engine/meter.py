@@ -16,7 +16,7 @@ import psutil
 from agent.engine.memory import HOST, Room
 from agent.gpus import Question
 from agent.log import get_logger
-from agent.nvml import Nvml, Reading
+from agent.nvml import Nvml, Reading, Unread
 from agent.probe import processes, readings
 from agent.profile import Hardware
 
@@ -24,7 +24,8 @@ _log = get_logger("memory")
 _PROC: Final = Path("/proc")
 _CONTROL_GROUPS: Final = Path("/sys/fs/cgroup")
 _ROLLUP: Final = "smaps_rollup"
-_DRIVER_TIMEOUT_S: Final = 5.0
+_PATIENCE_S: Final = 5.0  # with a driver that has answered so far
+_SILENT_S: Final = 0.1  # with one that has not: models of the CPU wait for it too
 
 
 class Meter(Protocol):
@@ -83,19 +84,24 @@ class SystemMeter:
 class NvmlDevices:
     """GPUs as NVML sees them. One that does not answer has nothing free; one that NVML cannot name bounds nothing."""
 
-    def __init__(self, hardware: Hardware, nvml: Callable[[], Nvml] = Nvml) -> None:
+    def __init__(self, hardware: Hardware, nvml: Callable[[], Nvml] = Nvml, *, patience_s: float = _PATIENCE_S) -> None:
+        self._patience_s = patience_s
         self._names = {gpu.uuid: f"cuda:{gpu.index}" for gpu in hardware.gpus if gpu.uuid}
         self._sizes = {gpu.uuid: gpu.memory_bytes for gpu in hardware.gpus}
+        self._silent = False
         self._readings = Question(lambda: readings(hardware, nvml))
         self._processes = Question(lambda: processes(hardware, nvml))
 
     def read(self) -> Mapping[str, tuple[int, int]]:
         """See ``Devices``."""
+        seen: Mapping[str, Reading | Unread] = {}
         try:
-            seen = self._readings.answer_here(_DRIVER_TIMEOUT_S)
+            seen = self._readings.answer_here(_SILENT_S if self._silent else self._patience_s)
+            self._silent = False
         except TimeoutError:
-            _log.warning("the GPU driver gives no answer, so nothing is loaded on a GPU")
-            seen = {}
+            if not self._silent:
+                _log.warning("the GPU driver gives no answer, so nothing is loaded on a GPU")
+            self._silent = True
         found = {}
         for uuid, name in self._names.items():
             reading = seen.get(uuid)
@@ -106,7 +112,7 @@ class NvmlDevices:
     def used_by(self, pid: int) -> Mapping[str, int]:
         """See ``Devices``."""
         try:
-            held = self._processes.answer_here(_DRIVER_TIMEOUT_S)
+            held = self._processes.answer_here(_SILENT_S if self._silent else self._patience_s)
         except TimeoutError:
             return {}
         return {self._names[uuid]: sizes[pid] for uuid, sizes in held.items() if sizes.get(pid)}

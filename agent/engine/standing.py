@@ -5,6 +5,7 @@ The state between the pure ladder and the book that keeps it. Leaves out: starti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -113,6 +114,10 @@ class Standing:
     def forget_shortage(self) -> None:
         """Let what only found no room in memory be tried again."""
         self._falls = {variant: fall for variant, fall in self._falls.items() if fall.code != OverloadedError.code}
+
+    def hurry(self) -> None:
+        """Let what is tried again some time be tried now: somebody who may have mended it asks."""
+        self._falls = {variant: replace(fall, at=-math.inf) for variant, fall in self._falls.items()}
 
     def rows(self, current: str | None) -> list[dict[str, Any]]:
         """Return what status tells of each variant; ``current`` serves."""

@@ -55,6 +55,7 @@ _DRAIN_TIMEOUT_S: Final = 30.0
 _RESCUES_MAX: Final = 3  # variants that one request may run out of memory on
 _SHORT: Final = "memory did not suffice for a request"
 RESTORED: Final = "restored"  # the cause of a load that nobody needs to wait for
+OPERATOR: Final = "operator"  # the cause of a load that waits for no time of the ladder
 ON_DEMAND: Final = "not loaded, loads on demand"
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], None]
@@ -317,6 +318,8 @@ class Version:
         self.asleep, self.reason, self._woken = False, "it is being loaded", True
         self._on_demand = cause != RESTORED
         self._standing.forget_shortage()
+        if cause == OPERATOR:
+            self._standing.hurry()
         descent = self._standing.descent()
         self._walking = True
         self._settled.clear()

@@ -40,7 +40,7 @@ def test_another_device_or_bundle_knows_nothing(tmp_path: Path) -> None:
     assert not book.verdicts("b" * 64)
 
 
-@pytest.mark.parametrize("code", ["device_lost", "load_failed", "no_room", "sandbox_failed"])
+@pytest.mark.parametrize("code", ["device_lost", "load_failed", "overloaded", "sandbox_failed"])
 def test_what_a_restart_may_change_is_not_kept(tmp_path: Path, code: str) -> None:
     book = VariantBook(tmp_path / "variants.json", "box")
     book.note_fall(DIGEST, "gpu", fallen(None, code, "x", now=1.0))

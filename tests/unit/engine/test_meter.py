@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from agent.engine.memory import HOST
 from agent.engine.meter import NvmlDevices, SystemMeter, available_bytes
+from agent.nvml import Nvml
 from agent.probe import probe
 from agent.profile import Hardware
 from tests.fakes.nvml import GIB, Board, FakeDriver
@@ -78,3 +81,23 @@ def test_a_driver_that_cannot_be_used_any_more_has_nothing_free(tmp_path: Path) 
     driver.failing = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
     assert devices.read() == {"cuda:0": (0, 0), "cuda:1": (0, 0)}
     assert devices.used_by(7) == {}
+
+
+def test_a_driver_that_does_not_answer_is_waited_for_once(tmp_path: Path) -> None:
+    driver, release, opened = box(), threading.Event(), []
+    machine = hardware(driver, tmp_path)
+
+    def hanging() -> Nvml:
+        opened.append(1)
+        release.wait(90)
+        return driver.opened()
+
+    devices = NvmlDevices(machine, hanging, patience_s=0.05)
+    for _ in range(3):
+        assert devices.read() == {"cuda:0": (0, 0), "cuda:1": (0, 0)}
+    assert opened == [1]
+    release.set()
+    deadline = time.monotonic() + 90
+    while devices.read()["cuda:1"] == (0, 0):
+        assert time.monotonic() < deadline
+    assert devices.used_by(7) == {"cuda:0": 11}

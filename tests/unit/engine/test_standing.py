@@ -110,3 +110,21 @@ def test_status_names_every_variant(world: World) -> None:
     assert [skip["code"] for skip in standing.skipped] == ["no_variant", "unloadable"]
     assert standing.below("gpu") == "cpu"
     assert standing.below("cpu") is None
+
+
+def test_who_may_have_mended_it_need_not_wait_but_what_never_loads_is_not_tried(world: World) -> None:
+    standing = world.begin()
+    standing.fell("gpu", "unloadable", "no model")
+    standing.fell("cpu", "load_failed", "out of luck")
+    assert standing.descent() == ()
+    standing.hurry()
+    assert standing.descent() == ("cpu",)
+    assert row(standing, "cpu", None)["retry_s"] == 0.0
+
+
+def test_a_shortage_of_memory_is_forgotten_when_the_model_is_asked_again(world: World) -> None:
+    standing = world.begin()
+    standing.fell("gpu", "overloaded", "models may take 1 MiB")
+    standing.fell("cpu", "load_failed", "out of luck")
+    standing.forget_shortage()
+    assert [skip["variant"] for skip in standing.skipped] == ["npu", "cpu"]
