@@ -313,6 +313,7 @@ class Engine:
     def confirm(self, version: Version) -> None:
         """It has earned trust: from now on its own configuration says how long it stays in memory."""
         version.stage = Stage.SERVING
+        self._residency.look_again()
 
     async def load_now(self, model: str) -> None:
         """Load a model that sleeps.
@@ -357,6 +358,7 @@ class Engine:
         back = version.stage is Stage.BEFORE
         if back:
             version.stage = Stage.SERVING
+            self._residency.look_again()
         if previous is version or previous is None:
             return None
         previous.route(here=False)

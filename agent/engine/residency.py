@@ -253,6 +253,10 @@ class Residency:
         seat.need = self.need_of(digest, variant)
         self._news.set()
 
+    def look_again(self) -> None:
+        """Something else than requests has changed who may be unloaded."""
+        self._news.set()
+
     # Views
 
     async def look(self) -> dict[str, dict[str, int]]:
