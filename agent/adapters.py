@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.freshness import judge
 from agent.bundles.layout import Layout
-from agent.bundles.manifest import Manifest, Variant
+from agent.bundles.manifest import Index, Manifest, Variant, parse_index
 from agent.bundles.puller import IndexedVersion, Puller, StoredBundle, SurveyedModel
 from agent.bundles.structure import NATIVE_FORMATS
 from agent.bundles.versions import list_versions
@@ -51,7 +51,7 @@ from agent.engine.memory import HOST, estimate
 from agent.engine.meter import NvmlDevices, SystemMeter
 from agent.engine.types import Keeping, VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
-from agent.errors import NotFoundError, PolicyError, SelfTestError, StateError, TransientError
+from agent.errors import AgentError, NotFoundError, PolicyError, SelfTestError, StateError, TransientError
 from agent.events import EventBus
 from agent.profile import Hardware, Profile
 from agent.telemetry.commands import CommandInbox
@@ -209,6 +209,7 @@ class BundleStore:
         self._puller = puller
         self._layout = Layout(state_dir)
         self._keep_versions = keep_versions
+        self._one_collection = asyncio.Lock()  # each holds a thread
 
     async def fetch(
         self,
@@ -228,9 +229,9 @@ class BundleStore:
     async def check(self, path: Path) -> Bundle:
         return _bundle(await self._puller.check(path))
 
-    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> tuple[str, str]:
+    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> Mark:
         found = await self._puller.resolve(team, name, version, channel, medium=medium)
-        return found.version, found.manifest_sha256
+        return Mark(version=found.version, digest=found.manifest_sha256, seq=found.seq, size_bytes=found.bytes_total)
 
     async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
         answer = await self._puller.survey(models, medium=medium)
@@ -240,6 +241,16 @@ class BundleStore:
             models=tuple(_news(model) for model in answer.models),
             missing={f"{item.team}/{item.name}": item.reason for item in answer.missing},
         )
+
+    async def heard(self) -> Sequence[News]:
+        return await asyncio.to_thread(self._heard)
+
+    def _heard(self) -> list[News]:
+        found = []
+        for path in self._layout.indexes():
+            with contextlib.suppress(OSError, AgentError):  # the next refresh brings it anew
+                found.append(_revoked_by(parse_index(path.read_bytes())))
+        return found
 
     async def inventory(self) -> Inventory:
         items = await asyncio.to_thread(collection.inventory, self._layout)
@@ -254,12 +265,18 @@ class BundleStore:
             used_share=collection.used_share(self._layout.root),
         )
 
-    async def collect(self, needed: Needed, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
-        return await asyncio.to_thread(self._collect, needed, room, dry_run)
+    async def collect(
+        self, needed: Callable[[], Coroutine[Any, Any, Needed]], *, room: bool = False, dry_run: bool = False
+    ) -> list[Collected]:
+        loop = asyncio.get_running_loop()
 
-    def _collect(self, needed: Needed, room: bool, dry_run: bool) -> list[Collected]:
-        with _held(self._layout.lock):
-            return self._collect_held(needed, room, dry_run)
+        def collect() -> list[Collected]:
+            with _held(self._layout.lock):  # perhaps after half a minute, in which deployments began and ended
+                known = asyncio.run_coroutine_threadsafe(needed(), loop).result(_LOCK_WAIT_S)
+                return self._collect_held(known, room, dry_run)
+
+        async with self._one_collection:
+            return await asyncio.to_thread(collect)
 
     def _collect_held(self, needed: Needed, room: bool, dry_run: bool) -> list[Collected]:
         full = collection.used_share(self._layout.root) > self._collect_above
@@ -485,6 +502,12 @@ def _news(model: SurveyedModel) -> News:
         revoked=tuple(map(_mark, model.revoked)),
         deprecated=tuple(map(_mark, model.deprecated)),
     )
+
+
+def _revoked_by(index: Index) -> News:
+    revoked = (entry for entry in index.versions if entry.status == "revoked")
+    marks = (Mark(version=entry.version, digest=entry.manifest_sha256, reason=entry.reason) for entry in revoked)
+    return News(team=index.team, name=index.name, channels={}, newest=None, revoked=tuple(marks), deprecated=())
 
 
 def _mark(item: IndexedVersion) -> Mark:

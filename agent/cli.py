@@ -165,6 +165,10 @@ def rollback(socket_path: str, model: str, no_wait: bool, as_json: bool) -> None
     """Return MODEL to the version that served before, from disk, without network, and pin it there.
 
     A second rollback goes forward again: the version that was left is then the one that served before.
+
+    \b
+    Example:
+      inferctl rollback magika
     """
     change(socket_path, "rollback", {"model": model}, no_wait=no_wait, as_json=as_json)
 
@@ -191,11 +195,20 @@ def pin(socket_path: str, target: str, team: str | None, no_wait: bool, as_json:
 
 @main.command()
 @click.argument("model")
+@json_option
 @click.pass_obj
-def unpin(socket_path: str, model: str) -> None:
-    """Give MODEL back to the fleet and the configuration file."""
+def unpin(socket_path: str, model: str, as_json: bool) -> None:
+    """Give MODEL back to the fleet and the configuration file.
+
+    \b
+    Example:
+      inferctl unpin magika
+    """
     with connected(socket_path) as client:
-        client.call("unpin", {"model": model})
+        value = client.call("unpin", {"model": model})
+    if as_json:
+        print_json(value)
+        return
     click.echo(f"{shown(model)} follows the fleet and the configuration again")
 
 
@@ -265,7 +278,12 @@ def _move(socket_path: str, verb: str, model: str, *, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def deployments(socket_path: str, limit: int, as_json: bool) -> None:
-    """Show the newest deployments with their ends and reasons."""
+    """Show the newest deployments with their ends and reasons.
+
+    \b
+    Example:
+      inferctl deployments --limit 5
+    """
     with connected(socket_path) as client:
         rows = client.call("deployments", {"limit": limit})
     if as_json:
@@ -300,7 +318,12 @@ def inspect(socket_path: str, target: str, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def selftest(socket_path: str, model: str, as_json: bool) -> None:
-    """Run MODEL's golden inputs now, in the worker that serves."""
+    """Run MODEL's golden inputs now, in the worker that serves.
+
+    \b
+    Example:
+      inferctl selftest magika
+    """
     with connected(socket_path) as client:
         value = client.call("selftest", {"model": model})
     if as_json:
@@ -317,7 +340,12 @@ def selftest(socket_path: str, model: str, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def events(socket_path: str, follow: bool, as_json: bool) -> None:
-    """Show what happened since the daemon started; with --follow until Ctrl-C."""
+    """Show what happened since the daemon started; with --follow until Ctrl-C.
+
+    \b
+    Example:
+      inferctl events --follow --json
+    """
     with connected(socket_path) as client:
         try:
             _print_events(client, follow=follow, as_json=as_json)
@@ -335,10 +363,14 @@ def _failures(client: Client, status: dict[str, Any]) -> dict[str, str]:
     for record in client.call("deployments", {"limit": _HISTORY_ROWS}):
         newest.setdefault(record["slot"], record)
     return {
-        slot: f"{record['version'] or record['wanted'] or record['channel']}: {record['state']}: {reason_text(record)}"
+        slot: ": ".join(filter(None, (_tried(record), record["state"], reason_text(record))))
         for slot, record in newest.items()
         if slot not in ready and record["state"] != FINAL_GOOD
     }
+
+
+def _tried(record: dict[str, Any]) -> str:
+    return str(record["version"] or record["wanted"] or record["channel"])
 
 
 def _print_answer(result: Result, *, as_json: bool) -> None:

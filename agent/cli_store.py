@@ -13,7 +13,7 @@ from rich.text import Text
 
 from agent.cli_progress import follow
 from agent.cli_session import FINAL_GOOD, connected, end_text, json_option, print_json
-from agent.cli_text import age, columns, freshness_text, print_text, shown, size
+from agent.cli_text import age, columns, freshness_text, human_bytes, print_text, shown
 
 _DEADLINE_MS: Final = 600_000.0  # a slow stick or several mirrors that do not answer
 
@@ -68,7 +68,12 @@ def store(context: click.Context, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def refresh(socket_path: str, as_json: bool) -> None:
-    """Ask the store now, and say what is new for the models of this box."""
+    """Ask the store now, and say what is new for the models of this box.
+
+    \b
+    Example:
+      inferctl store refresh
+    """
     with connected(socket_path) as client:
         value = client.call("refresh", deadline_ms=_DEADLINE_MS)
     if as_json:
@@ -89,6 +94,8 @@ def unquarantine(socket_path: str, target: str, as_json: bool) -> None:
       inferctl store unquarantine magika@2.0.0 && inferctl deploy magika@2.0.0
     """
     model, _, version = target.partition("@")
+    if not version:
+        raise click.BadParameter("the version is missing; inferctl store lists them", param_hint="MODEL@VERSION")
     with connected(socket_path) as client:
         row = client.call("unquarantine", {"model": model, "version": version})
     if as_json:
@@ -117,10 +124,10 @@ def gc(socket_path: str, dry_run: bool, room: bool, as_json: bool) -> None:
     if as_json:
         print_json(value)
         return
-    rows = [(row["what"], size(row["size_bytes"]), row["reason"]) for row in value["removed"]]
+    rows = [(row["what"], human_bytes(row["size_bytes"]), row["reason"]) for row in value["removed"]]
     if rows:
         print_text(columns(("what", "size", "why"), rows))
-    click.echo(f"{size(value['bytes'])} {'would be' if dry_run else 'were'} freed")
+    click.echo(f"{human_bytes(value['bytes'])} {'would be' if dry_run else 'were'} freed")
 
 
 @click.command()
@@ -186,16 +193,16 @@ def trust_text(value: Mapping[str, Any]) -> Text:
 
 def store_text(value: Mapping[str, Any]) -> Text:
     """Return the whole of ``inferctl store``."""
-    lines = [Text(f"{size(value['free_bytes'])} free, the disk is {value['used_share']:.0%} full")]
+    lines = [Text(f"{human_bytes(value['free_bytes'])} free, the disk is {value['used_share']:.0%} full")]
     versions = [
-        (f"{row['team']}/{row['name']}", row["version"], size(row["size_bytes"]), ", ".join(row["roles"]))
+        (f"{row['team']}/{row['name']}", row["version"], human_bytes(row["size_bytes"]), ", ".join(row["roles"]))
         for row in value["versions"]
     ]
     lines.append(columns(("model", "version", "size", "role"), versions) if versions else Text("no versions"))
-    staging = [
-        (row["digest"][:12], size(row["size_bytes"]), "in progress" if row["in_progress"] else age(row["idle_s"]))
-        for row in value["staging"]
-    ]
+    staging = []
+    for row in value["staging"]:
+        idle = "in progress" if row["in_progress"] else age(row["idle_s"])
+        staging.append((row["digest"][:12], human_bytes(row["size_bytes"]), idle))
     if staging:
         lines.append(columns(("unfinished pull", "size", "idle for"), staging))
     if value["quarantined"]:

@@ -153,8 +153,8 @@ def age(seconds: float) -> str:
     return f"{int(seconds // 86_400)} days" if seconds >= 2 * 86_400 else duration(seconds)
 
 
-def size(count: float) -> str:
-    """Return a number of bytes for a person."""
+def human_bytes(count: float) -> str:
+    """Return a number of bytes for a person: ``3.2 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

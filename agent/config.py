@@ -171,6 +171,7 @@ class MirrorConfig(Section, frozen=True):
         for name in ("endpoint", "region", "credentials_file"):
             _require(s3 or not getattr(self, name), f"{name}: only for s3://")
         _require(not self.endpoint or self.endpoint.startswith(("http://", "https://")), "endpoint: http(s)://host")
+        _require(_is_plain(self.endpoint), "endpoint: without user, query and fragment")
 
 
 class StoreConfig(Section, frozen=True):

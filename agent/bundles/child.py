@@ -35,7 +35,15 @@ from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.layout import Layout
 from agent.bundles.variants import Box, Runtime
 from agent.config import MirrorConfig, PolicyConfig, StoreConfig
-from agent.errors import AgentError, CommandError, InvalidInputError, StateError, StoreError, TargetNotFoundError
+from agent.errors import (
+    AgentError,
+    CommandError,
+    InvalidInputError,
+    StateError,
+    StoreError,
+    TargetNotFoundError,
+    UnsafeBundleError,
+)
 from agent.profile import Hardware
 
 if TYPE_CHECKING:
@@ -43,6 +51,7 @@ if TYPE_CHECKING:
     from agent.bundles.resolve import Resolver
 
 REQUEST_BYTES_MAX: Final = 1024 * 1024
+_INSPECT_BYTES_MAX: Final = 1024**3
 _ASK_AGAIN_S: Final = 60  # an unknown signer makes the store be asked at most so often
 _PR_SET_PDEATHSIG: Final = 1
 _NICE: Final = 10  # inference goes first
@@ -95,7 +104,10 @@ def main() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a bundle may have 4,096 files, all open in a pull
     try:
-        answer = handle(_read_request(sys.stdin.buffer.read(REQUEST_BYTES_MAX + 1)))
+        request = _read_request(sys.stdin.buffer.read(REQUEST_BYTES_MAX + 1))
+        if request.op == "inspect":  # libraries read what a model file says of its own size
+            resource.setrlimit(resource.RLIMIT_DATA, (_INSPECT_BYTES_MAX, _INSPECT_BYTES_MAX))
+        answer = handle(request)
     except AgentError as error:
         answer = {"event": "error", "code": error.code, "message": str(error), "retryable": error.retryable}
         if error.retry_after_s:
@@ -113,7 +125,10 @@ def handle(request: Request, around: Surroundings | None = None) -> dict[str, An
     if request.op == "inspect":
         from agent.bundles.summary import version_summary  # only this operation looks into models
 
-        return {"event": "inspected", **version_summary(Path(request.path))}
+        try:
+            return {"event": "inspected", **version_summary(Path(request.path))}
+        except MemoryError as error:
+            raise UnsafeBundleError(f"{request.path}: its models take too much memory to look into") from error
     # Here, because a check runs at every boot before anything serves and needs none of the trust libraries.
     _leave_out_signers()
     from agent.bundles import pull, survey

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -113,7 +114,10 @@ def inventory(layout: Layout, *, now: Callable[[], float] = time.time) -> list[S
                 approved_until=_whole(record, "approved_until"),
             )
         )
-    return found + [_staging(path, now()) for path in _folders(layout.staging)]
+    for path in _folders(layout.staging):
+        with suppress(FileNotFoundError):  # a pull ends without asking
+            found.append(_staging(path, now()))
+    return found
 
 
 def remove(layout: Layout, removals: Collection[Removal]) -> list[Removal]:
@@ -124,10 +128,11 @@ def remove(layout: Layout, removals: Collection[Removal]) -> list[Removal]:
     """
     done = []
     for removal in removals:
-        if removal.item.kind == "staging" and not unheld(removal.item.path):
-            continue
-        discard(layout, removal.item.path)
-        done.append(removal)
+        with suppress(FileNotFoundError):  # it went by itself
+            if removal.item.kind == "staging" and not unheld(removal.item.path):
+                continue
+            discard(layout, removal.item.path)
+            done.append(removal)
     empty_trash(layout)
     collect_manifests(layout)
     return done

@@ -1,8 +1,9 @@
 """Objects of a store on any web server or CDN: certificates, tokens and proxies, with every wait bounded.
 
 Redirects are followed between http(s) addresses only (trust comes from signatures, not from the address); the token
-stays with the host it was meant for. Headers that drip are cut off like bodies that do. Without a clock that can be
-believed the dates of certificates are not judged; their names and issuers are.
+stays with the host it was meant for, and what a redirect says besides its address is not read. Headers that drip are
+cut off like bodies that do, and so is what frames a chunked body. Without a clock that can be believed the dates of
+certificates are not judged; their names and issuers are.
 
 Child process only: imports urllib3.
 """
@@ -16,10 +17,11 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Final
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -33,7 +35,7 @@ from urllib3.exceptions import (
     ReadTimeoutError,
     SSLError,
 )
-from urllib3.util import Retry, Timeout
+from urllib3.util import Retry, Timeout, parse_url
 
 from agent.bundles.bodies import READ_BYTES, RefusedError
 from agent.bundles.pace import Pace
@@ -46,6 +48,7 @@ _TOKEN: Final = re.compile(r"[\x21-\x7e]{1,8192}", re.ASCII)
 _CONNECT_TIMEOUT_S: Final = 10.0
 _REDIRECTS_MAX: Final = 3
 _NO_CHECK_TIME: Final = 0x200000  # X509_V_FLAG_NO_CHECK_TIME, which the ssl module does not name
+_PORTS: Final = {"http": 80, "https": 443}
 _HEADERS: Final = {"User-Agent": "inferd", "Accept-Encoding": "identity"}
 
 
@@ -72,23 +75,38 @@ class HttpStore:
             headers["Range"] = f"bytes={offset}-"
             if validator:
                 headers["If-Range"] = validator
-        wait_s = self._stall_timeout_s
-        if deadline is not None:
-            wait_s = max(0.001, min(wait_s, deadline - time.monotonic()))
         with _translated(url):
-            answer = self._pool.request(
-                "GET",
-                url,
-                headers=headers,
-                preload_content=False,
-                decode_content=False,
-                timeout=Timeout(connect=min(_CONNECT_TIMEOUT_S, wait_s), read=wait_s),
-            )
+            answer = self._follow(url, headers, deadline)
         try:
             return HttpBody(url, answer, offset, self._stall_timeout_s, deadline)
         except BaseException:
             answer.close()
             raise
+
+    def _follow(self, url: str, headers: dict[str, str], deadline: float | None) -> urllib3.BaseHTTPResponse:
+        """Return the answer at the end of the redirects; urllib3 would read their bodies, which may never end."""
+        address = url
+        for _ in range(_REDIRECTS_MAX + 1):
+            wait_s = self._stall_timeout_s
+            if deadline is not None:
+                wait_s = max(0.001, min(wait_s, deadline - time.monotonic()))
+            answer = self._pool.request(
+                "GET",
+                address,
+                headers=headers,
+                redirect=False,
+                preload_content=False,
+                decode_content=False,
+                timeout=Timeout(connect=min(_CONNECT_TIMEOUT_S, wait_s), read=wait_s),
+            )
+            location = answer.get_redirect_location()
+            if not location:
+                return answer
+            answer.close()
+            before, address = address, urljoin(address, location)
+            if _origin(address) != _origin(before):
+                headers.pop("Authorization", None)
+        raise RefusedError(f"{url}: more than {_REDIRECTS_MAX} redirects", 310)
 
 
 class HttpBody:
@@ -104,14 +122,16 @@ class HttpBody:
         self._url = url
         self._answer = answer
         self._left = _length(answer)
+        self._wire: socket.socket | None = getattr(answer.connection, "wire", None)
+        self._chunked = "chunked" in answer.headers.get("Transfer-Encoding", "").lower()
         self._stall_timeout_s = stall_timeout_s
         self._deadline = deadline
         self._pace = Pace(url, stall_timeout_s)
 
     def read(self, size: int = READ_BYTES) -> bytes:
         started = time.monotonic()
-        self._bound_wait(started)
-        with _translated(self._url):
+        wait_s = self._bound_wait(started)
+        with _translated(self._url), _cut_after(wait_s, self._wire if self._chunked else None, "a chunk's frame"):
             part = self._answer.read1(size, decode_content=False)
         if not part:
             if self._left:
@@ -128,45 +148,59 @@ class HttpBody:
         else:
             self._answer.close()
 
-    def _bound_wait(self, now: float) -> None:
-        """Let the next read wait for no longer than is left of the deadline."""
+    def _bound_wait(self, now: float) -> float:
+        """Let the next read wait for no longer than is left of the deadline, and return how long."""
         if self._deadline is None:
-            return
+            return self._stall_timeout_s
         left_s = self._deadline - now
         if left_s <= 0:
             raise TransientError(f"{self._url}: not complete in time")
+        wait_s = min(self._stall_timeout_s, left_s)
         held = getattr(self._answer.connection, "sock", None)
         if held is not None:
-            held.settimeout(min(self._stall_timeout_s, left_s))
+            held.settimeout(wait_s)
+        return wait_s
+
+
+@contextmanager
+def _cut_after(wait_s: float, wire: socket.socket | None, what: str) -> Iterator[None]:
+    """Shut ``wire`` down if the block takes longer: a timeout of its own bounds each read only, and a drip has many."""
+    if wire is None:
+        yield
+        return
+    fired = threading.Event()
+
+    def cut() -> None:
+        fired.set()
+        with suppress(OSError):  # the other side was first
+            socket.socket.shutdown(wire, socket.SHUT_RDWR)  # below TLS, whose state is the other thread's
+
+    alarm = threading.Timer(wait_s, cut)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    except (HTTPError, HTTPException, OSError) as error:
+        if fired.is_set():
+            raise TimeoutError(f"{what} took too long") from error
+        raise
+    finally:
+        alarm.cancel()
+    if fired.is_set():
+        raise TimeoutError(f"{what} took too long")
 
 
 class _CutHeaders:
-    """Bounds the whole wait for an answer's headers: urllib3 bounds each read only, and a drip has many."""
+    """Bounds the whole wait for an answer's headers."""
 
     sock: socket.socket
     timeout: float
+    wire: socket.socket  # of the last answer; ``sock`` goes where the server closes the connection after it
 
     def getresponse(self) -> urllib3.HTTPResponse:
-        fired = threading.Event()
-
-        def cut() -> None:
-            fired.set()
-            socket.socket.shutdown(held, socket.SHUT_RDWR)  # below TLS, whose state is the other thread's
-
-        held = self.sock
-        alarm = threading.Timer(self.timeout, cut)
-        alarm.daemon = True
-        alarm.start()
-        try:
+        self.wire = self.sock
+        with _cut_after(self.timeout, self.wire, "the answer's headers"):
             answer: urllib3.HTTPResponse = super().getresponse()  # type: ignore[misc]
-        except OSError as error:
-            if fired.is_set():
-                raise TimeoutError("the answer's headers took too long") from error
-            raise
-        finally:
-            alarm.cancel()
-        if fired.is_set():
-            raise TimeoutError("the answer's headers took too long")
         return answer
 
 
@@ -191,7 +225,7 @@ def _pool(mirror: MirrorConfig, connections: int, certificate_dates: bool) -> ur
         "num_pools": 8,
         "maxsize": connections,
         "block": False,
-        "retries": Retry(total=None, connect=0, read=0, redirect=_REDIRECTS_MAX, status=0, other=0),
+        "retries": Retry(total=None, connect=0, read=0, redirect=0, status=0, other=0),
     }
     if mirror.url.startswith("https://") or mirror.tls_ca_file:
         options["ssl_context"] = tls_context(mirror, certificate_dates=certificate_dates)
@@ -254,6 +288,12 @@ def _proxy(url: str) -> tuple[str, Mapping[str, str]]:
     return address, {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode()}"}
 
 
+def _origin(url: str) -> tuple[str | None, str | None, int | None]:
+    """Return whom a token is meant for."""
+    parts = parse_url(url)
+    return parts.scheme, parts.host, parts.port or _PORTS.get(parts.scheme or "")
+
+
 def _check_status(url: str, status: int) -> None:
     if status in (200, 206):
         return
@@ -282,7 +322,7 @@ def _translated(url: str) -> Iterator[None]:
     """Turn urllib3's and the socket's errors into ours."""
     try:
         yield
-    except (HTTPError, OSError) as raised:
+    except (HTTPError, HTTPException, OSError) as raised:
         error = raised.reason if isinstance(raised, MaxRetryError) and raised.reason is not None else raised
         if isinstance(error, NewConnectionError | ConnectTimeoutError | ProxyError | SSLError):
             raise OfflineError(f"{url}: cannot be reached: {error}") from error

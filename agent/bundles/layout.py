@@ -65,6 +65,10 @@ class Layout:
     def trash(self) -> Path:
         return self.root / "trash"
 
+    def indexes(self) -> list[Path]:
+        """Return the indexes that were verified on this box."""
+        return sorted((self.root / "trust" / "targets").glob("*.index.json"))
+
     def index(self, team: str, name: str) -> Path:
         return self.root / "trust" / "targets" / f"{team}~{name}.index.json"
 

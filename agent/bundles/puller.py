@@ -2,7 +2,7 @@
 
 Runs in the daemon, so nothing here may parse store bytes or import the trust libraries; manifests are read from version
 directories that the child has verified. Promises: no child outlives its call; what a child may write is bounded; a
-flood of commands starts a bounded number of processes.
+flood of commands or of questions about trust starts a bounded number of processes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ ENVELOPE_BYTES_MAX: Final = 64 * 1024
 _LINE_BYTES_MAX: Final = 1024 * 1024
 _SILENCE_S: Final = 600.0  # a child that says nothing for so long is stuck: each of its own waits is far shorter
 _COMMAND_TIMEOUT_S: Final = 120.0
+_MEDIUM_TIMEOUT_S: Final = 120.0  # a mount may hang, and the trust files are held meanwhile
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 OnRefused = Callable[[str, AgentError, Mapping[str, str]], None]
@@ -145,6 +146,7 @@ class Puller:
         }
         self._starts = _TokenBucket(commands_per_s, commands_burst, now)
         self._one_command = asyncio.Lock()
+        self._one_report = asyncio.Lock()
 
     async def fetch(
         self,
@@ -203,12 +205,18 @@ class Puller:
         Raises:
             BundleError, StoreError, StateError, InvalidInputError: by the child's code.
         """
-        answer = await self._ask({"op": "survey", "models": list(models), "medium": medium}, "surveyed")
+        request = {"op": "survey", "models": list(models), "medium": medium}
+        try:
+            async with asyncio.timeout(_MEDIUM_TIMEOUT_S if medium else None):
+                answer = await self._ask(request, "surveyed")
+        except TimeoutError as error:
+            raise TransientError(f"{medium}: what is mounted there does not answer") from error
         return msgspec.convert(answer, SurveyAnswer)
 
     async def trust(self) -> dict[str, Any]:
         """Return whom this box trusts and how far, from its disk alone (``survey.trust_line``)."""
-        answer = await self._ask({"op": "trust"}, "trust")
+        async with self._one_report:  # anybody who may read may ask, and each child costs memory that models need
+            answer = await self._ask({"op": "trust"}, "trust")
         del answer["event"]
         return answer
 

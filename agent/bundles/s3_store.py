@@ -115,6 +115,9 @@ def open_bucket(mirror: MirrorConfig, *, timeout_s: float) -> Bucket:
         config["endpoint"] = mirror.endpoint
     if mirror.region:
         config["region"] = mirror.region
+    odd = [name for name, value in config.items() if not (value.isascii() and value.isprintable())]
+    if odd:  # the library ends the process over them
+        raise ConfigError(f"{mirror.url}: {', '.join(odd)}: only printable ASCII can be sent")
     client: dict[str, Any] = {
         "connect_timeout": timedelta(seconds=min(_CONNECT_TIMEOUT_S, timeout_s)),
         "read_timeout": timedelta(seconds=timeout_s),

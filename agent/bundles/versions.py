@@ -67,10 +67,11 @@ def collect_staging(layout: Layout, *, now: float, age_s_max: float = STAGING_AG
     """Remove unfinished pulls that were last touched more than ``age_s_max`` before ``now`` and that nobody holds."""
     removed = []
     for path in _folders(layout.staging):
-        newest = max((entry.stat().st_mtime for entry in (path, *path.iterdir())), default=0.0)
-        if now - newest > age_s_max and unheld(path):
-            discard(layout, path)
-            removed.append(path)
+        with suppress(FileNotFoundError):  # another pull ends without asking
+            newest = max((entry.stat().st_mtime for entry in (path, *path.iterdir())), default=0.0)
+            if now - newest > age_s_max and unheld(path):
+                discard(layout, path)
+                removed.append(path)
     empty_trash(layout)
     return removed
 

@@ -20,6 +20,7 @@ REVOCATION: Final = "revocation"  # nobody's wish: away from a version that was 
 TRANSIENT: Final = frozenset(
     {"metadata_expired", "disk_full", "offline", "store_transient", "store_failed", "budget_spent", "overloaded"}
 )
+_BYTES_WRONG: Final = "chunk_mismatch"  # says something of who gave the bytes, nothing of what was signed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +81,21 @@ def decide(wish: Desired | None, pointer: Pointer | None, latest: Record | None)
         if pointer is None and latest.state is State.CONFIRMED:
             return Action.BEGIN  # it was lost from the disk
         unserved = pointer is None and wish.source == "file"
-        if not wish.version or unserved or (latest.state is not State.CONFIRMED and latest.code in TRANSIENT):
+        if not wish.version or unserved or (latest.state is not State.CONFIRMED and may_pass(latest, wish)):
             return Action.POLL
         return Action.NOTHING
     if pointer is not None and not pointer.trial and wish.version == pointer.active.version and wish.source == "file":
         return Action.NOTHING  # the configured version serves already, whatever brought it
     return Action.BEGIN
+
+
+def may_pass(record: Record, wish: Desired) -> bool:
+    """Whether a deployment that failed may do better when its wish is tried again, with nothing new on offer.
+
+    What a medium gave is no reason to leave a version aside that the store has, too.
+    """
+    only_medium = record.state in (State.FAILED, State.REJECTED) and bool(record.medium) and not wish.medium
+    return record.code in TRANSIENT or record.code == _BYTES_WRONG or only_medium
 
 
 def _serves(record: Record, wish: Desired) -> bool:

@@ -429,9 +429,10 @@ class Performer:
     async def _room_was_made(self, record: Record) -> bool:
         """Let go what nothing needs, but nothing of this deployment."""
         try:
-            _, digest = await self._store.resolve(
+            offered = await self._store.resolve(
                 team=record.team, name=self.slot, version=record.wanted, channel=record.channel, medium=record.medium
             )
+            digest = offered.digest
         except AgentError:
             digest = record.digest
         return bool(digest) and await self._make_room(frozenset({digest}))

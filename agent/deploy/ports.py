@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -159,17 +159,25 @@ class Store(Protocol):
     async def check(self, path: Path) -> Bundle:
         """Return the bundle in ``path`` after checking every byte again, without network or expiry."""
 
-    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> tuple[str, str]:
-        """Return the version and manifest digest the store offers now."""
+    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> Mark:
+        """Return the version that the store offers now."""
 
     async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
         """Refresh, and return what the store says of these models (team, name)."""
 
+    async def heard(self) -> Sequence[News]:
+        """Return what was revoked by what this box has verified so far, without network; never fails."""
+
     async def inventory(self) -> Inventory:
         """Return what is on disk."""
 
-    async def collect(self, needed: Needed, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
-        """Remove what nothing needs, and more of it if ``room`` is short; ``dry_run`` only says what would go."""
+    async def collect(
+        self, needed: Callable[[], Coroutine[Any, Any, Needed]], *, room: bool = False, dry_run: bool = False
+    ) -> list[Collected]:
+        """Remove what nothing needs, and more of it if ``room`` is short; ``dry_run`` only says what would go.
+
+        ``needed`` is asked when nobody else is at the store's files any more; what it raises ends the collection.
+        """
 
 
 class Loaded(Protocol):

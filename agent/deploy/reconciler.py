@@ -17,11 +17,11 @@ from typing import Final
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
-from agent.deploy.desired import REVOCATION, TRANSIENT, Action, Desired, decide, effective
+from agent.deploy.desired import REVOCATION, TRANSIENT, Action, Desired, decide, effective, may_pass
 from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
-from agent.deploy.ports import Host, Kept, News, Store
+from agent.deploy.ports import Host, Kept, Mark, News, Store
 from agent.deploy.refusals import Refusals
 from agent.deploy.retention import Retention
 from agent.deploy.revocation import Measure, OnRevoked, Revoked
@@ -96,6 +96,7 @@ class Reconciler:
         self._to_boot: dict[str, Pointer] = {}
         self._held = ""  # why nothing may serve
         self._offers: dict[str, Offer] = {}
+        self._stepped_back: dict[str, str] = {}  # digests of older versions that were told, by slot
         self.revocations = Revocations(journal, state_dir / "revoked.json", events, on_revoked)
         self.retention = Retention(
             store=store,
@@ -122,6 +123,8 @@ class Reconciler:
             self._events.emit(Stream.HEALTH, "pointer.broken", Severity.ERROR, reason=reason)
         with contextlib.suppress(AgentError):
             await self.revocations.load()
+        with contextlib.suppress(AgentError):  # a cut may have come between a refresh and its being learned
+            await self.revocations.learn(await self._store.heard())
         with contextlib.suppress(AgentError):
             await self._refresh_wishes()
         for slot in self._wishes or {wish.slot for wish in self._configured}:
@@ -258,6 +261,7 @@ class Reconciler:
 
         Raises:
             NotFoundError: nothing is wanted of the slot.
+            CommandError: the channel points to an older version than the one that serves.
             BundleError, StoreError: the medium is refused or does not have the model.
         """
         wish = self._wishes.get(slot)
@@ -267,12 +271,14 @@ class Reconciler:
         if latest is not None and latest.state is State.FETCH_WAIT and not self._superseded(latest):
             performer.offer(medium)
             return latest
-        version, digest = await self._store.resolve(
+        offered = await self._store.resolve(
             team=wish.team, name=slot, version=wish.version, channel=wish.channel, medium=medium
         )
-        if performer.pointer is not None and performer.pointer.active.digest == digest:
+        if performer.pointer is not None and performer.pointer.active.digest == offered.digest:
             return None
-        offer = Offer(version=version, digest=digest, medium=medium)
+        if reason := await self._steps_back(wish, performer.pointer, offered):
+            raise CommandError(reason)
+        offer = Offer(version=offered.version, digest=offered.digest, medium=medium)
         self._offers[slot] = offer
         self._look(slot)
         return await self.beyond(await asyncio.shield(offer.begun), (-1, -1))
@@ -481,10 +487,10 @@ class Reconciler:
                 wait.cancel()
         if hint.is_set() or wish is None or latest is None or latest.state in FINAL:
             return
-        offered = await self._offered(wish)
-        if offered is not None and offered[1] != latest.digest:
+        offered = await self._offered(wish, performer.pointer)
+        if offered is not None and offered.digest != latest.digest:
             await performer.give_up(latest)
-            await self._begin_offered(performer, wish, *offered)
+            await self._begin_offered(performer, wish, offered)
 
     async def _poll(self, performer: Performer, hint: asyncio.Event, wish: Desired, latest: Record) -> None:
         """Wait for a hint or the poll interval; begin when the channel offers something else."""
@@ -500,28 +506,55 @@ class Reconciler:
         await self._look_for_newer(performer, wish, latest)
 
     async def _look_for_newer(self, performer: Performer, wish: Desired, latest: Record) -> None:
-        offered = await self._offered(wish)
+        offered = await self._offered(wish, performer.pointer)
         if offered is None:
             return
-        version, digest = offered
         failed = latest.state is not State.CONFIRMED
-        retry = failed and (performer.pointer is None or latest.code in TRANSIENT)
-        if digest != latest.digest or retry:
-            await self._begin_offered(performer, wish, version, digest)
+        retry = failed and (performer.pointer is None or may_pass(latest, wish))
+        if offered.digest != latest.digest or retry:
+            await self._begin_offered(performer, wish, offered)
 
-    async def _begin_offered(self, performer: Performer, wish: Desired, version: str, digest: str) -> None:
-        await performer.begin(replace(wish, version=version), deployment_id=f"{wish.id}@{digest[:12]}")
+    async def _begin_offered(self, performer: Performer, wish: Desired, offered: Mark) -> None:
+        await performer.begin(replace(wish, version=offered.version), deployment_id=f"{wish.id}@{offered.digest[:12]}")
         await self.retention.tidy()
 
-    async def _offered(self, wish: Desired) -> tuple[str, str] | None:
-        """Return version and digest the store offers for the wish now, ``None`` if it cannot tell."""
+    async def _offered(self, wish: Desired, pointer: Pointer | None) -> Mark | None:
+        """Return what the store offers for the wish now, ``None`` if it cannot tell or nothing that may be taken."""
         try:
-            return await self._store.resolve(team=wish.team, name=wish.slot, version=wish.version, channel=wish.channel)
+            offered = await self._store.resolve(
+                team=wish.team, name=wish.slot, version=wish.version, channel=wish.channel
+            )
+            reason = await self._steps_back(wish, pointer, offered)
         except AgentError as error:
             if isinstance(error, BundleError):
                 self._refusals.bundle(error, team=wish.team, name=wish.slot, version=wish.version, polled=True)
             _log.info("poll failed", slot=wish.slot, code=error.code, reason=str(error))
             return None
+        if not reason:
+            return offered
+        if self._stepped_back.get(wish.slot) != offered.digest:
+            self._stepped_back[wish.slot] = offered.digest
+            _log.warning("channel not followed", slot=wish.slot, reason=reason)
+            self._events.emit(
+                Stream.DEPLOY, "channel.older", Severity.WARNING, slot=wish.slot, version=offered.version, reason=reason
+            )
+        return None
+
+    async def _steps_back(self, wish: Desired, pointer: Pointer | None, offered: Mark) -> str:
+        """Return why following a channel may not lead to ``offered``, empty if it may: only a person lowers ``seq``."""
+        trusted = pointer.confirmed if pointer is not None else None
+        if wish.version or trusted is None or trusted.digest == offered.digest:
+            return ""
+        if self.revocations.forbidden(trusted.digest):
+            return ""
+        kept = (await self._store.inventory()).versions
+        seq = next((item.seq for item in kept if trusted.digest.startswith(item.digest)), 0)
+        if offered.seq >= seq:
+            return ""
+        return (
+            f"channel {wish.channel} points to {offered.version}, which is older than {trusted.version}; "
+            f"deploy {wish.slot}@{offered.version} to go back"
+        )
 
     async def _refresh_wishes(self) -> None:
         self._wishes = dict(effective([*await self._journal.wanted(), *self._configured]))

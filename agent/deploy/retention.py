@@ -52,11 +52,11 @@ class Retention:
 
     async def tidy(self) -> None:
         """Remove what nothing needs, unless a deployment is under way."""
-        needed = await self.needed()
-        if needed is None or any(slot.busy for slot in self._slots.values()):
-            return  # a version may be staged and named by nothing yet
         try:
-            await self._store.collect(needed)
+            await self._needed_at_rest()  # else a collection would only be in a deployment's way
+            await self._store.collect(self._needed_at_rest)
+        except OverloadedError:
+            return
         except (AgentError, OSError) as error:
             _log.warning("collection failed", reason=str(error))
 
@@ -67,20 +67,28 @@ class Retention:
             OverloadedError: a deployment is under way whose version is not known yet.
             OSError: the disk; what went before is gone.
         """
-        needed = await self.needed()
-        if needed is None:
-            raise OverloadedError("a deployment is under way; try again when it is further")
-        return await self._store.collect(needed, room=room, dry_run=dry_run)
+        await self._needed_now()
+        return await self._store.collect(self._needed_now, room=room, dry_run=dry_run)
 
     async def make_room(self, digests: frozenset[str]) -> bool:
         """Let go what nothing needs, for a deployment of ``digests``; return whether anything went."""
         try:
-            needed = await self.needed(digests)
-            removed = await self._store.collect(needed, room=True) if needed is not None else []
+            removed = await self._store.collect(lambda: self._needed_now(digests), room=True)
         except (AgentError, OSError) as error:
             _log.warning("collection failed", reason=str(error))
             return False
         return bool(removed)
+
+    async def _needed_now(self, more: frozenset[str] = frozenset()) -> Needed:
+        needed = await self.needed(more)
+        if needed is None:
+            raise OverloadedError("a deployment is under way; try again when it is further")
+        return needed
+
+    async def _needed_at_rest(self) -> Needed:
+        if any(slot.busy for slot in self._slots.values()):
+            raise OverloadedError("a deployment is under way")  # its version may be staged and named by nothing yet
+        return await self._needed_now()
 
     async def inventory(self) -> tuple[Inventory, Needed | None]:
         """Return what is on disk and what of it is needed; ``None``: a deployment has just begun."""

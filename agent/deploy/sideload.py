@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _STAMP: Final = Path("metadata") / "timestamp.json"
 _BEGIN_S: Final = 30.0  # a deployment under way may keep the slot for longer
 _STAMP_BYTES_MAX: Final = 64 * 1024
 _REMEMBERED_MAX: Final = 64
+_REST_S_MAX: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +165,9 @@ class MediumWatch:
     """The supervised watcher of the folder where media are mounted: that folder, and those in it.
 
     A look is one ``scandir`` and a small file of each store found. Content is told apart by that file, the signed
-    timestamp: a stick that is written anew is handled anew, one that is plugged in again is not.
+    timestamp: a stick that is written anew is handled anew, one that is plugged in again is not. A folder whose media
+    are refused or cannot be read rests, each time longer, up to a minute: a stick that changes all the time, or that
+    is broken, costs little.
     """
 
     name = "deploy.media"
@@ -174,12 +178,15 @@ class MediumWatch:
         self._known = known
         self._clock = clock
         self._poll_s = poll_s
+        self._failures: dict[Path, int] = {}  # in a row
+        self._rests_until: dict[Path, float] = {}  # monotonic
 
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
             for path, content in await asyncio.to_thread(self._stores):  # a bad stick may not answer for long
-                if not self._known.has(content):
+                rested = self._clock.monotonic() >= self._rests_until.get(path, 0.0)
+                if rested and not self._known.has(content):
                     await self._handle(path, content)
             await self._clock.sleep(self._poll_s)
 
@@ -188,11 +195,23 @@ class MediumWatch:
             report = await self._sideload.take(str(path))
         except AgentError as error:
             _log.warning("medium refused", path=str(path), code=error.code, reason=str(error))
+            self._rest(path)
             if error.retryable:
                 return
         else:
+            self._failures.pop(path, None)
+            self._rests_until.pop(path, None)
             _log.info("medium read", path=str(path), origin=report.origin, slots=[item.slot for item in report.taken])
         self._known.add(content)
+
+    def _rest(self, path: Path) -> None:
+        failures = self._failures.pop(path, 0) + 1
+        self._failures[path] = failures
+        rest_s = min(_REST_S_MAX, self._poll_s * 2.0 ** min(failures, 16))
+        self._rests_until[path] = self._clock.monotonic() + rest_s
+        if len(self._failures) > _REMEMBERED_MAX:
+            forgotten = next(iter(self._failures))
+            del self._failures[forgotten], self._rests_until[forgotten]
 
     def _stores(self) -> list[tuple[Path, str]]:
         """Return the stores that are mounted, with what tells their content apart."""
@@ -217,7 +236,8 @@ def _content(folder: Path) -> str:
     try:
         if not (folder / _STAMP).is_file():
             return ""
-        with (folder / _STAMP).open("rb") as file:
-            return hashlib.sha256(file.read(_STAMP_BYTES_MAX)).hexdigest()
+        descriptor = os.open(folder / _STAMP, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not all files answer
+        with os.fdopen(descriptor, "rb") as file:
+            return hashlib.sha256(file.read(_STAMP_BYTES_MAX) or b"").hexdigest()
     except OSError:
         return ""

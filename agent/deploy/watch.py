@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -120,6 +121,10 @@ class Watch:
         async with self._one_at_a_time:
             try:
                 survey = await self._store.survey(self._reconciler.models(), medium=medium)
+            except AgentError:
+                with suppress(AgentError):  # one model's trouble does not hide what was verified of another
+                    await self._reconciler.absorb(await self._store.heard())
+                raise
             finally:
                 self.look()
             revoked = await self._reconciler.absorb(survey.models)

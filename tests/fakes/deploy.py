@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from agent.deploy.ports import Bundle, Collected, Evidence, Inventory, Kept, Mark, Needed, News, Progress, Survey
 from agent.errors import AgentError, LoadError, OfflineError, TargetNotFoundError, WorkerDiedError
@@ -14,6 +15,10 @@ from agent.errors import AgentError, LoadError, OfflineError, TargetNotFoundErro
 
 def digest_of(name: str, version: str) -> str:
     return sha256(f"{name}@{version}".encode()).hexdigest()
+
+
+def _seq(version: str) -> int:
+    return int(version.split(".")[0])
 
 
 class FakeStore:
@@ -44,7 +49,8 @@ class FakeStore:
     ) -> Bundle:
         await asyncio.sleep(0)
         self._maybe_fail(medium)
-        version, digest = await self.resolve(team=team, name=name, version=version, channel=channel, medium=medium)
+        offered = await self.resolve(team=team, name=name, version=version, channel=channel, medium=medium)
+        version, digest = offered.version, offered.digest
         on_progress(Progress(phase="resolved", version=version, digest=digest, bytes_total=100))
         await asyncio.sleep(0)
         on_progress(Progress(phase="progress", bytes_done=50, bytes_total=100))
@@ -65,14 +71,14 @@ class FakeStore:
         name, team = path.parent.name, path.parent.parent.name
         return Bundle(team=team, name=name, version=version, digest=digest_of(name, version), path=path, content=None)
 
-    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> tuple[str, str]:
+    async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> Mark:
         await asyncio.sleep(0)
         self._maybe_fail(medium)
         offered = (self.media[medium] if medium else self.offered).get(name, [])
         wanted = version or (offered[-1] if offered else "")
         if wanted not in offered:
             raise TargetNotFoundError(f"{name}@{wanted}")
-        return wanted, digest_of(name, wanted)
+        return Mark(version=wanted, digest=digest_of(name, wanted), seq=_seq(wanted))
 
     async def survey(self, models: Sequence[tuple[str, str]], *, medium: str = "") -> Survey:
         await asyncio.sleep(0)
@@ -90,19 +96,24 @@ class FakeStore:
         ]
         return Survey(issued=1, origin="stick" if medium else "network", models=tuple(news), missing={})
 
+    async def heard(self) -> Sequence[News]:
+        return ()
+
     async def inventory(self) -> Inventory:
         versions = []
         for path in sorted(self.state_dir.glob("versions/*/*/*"), reverse=True):
             version, _, digest = path.name.partition("~")
             team, name = path.parent.parent.name, path.parent.name
-            seq = int(version.split(".")[0])
+            seq = _seq(version)
             versions.append(
                 Kept(team=team, name=name, version=version, digest=digest, seq=seq, path=path, size_bytes=1)
             )
         return Inventory(versions=tuple(versions))
 
-    async def collect(self, needed: Needed, *, room: bool = False, dry_run: bool = False) -> list[Collected]:
-        self.needed = needed
+    async def collect(
+        self, needed: Callable[[], Coroutine[Any, Any, Needed]], *, room: bool = False, dry_run: bool = False
+    ) -> list[Collected]:
+        self.needed = await needed()
         found, self.collectable = self.collectable, self.collectable if dry_run else []
         return found
 

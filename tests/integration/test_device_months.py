@@ -25,7 +25,7 @@ from agent.deploy.refusals import Refusals
 from agent.deploy.sideload import Sideload
 from agent.deploy.watch import Watch
 from agent.errors import AgentError, ExpiredError, RollbackDetectedError, UntrustedError
-from agent.events import EventBus
+from agent.events import Event, EventBus
 from agent.metrics import Metrics
 from tests.fakes import bundles
 from tests.fakes.clock import Calendar
@@ -62,7 +62,7 @@ class Box:
     async def alive(self) -> AsyncIterator[None]:
         """The box is on as long as the body runs."""
         self.host = FakeHost()
-        events = EventBus(self.clock)
+        events = self.events = EventBus(self.clock)
         refusals = Refusals(events, self.clock)
         journal = Journal(self.device.state / "journal.db")
         store = BundleStore(self.device.near_puller(self.clock.wall), self.device.state, keep_versions=2)
@@ -121,6 +121,9 @@ class Box:
 
     def states(self) -> list[str]:
         return [event["data"]["state"] for event in self.seen if event["type"] == "trust.changed"]
+
+    def refusals(self, code: str) -> list[dict[str, Any]]:
+        return [event for event in self.seen if event["type"] == "bundle.refused" and event["data"]["code"] == code]
 
     def cut_off(self) -> None:
         self.world.root.rename(self.folder / "away")
@@ -376,5 +379,76 @@ def test_a_version_that_was_fetched_while_fresh_may_start_without_the_network_fo
         with pytest.raises(AgentError) as caught:
             await puller.fetch("vision", "tiny", "2.0.0", "")
         assert caught.value.code in ("offline", "store_failed")
+
+    asyncio.run(story())
+
+
+def spoil(store: Path) -> list[tuple[Path, bytes]]:
+    """Flip a bit of every chunk of a store; return what they were."""
+    chunks = [(path, path.read_bytes()) for path in store.glob("blobs/sha256/*/*")]
+    for path, data in chunks:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    return chunks
+
+
+def test_wrong_bytes_delay_a_version_and_do_not_keep_it_away(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+
+    async def story() -> None:
+        async with box.alive():
+            await box.serves("1.0.0")
+        box.publish("2.0.0")
+        chunks = spoil(box.world.root)
+        async with box.alive():
+            await until(lambda: box.refusals("chunk_mismatch"), "the spoiled chunks are refused")
+            assert box.active() == "1.0.0"
+            for path, data in chunks:
+                path.write_bytes(data)
+            await box.serves("2.0.0")
+
+    asyncio.run(story())
+
+
+def test_a_stick_pulled_out_half_way_does_not_keep_the_box_from_the_stores_version(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+
+    async def story() -> None:
+        async with box.alive():
+            await box.serves("1.0.0")
+        box.publish("2.0.0")
+        stick = Path(box.stick("stick"))
+        box.cut_off()
+
+        def pull_out(event: Event) -> None:
+            if event.type == "deployment.validating":
+                stick.rename(stick.with_name("gone"))
+
+        async with box.alive():
+            with box.events.subscribed(pull_out):
+                report = await box.sideload.take(str(stick))
+                ended = await box.reconciler.outcome(report.taken[0].deployment)
+            assert (ended.state, ended.code) == ("failed", "invalid_input")
+            assert box.active() == "1.0.0"
+            box.connect()
+            await box.serves("2.0.0")
+
+    asyncio.run(story())
+
+
+def test_a_revocation_that_was_verified_holds_although_the_box_died_before_it_took_note(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+
+    async def story() -> None:
+        async with box.alive():
+            await box.serves("1.0.0")
+        box.publish("2.0.0")
+        async with box.alive():
+            await box.serves("2.0.0")
+        box.world.revoke("2.0.0", "wrong labels")
+        await box.device.near_puller(box.clock.wall).survey([("vision", "tiny")])  # its daemon is killed meanwhile
+        box.cut_off()
+        for _ in range(2):
+            async with box.alive():
+                await box.serves("1.0.0")
 
     asyncio.run(story())

@@ -111,6 +111,8 @@ def test_many_outstanding_are_asked_in_c_and_the_results_written(tmp_path: Path,
             found = json.loads((results / "report.json").read_text())
             native = [row for row in found["figures"] if row["way"].endswith(" native") and "skipped" not in row]
             assert [(row["load"], row["way"]) for row in native] == [
+                (CLOSED_1, "unix native"),
+                (CLOSED_1, "http native"),
                 (CLOSED_4, "unix native"),
                 (CLOSED_4, "http native"),
             ]

@@ -62,9 +62,14 @@ def test_a_process_that_dies_is_reported_and_none_is_left(tmp_path: Path) -> Non
                 os.kill(children()[1].pid, signal.SIGKILL)
 
     def children() -> list[psutil.Process]:
-        found = psutil.Process().children()
-        mine = [child for child in found if "tools.hub.measure_child" in child.cmdline()]
+        mine = [child for child in psutil.Process().children() if "tools.hub.measure_child" in command_of(child)]
         return sorted(mine, key=lambda child: child.pid)
+
+    def command_of(child: psutil.Process) -> list[str]:
+        try:
+            return child.cmdline()
+        except psutil.Error:  # another test's, which has ended
+            return []
 
     models = {name: write_classifier(tmp_path / f"{name}.onnx") for name in ("a", "b")}
     found = measure(models, FEEDS, effort=QUICK, listener=Killer())

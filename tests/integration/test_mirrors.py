@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +176,57 @@ def test_headers_that_drip_are_cut_off(folder: Path) -> None:
         server.faults = [Fault(part="object", kind="slow_headers")]
         with pytest.raises(TransientError, match="silent"):
             read(MirrorConfig(url=server.url), stall_timeout_s=0.5)
+
+
+@contextmanager
+def babbling(head: bytes, rest: bytes, pause_s: float) -> Iterator[str]:
+    """Answer the first request with ``head`` and then ``rest`` again and again, until the block ends."""
+    over = threading.Event()
+
+    def answer() -> None:
+        with suppress(OSError), listener.accept()[0] as connection:
+            connection.recv(65_536)
+            connection.sendall(head)
+            while not over.wait(pause_s):
+                connection.sendall(rest)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            over.set()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("framed", "rest", "pause_s"),
+    [(b"3\r\nabc\r\n0\r\n", b"A: b\r\n" * 1000, 0.0), (b"3\r\nabc\r\n0\r\n", b"A", 0.05), (b"", b"0", 0.05)],
+    ids=["endless trailers", "a trailer that drips", "a chunk's size that drips"],
+)
+def test_the_frame_of_a_chunked_body_is_cut_off(framed: bytes, rest: bytes, pause_s: float) -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with babbling(head + framed, rest, pause_s) as url, pytest.raises(TransientError):
+        read(MirrorConfig(url=url), stall_timeout_s=0.5)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.05], ids=["endless", "dripping"])
+def test_the_body_of_a_redirect_is_not_read(folder: Path, pause_s: float) -> None:
+    with serving(folder) as server:
+        head = f"HTTP/1.1 302 Found\r\nLocation: {server.url}/object\r\n\r\n".encode()
+        with babbling(head, b"x" * 4096, pause_s) as url:
+            assert read(MirrorConfig(url=url)) == b"bytes"
+
+
+def test_redirects_end_and_lead_to_web_servers_only(folder: Path) -> None:
+    with serving(folder) as server:
+        server.redirect_to = server.url
+        with pytest.raises(RefusedError, match="more than 3 redirects"):
+            read(MirrorConfig(url=server.url))
+        server.redirect_to = "file://localhost"
+        with pytest.raises(TransientError, match="scheme"):
+            read(MirrorConfig(url=server.url))
 
 
 def test_a_metadata_file_has_a_deadline_as_a_whole(folder: Path) -> None:

@@ -6,13 +6,15 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from securesystemslib.dsse import Envelope
 from securesystemslib.signer import CryptoSigner
 
-from agent.errors import AgentError, CommandError, OverloadedError
+from agent.bundles.puller import Puller
+from agent.errors import AgentError, CommandError, OverloadedError, TransientError
 from tests.fakes.device import DeviceWorld
 from tests.fakes.store import StoreWorld
 
@@ -111,6 +113,39 @@ def test_a_flood_starts_a_bounded_number_of_processes(world: StoreWorld, device:
 
     kinds = asyncio.run(run())
     assert kinds.count(OverloadedError) == 48
+
+
+def test_a_medium_that_does_not_answer_is_given_up(
+    world: StoreWorld, device: DeviceWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        await device.puller().survey([("vision", "tiny")], medium=str(world.root))
+
+    monkeypatch.setattr("agent.bundles.puller._MEDIUM_TIMEOUT_S", 0.01)
+    with pytest.raises(TransientError, match="does not answer"):
+        asyncio.run(run())
+
+
+def test_questions_about_trust_start_one_process_at_a_time(
+    device: DeviceWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[int] = [0]
+    most: list[int] = [0]
+
+    async def ask(self: Puller, request: dict[str, Any], wanted: str) -> dict[str, Any]:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        await asyncio.sleep(0)
+        running[0] -= 1
+        return {"event": wanted}
+
+    async def run() -> None:
+        puller = device.puller()
+        await asyncio.gather(*(puller.trust() for _ in range(50)))
+
+    monkeypatch.setattr(Puller, "_ask", ask)
+    asyncio.run(run())
+    assert most == [1]
 
 
 def test_the_rate_recovers(world: StoreWorld, device: DeviceWorld) -> None:

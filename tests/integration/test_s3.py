@@ -176,3 +176,13 @@ def test_publishing_to_a_web_server_says_what_to_do_instead(tmp_path: Path, verb
     assert done.exit_code == 1
     assert error["code"] == "store_state"
     assert "timestamp.json last" in error["hint"]
+
+
+@pytest.mark.parametrize("key", ["AKID\u00e9", "AKID\x01"])
+def test_credentials_that_cannot_be_sent_are_a_plain_error(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "credentials"
+    file.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = hidden\n")
+    mirror = MirrorConfig(url="s3://bucket/x", region="us-east-1", credentials_file=str(file))
+    with pytest.raises(ConfigError, match="access_key_id: only printable ASCII") as failure:
+        Transport([mirror], stall_timeout_s=5.0).open("s3://bucket/x/y")
+    assert "hidden" not in str(failure.value)

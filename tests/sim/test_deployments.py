@@ -79,6 +79,7 @@ class Box:
         self.behaviour: dict[str, str] = {}
         self.events: list[dict[str, Any]] = []
         self.configured: tuple[Desired, ...] = ()
+        self.poll_interval_s = 0.0
         self.host = FakeHost()
         self.journal = CutJournal(folder / "journal.db")
         self.reconciler = self._make()
@@ -98,7 +99,7 @@ class Box:
             clock=self.clock,
             state_dir=self.folder,
             configured=self.configured,
-            poll_interval_s=0,
+            poll_interval_s=self.poll_interval_s,
             **more,
         )
 
@@ -578,6 +579,42 @@ def test_a_newer_version_of_the_channel_takes_the_place_of_one_that_is_held_back
             while (record := await box.reconciler.find(offered)) is None or record.state is not State.CONFIRMED:
                 await asyncio.sleep(0)
         assert box.active() == "1.0.1"
+        running.cancel()
+        await asyncio.wait({running})
+        await box.journal.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize("revoked", [False, True])
+def test_a_channel_that_points_to_an_older_version_is_followed_only_away_from_a_revoked_one(
+    tmp_path: Path, revoked: bool
+) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["2.0.0"])
+        box.configured = (Desired(id="file", slot="magika", team="files"),)
+        await box.restart()
+        await box.run_until_final(None, "file")
+        box.store.offered["magika"].append("1.0.0")
+        box.poll_interval_s = 1.0
+        if revoked:
+            box.store.revoked["2.0.0"] = "wrong"
+        await box.restart()
+        await box.reconciler.open()
+        if revoked:
+            await box.reconciler.absorb((await box.store.survey([("files", "magika")])).models)
+        running = asyncio.ensure_future(box.reconciler.run())
+        offered = f"file@{digest_of('magika', '1.0.0')[:12]}"
+        async with asyncio.timeout(20):
+            while not (await box.reconciler.find(offered) or any(e["type"] == "channel.older" for e in box.events)):
+                await asyncio.sleep(0.01)
+        if revoked:
+            assert (await box.reconciler.outcome(offered)).state is State.CONFIRMED
+        else:
+            assert await box.reconciler.find(offered) is None
+            await box.reconciler.want(wish("1.0.0", "back"))
+            assert (await box.reconciler.outcome("back")).state is State.CONFIRMED
+        assert box.active() == "1.0.0"
         running.cancel()
         await asyncio.wait({running})
         await box.journal.close()

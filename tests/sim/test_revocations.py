@@ -316,7 +316,7 @@ def test_a_forged_store_at_a_poll_is_a_security_event(tmp_path: Path) -> None:
         box = await serving_two(tmp_path)
         async with alive(box):
             box.store.fetch_errors = [UntrustedError("forged")]
-            assert await box.reconciler._offered(wish("", "b")) is None
+            assert await box.reconciler._offered(wish("", "b"), None) is None
             assert box.active() == "2.0.0"
         (event,) = kinds(box, "bundle.refused")
         assert (event["stream"], event["data"]["code"], event["data"]["name"]) == ("security", "untrusted", SLOT)

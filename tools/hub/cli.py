@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from securesystemslib.signer import Signer, SSlibKey
 
+from agent.cli_text import human_bytes
 from agent.errors import AgentError, DiskFullError, StoreError
 from tools.hub import keys, keyservice
 from tools.hub.errors import SigningKeyError
@@ -31,6 +32,7 @@ from tools.hub.publish import Publisher
 from tools.hub.repository import Repository
 
 PASSWORD_VARIABLE: Final = "INFERHUB_KEY_PASSWORD"
+STORE_HELP: Final = "The store: a folder, file:// URL or s3://BUCKET/PREFIX."
 _JSON: Final = "inferhub.json"
 _S3: Final = "inferhub.s3"
 _PIPE_WIDTH: Final = 200
@@ -115,7 +117,7 @@ def store_option(verb: Verb) -> Verb:
         "store",
         required=True,
         metavar="DIR",
-        help="The store: a folder, file:// URL or s3://BUCKET/PREFIX.",
+        help=STORE_HELP,
         envvar="INFERHUB_STORE",
     )(s3_options(verb))
 
@@ -301,15 +303,6 @@ class RichListener(Listener):
         self._done += amount
         show = human_bytes if self._unit == "bytes" else str
         self._bars.update(self._task, completed=self._done, done=f"{show(self._done)} of {show(self._total)}")
-
-
-def human_bytes(size: float) -> str:
-    """Return ``size`` bytes for a person: ``3.2 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError("the loop returns")
 
 
 def console_width() -> int | None:

@@ -10,11 +10,11 @@ from typing import Literal
 import click
 import msgspec
 
+from agent.cli_text import human_bytes
 from tools.hub.bundle import open_bundle
 from tools.hub.cli import (
     Passwords,
     emit,
-    human_bytes,
     json_option,
     key_option,
     password_option,
@@ -173,7 +173,7 @@ def publish(
     \b
     Example: inferhub publish bundles/magika-1.0.0 --store store --team-key keys/demo --online-key keys/online \\
                  --channel stable
-             inferhub publish bundles/resnet --store store --team-key awskms:alias/vision --online-key keys/online \
+             inferhub publish bundles/resnet --store store --team-key awskms:alias/vision --online-key keys/online \\
                  --oms-key keys/oms
     """
     bundle = open_bundle(folder)

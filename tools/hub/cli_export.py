@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
+from agent.cli_text import human_bytes
 from agent.errors import InvalidInputError
 from tools.hub.cli import (
     Passwords,
     emit,
-    human_bytes,
     json_option,
     key_option,
     open_repository,

@@ -7,7 +7,8 @@ import time
 
 import click
 
-from tools.hub.cli import emit, human_bytes, json_option, open_repository, progress, store_option
+from agent.cli_text import human_bytes
+from tools.hub.cli import emit, json_option, open_repository, progress, store_option
 from tools.hub.gc import METADATA_DAYS_MIN, collect
 from tools.hub.gc import plan as plan_collection
 

@@ -21,7 +21,7 @@ from agent.errors import InvalidInputError, TargetNotFoundError
 from agent.inspect_text import model_lines, version_lines
 from tools.hub.bundle import MANIFEST, open_bundle
 from tools.hub.chunks import blob_name
-from tools.hub.cli import emit, json_option, open_repository
+from tools.hub.cli import STORE_HELP, emit, json_option, open_repository, s3_options
 from tools.hub.cli_store import parse_model
 from tools.hub.errors import SourceError
 from tools.hub.packed_layout import raw_chunk
@@ -29,7 +29,8 @@ from tools.hub.packed_layout import raw_chunk
 
 @click.command()
 @click.argument("target", metavar="FILE|BUNDLE|TEAM/NAME@VERSION")
-@click.option("--store", metavar="DIR", envvar="INFERHUB_STORE", help="Where a published version is looked for.")
+@click.option("--store", metavar="DIR", envvar="INFERHUB_STORE", help=f"{STORE_HELP} For a published version.")
+@s3_options
 @json_option
 def inspect(target: str, store: str | None) -> None:
     """Show what a model says about itself: licence, metadata, producer, opsets, inputs, outputs, parameters.

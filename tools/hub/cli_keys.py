@@ -11,7 +11,17 @@ import click
 from securesystemslib.signer import Signer
 
 from agent.errors import InvalidInputError
-from tools.hub.cli import Passwords, emit, json_option, key_option, open_repository, password_option, store_option
+from tools.hub.cli import (
+    STORE_HELP,
+    Passwords,
+    emit,
+    json_option,
+    key_option,
+    open_repository,
+    password_option,
+    s3_options,
+    store_option,
+)
 from tools.hub.edition import State, expiring, team_role
 from tools.hub.errors import KeyNotAllowedError
 from tools.hub.keyservice import is_uri
@@ -30,14 +40,14 @@ _DIGITS_MIN: Final = 8  # of a key id, to name a key whose file is gone
 def _collecting(verb: Any) -> Any:
     """Add the options of verbs that collect signatures."""
     for option in (
-        click.option("--store", metavar="DIR", envvar="INFERHUB_STORE", help="The store: a folder or file:// URL. "
-                     "Only needed to begin and to publish."),
+        click.option("--store", metavar="DIR", envvar="INFERHUB_STORE", help=f"{STORE_HELP} To begin and to publish."),
         click.option("--sign-with", "signing", multiple=True, metavar="KEY",
                      help="A key that signs: root, targets, team and online keys, each where it is needed. Repeat."),
         click.option("--pending", type=_FILE, metavar="FILE", help="File that collects signatures and travels between "
                      "the signers' machines.  [default: ROLE.pending.json]"),
         click.option("--anchor", type=_FILE, metavar="FILE", help="A root that this machine trusts, for example the "
                      "boxes' anchor: what is signed must follow from it."),
+        s3_options,
         password_option,
         json_option,
     ):  # fmt: skip

@@ -14,8 +14,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from agent.cli_text import human_bytes
 from agent.errors import InvalidInputError
-from tools.hub.cli import console_width, emit, human_bytes, json_option, progress, wants_json
+from tools.hub.cli import console_width, emit, json_option, progress, wants_json
 from tools.hub.cli_store import parse_model
 from tools.hub.description import FILE_NAME
 from tools.hub.errors import SourceError

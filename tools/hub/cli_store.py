@@ -16,13 +16,13 @@ from tuf.api.metadata import Metadata
 
 from agent.bundles.manifest import OPERATORS_TARGET, Index, parse_manifest
 from agent.bundles.names import check_name, manifest_target
+from agent.cli_text import human_bytes
 from agent.durable import write_file
 from agent.errors import InvalidInputError, TargetNotFoundError
 from tools.hub import keys
 from tools.hub.cli import (
     Passwords,
     emit,
-    human_bytes,
     json_option,
     key_option,
     open_repository,
@@ -56,7 +56,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--out", type=_FILE, required=True, metavar="KEY", help="Private key file; the public one is KEY.pub.")
 @click.option("--unencrypted", is_flag=True, help="Write the private key without a password.")
 @click.option("--kms", "uri", metavar="URI", help="Make no key: refer to one in a service, as awskms:ID, gcpkms:NAME, "
-              "azurekms://VAULT.vault.azure.net/keys/KEY, hv:NAME/VERSION or hsm:2.")  # fmt: skip
+              "azurekms://VAULT.vault.azure.net/keys/KEY/VERSION, hv:NAME/VERSION or hsm:2?label=LABEL.")  # fmt: skip
 @password_option
 @json_option
 def keygen(role: keys.Role, out: Path, unencrypted: bool, uri: str | None, passwords: Passwords) -> None:

@@ -11,8 +11,9 @@ from typing import Any, Final, TypeVar
 import click
 from rich.console import Console
 
+from agent.cli_text import human_bytes
 from tools.hub import commands
-from tools.hub.cli import Passwords, emit, human_bytes, json_option, key_option, password_option, wants_json
+from tools.hub.cli import Passwords, emit, json_option, key_option, password_option, wants_json
 from tools.hub.errors import HubError
 
 _PASSWORD_VARIABLE: Final = "INFERHUB_BROKER_PASSWORD"

@@ -143,3 +143,23 @@ def test_removing_deletes_versions_pulls_and_their_manifests(layout: Layout) -> 
 def test_an_empty_box_has_nothing(layout: Layout) -> None:
     assert collection.inventory(layout) == []
     assert collection.remove(layout, []) == []
+
+
+def test_a_pull_that_ends_meanwhile_is_no_trouble(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored(layout, "1.0.0")
+    for digest in ("aa" * 32, "bb" * 32):
+        (layout.staging / digest).mkdir(parents=True)
+    real = collection.unheld
+
+    def end_first(path: Path) -> bool:
+        if path.name == "aa" * 32:
+            path.rmdir()  # between the listing and the look
+        return real(path)
+
+    monkeypatch.setattr(collection, "unheld", end_first)
+    found = collection.inventory(layout)
+    assert [item.digest for item in found if item.kind == "staging"] == ["bb" * 32]
+    gone_by_itself = pull("cc" * 32, idle_s=1.0)
+    monkeypatch.setattr(collection, "unheld", real)
+    removals = [collection.Removal(item=item, reason="") for item in (gone_by_itself, found[-1])]
+    assert collection.remove(layout, removals) == removals[1:]

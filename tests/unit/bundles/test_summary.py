@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.bundles import child
 from agent.bundles.inspection import ModelFacts, inspect_file
 from agent.bundles.summary import ANSWER_BYTES_MAX, summary, version_summary
-from agent.errors import StateError
+from agent.errors import StateError, UnsafeBundleError
 from agent.inspect_text import version_lines
 from tests.fakes.hub import description, make_source
 from tools.hub.pack import pack
@@ -52,3 +53,15 @@ def test_a_whole_version_is_told(source: Path, tmp_path: Path) -> None:
 def test_a_folder_without_a_verified_version_is_no_version(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="no verified version"):
         version_summary(tmp_path)
+
+
+def test_a_model_that_takes_too_much_memory_to_look_into_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(path: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("agent.bundles.summary.version_summary", exhausted)
+    request = child.Request(op="inspect", state_dir=str(tmp_path), path=str(tmp_path))
+    with pytest.raises(UnsafeBundleError, match="too much memory"):
+        child.handle(request)

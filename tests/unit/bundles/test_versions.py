@@ -122,3 +122,16 @@ def test_a_dripping_source_is_a_stall_and_a_slow_one_is_not() -> None:
     dripping = Pace("drip", 10.0)
     with pytest.raises(TransientError, match="stalled"):
         dripping.add(10, 10.0)
+
+
+def test_a_pull_that_ends_meanwhile_is_not_collected(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    for digest in ("aa", "bb"):
+        (layout.staging / digest).mkdir(parents=True)
+
+    def end_first(path: Path) -> bool:
+        if path.name == "aa":
+            path.rmdir()
+        return True
+
+    monkeypatch.setattr(versions, "unheld", end_first)
+    assert versions.collect_staging(layout, now=1e12) == [layout.staging / "bb"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from agent.deploy.desired import Action, Desired, decide, effective
+from agent.deploy.desired import Action, Desired, decide, effective, may_pass
 from agent.deploy.pointer import Pointer, Target
 from agent.deploy.state import Record, State
 
@@ -49,6 +51,27 @@ def test_the_next_action_follows_from_stored_state(
     wanted: Desired | None, pointer: Pointer | None, latest: Record | None, action: Action
 ) -> None:
     assert decide(wanted, pointer, latest) is action
+
+
+@pytest.mark.parametrize(
+    ("code", "medium", "wanted_medium", "passes"),
+    [
+        ("offline", "", "", True),
+        ("chunk_mismatch", "", "", True),
+        ("self_test_failed", "", "", False),
+        ("invalid_input", "/media/stick", "", True),
+        ("invalid_input", "/media/stick", "/media/stick", False),
+    ],
+)
+def test_what_may_pass_by_itself(code: str, medium: str, wanted_medium: str, passes: bool) -> None:
+    failed = replace(done(State.FAILED), code=code, medium=medium)
+    wanted = replace(wish(), medium=wanted_medium)
+    assert may_pass(failed, wanted) is passes
+    assert decide(wanted, SERVING, failed) is (Action.POLL if passes else Action.NOTHING)
+
+
+def test_a_sideload_that_was_cancelled_is_not_tried_again() -> None:
+    assert not may_pass(replace(done(State.SUPERSEDED), medium="/media/stick"), wish())
 
 
 def test_a_pin_wins_over_the_fleet_and_the_fleet_over_the_file() -> None:

@@ -74,8 +74,17 @@ def test_a_refused_medium_is_not_asked_again_and_a_failing_one_is(tmp_path: Path
     assert taker.taken == ["bad"]
     medium(mounts, "bad", b"2")
     taker.failure = TransientError("the stick was pulled")
-    asyncio.run(looks(mounts, taker, KnownMedia(tmp_path / "known.json")))
+    asyncio.run(looks(mounts, taker, KnownMedia(tmp_path / "known.json"), count=10))
     assert len(taker.taken) > 2
+
+
+def test_a_folder_that_is_refused_again_and_again_rests(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    taker = Taker()
+    taker.failure = TransientError("input/output error")
+    medium(mounts, "bad", b"1")
+    asyncio.run(looks(mounts, taker, KnownMedia(tmp_path / "known.json"), count=100))
+    assert 3 <= len(taker.taken) <= 7  # after 0.2 s, 0.4 s, 0.8 s, …
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b'[1, "x"]', b"\xff"])
