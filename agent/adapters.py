@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from agent import __version__
 from agent.bundles import collection
 from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
@@ -45,16 +46,20 @@ from agent.deploy.ports import (
 from agent.deploy.reconciler import Reconciler
 from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
-from agent.engine.types import VariantSpec, VersionSpec, forwarded_header_bytes
+from agent.engine.learned import Learned
+from agent.engine.memory import HOST, estimate
+from agent.engine.meter import NvmlDevices, SystemMeter
+from agent.engine.types import Keeping, VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.errors import AgentError, NotFoundError, PolicyError, SelfTestError, StateError, TransientError
 from agent.events import EventBus
-from agent.profile import Profile
+from agent.profile import Hardware, Profile
 from agent.telemetry.commands import CommandInbox
 from agent.telemetry.presence import Presence
 
 _ZYGOTES: Final[Mapping[str, str]] = {"onnxruntime": "onnx"}  # others are called as their runtime
 _EXPORTED: Final = "pt2"  # a format of torch that has a zygote of its own, because reading it takes so much to import
+_RUNTIME_PACKAGES: Final = ("onnxruntime", "onnxruntime_gpu", "torch")
 _SELF_TEST_TIMEOUT_S: Final = 30.0
 _RETIRE_TIMEOUT_S: Final = 30.0
 _LOCK_WAIT_S: Final = 30.0
@@ -92,6 +97,11 @@ class SpecMaker:
             digest=stored.manifest_sha256,
             variants=tuple(self._variant_spec(manifest, variant, stored.path) for variant in stored.variants),
             dropped=stored.dropped,
+            keeping=Keeping(
+                lazy=self._engine.lazy(manifest.name),
+                keep_alive_s=self._engine.keep_alive_of(manifest.name),
+                pinned=self._engine.of(manifest.name).pin,
+            ),
         )
 
     def _variant_spec(self, manifest: Manifest, variant: Variant, path: Path) -> VariantSpec:
@@ -137,13 +147,14 @@ class SpecMaker:
                 "body_bytes_max": self._serving.body_bytes_max,
             },
         }
+        runtime = _zygote(manifest, variant)
+        on_cpu = variant.device.kind == "cpu"
         return VariantSpec(
             id=variant.id,
-            runtime=_zygote(manifest, variant),
+            runtime=runtime,
             precision=variant.precision,
-            device="cpu" if variant.device.kind == "cpu" else f"{variant.device.kind}:{device['index']}",
+            device="cpu" if on_cpu else f"{variant.device.kind}:{device['index']}",
             pinned_device=pinned,
-            device_bytes=variant.memory.device_mb * MIB,
             worker=worker,
             lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
@@ -155,6 +166,14 @@ class SpecMaker:
             ),
             threads=threads,
             resident_bytes_max=self._engine.resident_bytes_max or _RESIDENT_BASE + 4 * variant.memory.host_mb * MIB,
+            need=estimate(
+                runtime=runtime,
+                place=HOST if on_cpu else pinned or variant.device.kind,
+                file_bytes=sum(manifest.file(name).size for name in variant.files),
+                host_mib=variant.memory.host_mb,
+                device_mib=variant.memory.device_mb,
+                measured=variant.memory.source == "measured",
+            ),
         )
 
     def _memory_bytes(self, variant: Variant) -> int:
@@ -163,6 +182,21 @@ class SpecMaker:
         if variant.device.kind != "cpu":
             return 0  # CUDA maps the whole address space of the device
         return _ADDRESS_SPACE_BASE + 4 * variant.memory.host_mb * MIB
+
+
+def system_meter(config: EngineConfig, hardware: Hardware, profile: Profile) -> SystemMeter:
+    """Return the meter of this box, with what its configuration and profile let models take."""
+    share = config.memory_share or profile.memory_share
+    return SystemMeter(
+        budget_bytes=config.memory_budget_bytes or int(share * hardware.memory_bytes),
+        device_share=config.device_memory_share,
+        devices=NvmlDevices(hardware) if hardware.gpus else None,
+    )
+
+
+def learned_memory(state_dir: Path, hardware: Hardware) -> Learned:
+    """Return what models have taken of this box's memory so far."""
+    return Learned(state_dir / "memory.json", hardware.fingerprint())
 
 
 class BundleStore:
@@ -307,6 +341,12 @@ class EngineHost:
     async def load(self, bundle: Bundle) -> LoadedVersion:
         return LoadedVersion(await self._engine.load(self._specs(bundle)))
 
+    async def restore(self, bundle: Bundle) -> LoadedVersion:
+        return LoadedVersion(await self._engine.restore(self._specs(bundle)))
+
+    def confirm(self, loaded: Loaded) -> None:
+        self._engine.confirm(_version(loaded))
+
     def activate(self, slot: str, loaded: Loaded) -> LoadedVersion | None:
         previous = self._engine.activate(_version(loaded))
         return LoadedVersion(previous) if previous is not None else None
@@ -384,7 +424,8 @@ class ReportedState:
     def _document(self) -> dict[str, Any]:
         serving = {
             row["model"]: {
-                name: row.get(name) for name in ("version", "digest", "variant", "ready", "reason", "fallbacks")
+                **{name: row.get(name) for name in ("version", "digest", "variant", "ready", "fallbacks")},
+                "reason": "" if row["ready"] else row["reason"],  # models that come and go are no news to the fleet
             }
             for row in self._engine.status()
         }
@@ -419,6 +460,20 @@ def _zygote(manifest: Manifest, variant: Variant) -> str:
     if variant.runtime == "torch" and manifest.file(variant.entry).format == _EXPORTED:
         return "torch-export"
     return _ZYGOTES.get(variant.runtime, variant.runtime)
+
+
+def measured_device(hardware: Hardware) -> str:
+    """Return what measurements of variants hold for: this hardware and driver, these runtimes, this agent.
+
+    The runtimes by their metadata folders' names: ``importlib.metadata`` would cost the daemon two megabytes.
+    """
+    packages = Path(msgspec.__file__).parents[1]
+    runtimes = sorted(
+        folder.name.removesuffix(".dist-info")
+        for name in _RUNTIME_PACKAGES
+        for folder in packages.glob(f"{name}-*.dist-info")
+    )
+    return "/".join((hardware.fingerprint(), *runtimes, __version__))
 
 
 def _version(loaded: Loaded) -> Version:

@@ -17,9 +17,19 @@ import click
 from rich.console import Console
 
 from agent import __version__, cli_store
+from agent.cli_probe import probe_command
 from agent.cli_progress import POLL_S, follow
 from agent.cli_session import FINAL_GOOD, change, connected, end_text, json_option, print_json
-from agent.cli_text import deployments_text, event_text, models_text, print_text, reason_text, shown, status_text
+from agent.cli_text import (
+    deployments_text,
+    event_text,
+    models_text,
+    print_text,
+    reason_text,
+    residency_text,
+    shown,
+    status_text,
+)
 from agent.client import Client
 from agent.client.messages import Part, Result
 from agent.inspect_text import version_lines
@@ -39,6 +49,7 @@ def main(context: click.Context, socket_path: str) -> None:
     \b
     Examples:
       inferctl status
+      inferctl probe
       inferctl infer magika README.md
       inferctl deploy magika@2.0.0
       inferctl rollback magika
@@ -46,6 +57,9 @@ def main(context: click.Context, socket_path: str) -> None:
       inferctl events --follow
     """
     context.obj = socket_path
+
+
+main.add_command(probe_command)
 
 
 @main.command()
@@ -218,6 +232,45 @@ def cancel(socket_path: str, model: str, as_json: bool) -> None:
     if not as_json:
         click.echo(f"{shown(model)}: cancelled" if given_up else end_text(record), err=not given_up)
     sys.exit(0 if given_up else 1)
+
+
+@main.command()
+@click.argument("model")
+@json_option
+@click.pass_obj
+def load(socket_path: str, model: str, as_json: bool) -> None:
+    """Load MODEL into memory now, as its next request would.
+
+    \b
+    Example:
+      inferctl load detector
+    """
+    _move(socket_path, "load", model, as_json=as_json)
+
+
+@main.command()
+@click.argument("model")
+@json_option
+@click.pass_obj
+def unload(socket_path: str, model: str, as_json: bool) -> None:
+    """Give MODEL's memory back now; what it holds is answered, and its next request loads it again.
+
+    Refused for a model that is pinned in the configuration, and while one of its versions is on trial.
+
+    \b
+    Example:
+      inferctl unload detector
+    """
+    _move(socket_path, "unload", model, as_json=as_json)
+
+
+def _move(socket_path: str, verb: str, model: str, *, as_json: bool) -> None:
+    with connected(socket_path) as client, Console(stderr=True).status(f"{verb}ing {shown(model)}"):
+        value = client.call(verb, {"model": model})
+    if as_json:
+        print_json(value)
+        return
+    click.echo(f"{shown(model)}: {residency_text(value)}")
 
 
 @main.command()

@@ -18,6 +18,13 @@ from rich.text import Text
 Rows = Sequence[dict[str, Any]]
 _GAP: Final = 2
 _INDENT: Final = "    "
+_READINGS: Final = (
+    ("memory_used_bytes", 2**20, "MiB in use"),
+    ("memory_free_bytes", 2**20, "MiB free"),
+    ("temperature_c", 1, "°C"),
+    ("power_w", 1, "W"),
+    ("utilisation_percent", 1, "% busy"),
+)
 _SEE_DEPLOYMENTS: Final = "see inferctl deployments"
 
 
@@ -47,8 +54,10 @@ def status_text(value: Mapping[str, Any], failures: Mapping[str, str]) -> Text:
             f"{device['cores']} cores, {device['memory_bytes'] / 2**30:.1f} GiB, "
             f"profile {shown(device['profile'])}, GPU: {gpus}"
         ),
+        *_profile_lines(device),
         Text(f"telemetry: {link_text(value['telemetry'])}"),
         *([Text(f"trust: {freshness_text(value['trust'])}")] if value.get("trust") else []),
+        *(Text(f"memory of models: {_place_text(*place)}") for place in value.get("memory", {}).items()),
         *_model_lines(value["models"], value.get("slots", []), failures),
         columns(
             ("process", "pid", "PSS"),
@@ -68,9 +77,24 @@ def models_text(rows: Rows) -> Text:
         cells.append((row["slot"], ready, active, row["previous"] or "-", row["wanted"] or "-", row["source"] or "-"))
         notes.append(
             ([] if row["ready"] else [f"not ready: {row['reason']}"])
+            + ([f"memory: {residency_text(row['residency'])}"] if row.get("residency") else [])
+            + [_ladder_text(row["variants"])] * bool(row["variants"])
+            + [line for one in row["variants"] for line in variant_lines(one)]
             + [f"{side}: {tensors_text(metadata[side])}" for side in ("inputs", "outputs") if metadata[side]]
         )
     return columns(("model", "ready", "active", "previous", "wanted", "source"), cells, notes)
+
+
+def residency_text(residency: Mapping[str, Any]) -> str:
+    """Return whether a model is in memory and what it takes, not yet ``shown``: ``17 MB measured, lazy``."""
+    loaded = residency["loaded"]
+    sizes = residency["held_bytes"] if loaded else residency["worker_bytes"]
+    parts = [
+        f"{size / 1e6:.0f} MB" if place == "host" else f"{place} {size / 1e6:.0f} MB" for place, size in sizes.items()
+    ]
+    takes = f"{' + '.join(parts)} {residency['source']}" if parts else "unknown"
+    marks = [residency["load"], *(["pinned"] if residency["pinned"] else [])]
+    return ", ".join([takes if loaded else f"not loaded ({takes})", *marks])
 
 
 def deployments_text(rows: Rows) -> Text:
@@ -88,6 +112,19 @@ def deployments_text(rows: Rows) -> Text:
 def reason_text(record: Mapping[str, Any]) -> str:
     """Return why a deployment stands where it does, not yet ``shown``."""
     return f"{record['code']}: {record['message']}" if record["code"] else str(record["message"])
+
+
+def variant_lines(row: Mapping[str, Any]) -> list[str]:
+    """Return when a variant is tried again and what was measured of it, not yet ``shown``."""
+    lines = []
+    if row["state"] == "failed":
+        again = (
+            f"tried again in {duration(row['retry_s'])}" if row["retry_s"] is not None else "not tried again by itself"
+        )
+        lines.append(f"{row['variant']}: failed {row['failures']} times ({row['kind']}), {again}")
+    if row.get("measured"):
+        lines.append(f"{row['variant']}: {row['measured']['reason']}")
+    return lines
 
 
 def link_text(link: Mapping[str, Any]) -> str:
@@ -174,9 +211,26 @@ def print_text(text: Text, *, console: Console | None = None) -> None:
     (console or Console(highlight=False, soft_wrap=True)).print(text, soft_wrap=True, highlight=False)
 
 
+def _ladder_text(rows: Rows) -> str:
+    """Return a model's variants best first, each with its state."""
+    return "variants: " + ", ".join(f"{row['variant']} ({row['state']})" for row in rows)
+
+
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     padded = [cell + " " * (width + _GAP - cell_len(cell)) for cell, width in zip(cells, widths, strict=True)]
     return "".join(padded).rstrip()
+
+
+def _profile_lines(device: Mapping[str, Any]) -> list[Text]:
+    """Return why the profile was chosen, and how each GPU is doing."""
+    lines = [Text(f"  profile {shown(device['profile'])}: {shown(device['profile_reason'])}")]
+    for gpu in device["gpu_readings"]:
+        reading = gpu["reading"] or {}
+        words = [
+            f"{reading[field] / scale:.0f} {unit}" for field, scale, unit in _READINGS if reading.get(field) is not None
+        ]
+        lines.append(Text(f"  GPU {gpu['index']}: {shown(gpu['fault']) or ', '.join(words) or 'no reading yet'}"))
+    return lines
 
 
 def _model_lines(rows: Rows, slots: Rows, failures: Mapping[str, str]) -> list[Text]:
@@ -196,6 +250,10 @@ def _model_lines(rows: Rows, slots: Rows, failures: Mapping[str, str]) -> list[T
 def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
     answers, sandbox = row["answers"], (row["sandbox"] or {}).get("level", "unknown")
     ready = ("ready", "green") if row["ready"] else (f"not ready: {shown(row['reason'])}", "red")
+    residency = row.get("residency")
+    if residency is not None and not residency["loaded"]:
+        note = [] if not row["ready"] else [f"  {shown(row['reason'])}; {shown(residency_text(residency))}"]
+        return [Text.assemble((f"{shown(row['model'])} {shown(row['version'])}", "bold"), " ", ready), *map(Text, note)]
     facts = f"{answers['good']} good answers, {answers['faults']} faults{_latency(row['latency_s'])}"
     return [
         Text.assemble(
@@ -208,6 +266,7 @@ def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
         *_confinement_lines(row),
         *_worker_lines(row),
         *(Text(f"  not {shown(skip['variant'])}: {shown(skip['reason'])}") for skip in row["fallbacks"]),
+        *(Text(f"  {shown(line)}") for one in row.get("variants", ()) for line in variant_lines(one)),
     ]
 
 
@@ -235,6 +294,12 @@ def _worker_lines(row: Mapping[str, Any]) -> list[Text]:
     parts += [f", on cores {bound}"] if bound else []
     lines = [Text("".join(parts))] if most > 1 or bound else []
     return lines + ([Text(f"  no further worker: {shown(scaling['held'])}")] if scaling["held"] else [])
+
+
+def _place_text(place: str, sizes: Mapping[str, Any]) -> str:
+    where = "" if place == "host" else f"{shown(place)}: "
+    budget = f"{sizes['budget_bytes'] / 1e6:.0f} MB" if sizes["budget_bytes"] else "unbounded"
+    return f"{where}{sizes['held_bytes'] / 1e6:.0f} of {budget}, {sizes['available_bytes'] / 1e6:.0f} MB free"
 
 
 def _absent_lines(model: str, reason: str) -> list[Text]:

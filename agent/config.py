@@ -7,6 +7,7 @@ msgspec structs instead of dataclasses: they refuse unknown keys and name the of
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import socket
 import tomllib
@@ -27,9 +28,12 @@ _GPU: Final = re.compile(r"cuda:(0|[1-9][0-9]?)")
 _UNKNOWN_KEY: Final = re.compile(r"unknown field `(.+)`")
 _STORE_SCHEMES: Final = ("file://", "http://", "https://", "s3://")
 _BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?$")
+_KEEP_ALIVE_S: Final = 300.0  # of a lazy model, unless the configuration says otherwise
 _DEVICE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Role = Literal["infer", "read", "operate", "admin"]
+LoadWhen = Literal["eager", "lazy"]
+KeepAlive = Literal["auto", "never"]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,11 +46,13 @@ class DeviceConfig(Section, frozen=True):
     id: str = ""  # empty: the host name
     tenant: str = "default"  # the fleet this box belongs to: part of every MQTT topic and signed command
     state_dir: str = "/var/lib/inferd"  # bundles, pointers, journal and outbox; one daemon per folder
-    profile: str = "auto"  # file name in profiles/ without .toml, or "auto"
+    profile: str = "auto"  # file name in profiles/ without .toml, or "auto"; `inferctl probe` says which and why
+    gpu_interval_s: float = 15.0  # between two looks at the GPUs: metrics, and whether one is lost
 
     def __post_init__(self) -> None:
         _require(not self.id or bool(_DEVICE_ID.fullmatch(self.id)), "id: letters, digits, '.', '_', '-', at most 64")
         _require(bool(_NAME.fullmatch(self.tenant)), "tenant: lower-case letters, digits, '.', '_', '-', at most 64")
+        _require(1 <= self.gpu_interval_s <= 3600, "gpu_interval_s: 1..3600")
 
     @property
     def effective_id(self) -> str:
@@ -223,7 +229,7 @@ class PolicyConfig(Section, frozen=True):
     handler_code: Literal["signed", "never"] = "signed"  # never: only built-in handlers, no code of a bundle
     native_formats: Literal["signed", "never"] = "never"  # variants whose format holds native code
     fallback: Literal["prefer", "require", "cpu"] = (
-        "prefer"  # require: the best variant or none; cpu: CPU variants only
+        "prefer"  # require: the best variant, on the best device the bundle supports, or none; cpu: CPU variants only
     )
     sandbox: Literal["enforce", "best_effort"] = "enforce"  # enforce: no worker without seccomp and Landlock
     on_revoked: Literal["fallback", "stop", "warn"] = "fallback"  # of what serves: to an earlier version, else stop
@@ -252,25 +258,58 @@ class WorkersConfig(Section, frozen=True):
         _require(0.1 <= self.shrink_idle_s <= 86_400, "shrink_idle_s: 0.1..86400")
 
 
-class ModelWorkersConfig(Section, frozen=True):
-    """Workers of one model, whether the file, the fleet or a local pin brings it to this box."""
+class ModelEngineConfig(Section, frozen=True):
+    """How one model runs, whether the file, the fleet or a local pin brings it to this box.
+
+    A key that is left out is as ``[engine]`` says.
+    """
 
     name: str  # the slot
     workers: int | WorkersConfig | None = None  # instead of ``[engine.workers]`` as a whole; a number, or a table
     device: str = ""  # "cuda:1": where its GPU variants run; empty: the GPU with the most free memory
+    load: LoadWhen | None = None  # "eager" or "lazy", instead of ``load`` in ``[engine]``
+    keep_alive_s: float | KeepAlive | None = None  # instead of ``keep_alive_s`` in ``[engine]``
+    pin: bool = False  # never unloaded for another model, nor for idleness
 
     def __post_init__(self) -> None:
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
         _require(not self.device or bool(_GPU.fullmatch(self.device)), "device: cuda:NUMBER")
         if self.workers is not None:
             _require_workers(self.workers)
+        if self.keep_alive_s is not None:
+            _require_keep_alive(self.keep_alive_s)
+
+
+class VariantsConfig(Section, frozen=True):
+    """When another variant of a model is tried, and when an approximate one (int8) is preferred."""
+
+    restart_first_s: float = 5.0  # with no variant left to serve: before the ladder is tried again; doubles
+    retry_first_s: float = 60.0  # before a better variant that failed is tried beside the one that serves; doubles
+    retry_cap_s: float = 3600.0  # longest wait between two tries
+    retries_max: int = 12  # tries of a better variant; then not until the daemon's or the device's return
+    healthy_s: float = 600.0  # after serving for so long, a variant's earlier failures are forgotten
+    idle_s: float = 2.0  # without requests for so long, a model is idle enough to try another variant of it
+    patience_s: float = 600.0  # a model that is never idle is tried all the same after so long
+    measure_ms: float = 200.0  # of each of the two rounds in which an approximate variant is timed; 0: never prefer one
+    speedup_min: float = 1.1  # an approximate variant must be so many times as fast as its exact rival
+    agreement_min: float = 0.99  # and its worst output row have this cosine with the recorded one
+
+    def __post_init__(self) -> None:
+        _require(0 < self.restart_first_s <= self.retry_cap_s, "restart_first_s: above 0, at most retry_cap_s")
+        _require(0 < self.retry_first_s <= self.retry_cap_s, "retry_first_s: above 0, at most retry_cap_s")
+        _require(0 <= self.retries_max <= 1000, "retries_max: 0..1000")
+        _require(self.healthy_s > 0, "healthy_s: above 0")
+        _require(0 <= self.idle_s <= self.patience_s, "idle_s: 0..patience_s")
+        _require(0 <= self.measure_ms <= 10_000, "measure_ms: 0..10000")
+        _require(1 <= self.speedup_min <= 100, "speedup_min: 1..100")
+        _require(0 <= self.agreement_min <= 1, "agreement_min: 0..1")
 
 
 class EngineConfig(Section, frozen=True):
     """Bounds of pools and workers."""
 
     workers: int | WorkersConfig = msgspec.field(default_factory=WorkersConfig)  # of each model
-    models: tuple[ModelWorkersConfig, ...] = ()  # see `[[engine.models]]`
+    models: tuple[ModelEngineConfig, ...] = ()  # see `[[engine.models]]`
     pin_cores: Literal["profile", "always", "never"] = "profile"  # bind each worker to cores, one for each thread
     queue_requests_max: int = 256  # waiting and running, per model
     queue_bytes_max: int = 256 * MIB  # their bodies, per model
@@ -280,11 +319,18 @@ class EngineConfig(Section, frozen=True):
     restart_cap_s: float = 30.0  # longest wait between restarts
     deaths_max: int = 5  # within deaths_window_s: the next variant takes over
     deaths_window_s: float = 60.0  # over which deaths are counted
+    variants: VariantsConfig = msgspec.field(default_factory=VariantsConfig)  # falling back, and coming back
     lanes_max: int = 64  # direct lanes of local applications to workers; 0: everything goes through the daemon
     memory_bytes_max: int = 0  # RLIMIT_AS of a worker; 0: from the manifest's measured memory, with head room
     resident_bytes_max: int = 0  # of a worker's control group; 0: from the manifest's measured memory, with head room
     memory_cgroup: str = "auto"  # divided among workers; auto: what systemd delegated; never; or a group's path
     open_files_max: int = 256  # RLIMIT_NOFILE of a worker
+    load: LoadWhen = "eager"  # eager: at the start, if there is room; lazy: by the first request, which waits for it
+    keep_alive_s: float | KeepAlive = "auto"  # idle for so long: unloaded; auto: 300 if lazy, else never; 0: at once
+    memory_share: float = 0.0  # of host memory, or of the control group's limit, for models together; 0: the profile's
+    memory_budget_bytes: int = 0  # instead of that share; 0: the share holds
+    device_memory_share: float = 0.8  # of each GPU's memory, for models together
+    memory_wait_s: float = 10.0  # a load waits so long for models in use; then its requests are told to come back
 
     def __post_init__(self) -> None:
         _require_workers(self.workers)
@@ -301,16 +347,37 @@ class EngineConfig(Section, frozen=True):
         where = self.memory_cgroup
         _require(where in ("auto", "never") or where.startswith("/"), "memory_cgroup: auto, never or an absolute path")
         _require(16 <= self.open_files_max <= 65536, "open_files_max: 16..65536")
+        _require_keep_alive(self.keep_alive_s)
+        _require(0 <= self.memory_share <= 1, "memory_share: 0..1")
+        _require(self.memory_budget_bytes >= 0, "memory_budget_bytes: not negative")
+        _require(0 < self.device_memory_share <= 1, "device_memory_share: above 0, at most 1")
+        _require(0 <= self.memory_wait_s <= 3600, "memory_wait_s: 0..3600")
+
+    def of(self, model: str) -> ModelEngineConfig:
+        """Return the entry of ``model``, an empty one if it has none."""
+        return next((entry for entry in self.models if entry.name == model), ModelEngineConfig(name=model))
 
     def workers_of(self, model: str) -> WorkersConfig:
         """Return the bounds that hold for ``model``."""
-        own = next((entry.workers for entry in self.models if entry.name == model), None)
+        own = self.of(model).workers
         bounds = self.workers if own is None else own
         return WorkersConfig(min=bounds, max=bounds) if isinstance(bounds, int) else bounds
 
     def device_of(self, model: str) -> str:
         """Return the GPU that ``model`` is pinned to, empty if to none."""
-        return next((entry.device for entry in self.models if entry.name == model), "")
+        return self.of(model).device
+
+    def lazy(self, model: str) -> bool:
+        """Return whether ``model`` is loaded by its first request."""
+        return (self.of(model).load or self.load) == "lazy"
+
+    def keep_alive_of(self, model: str) -> float:
+        """Return for how long ``model`` may be idle before it is unloaded (seconds, maybe infinite)."""
+        own = self.of(model).keep_alive_s
+        value = self.keep_alive_s if own is None else own
+        if value == "auto":
+            return _KEEP_ALIVE_S if self.lazy(model) else math.inf
+        return math.inf if value == "never" else float(value)
 
 
 class ClientLimitConfig(Section, frozen=True):
@@ -492,8 +559,9 @@ def parse(raw: dict[str, Any]) -> Config:
 def _advice(message: str, key: str) -> str:
     """Return what the value may be, or which key was probably meant, as far as that is known."""
     kind = _kind_at(key)
-    if message.startswith("Invalid enum value") and get_origin(kind) is Literal:
-        return f"; one of {', '.join(map(repr, get_args(kind)))}"
+    texts = next((item for item in (kind, *get_args(kind)) if get_origin(item) is Literal), None)
+    if message.startswith("Invalid enum value") and texts is not None:
+        return f"; one of {', '.join(map(repr, get_args(texts)))}"
     unknown = _UNKNOWN_KEY.search(message)
     if unknown and isinstance(kind, type) and issubclass(kind, Section):
         close = difflib.get_close_matches(unknown[1], kind.__struct_fields__, n=1)
@@ -529,6 +597,11 @@ def _is_plain(url: str) -> bool:
 def _require_workers(workers: int | WorkersConfig) -> None:
     few = not isinstance(workers, int) or 1 <= workers <= 64
     _require(few, "workers: 1..64, or a table such as {min = 1, max = 4}")
+
+
+def _require_keep_alive(keep_alive_s: float | KeepAlive) -> None:
+    fits = isinstance(keep_alive_s, str) or 0 <= keep_alive_s <= 366 * 86_400
+    _require(fits, 'keep_alive_s: 0..31622400, "auto" or "never"')
 
 
 def _require(condition: bool, message: str) -> None:

@@ -32,7 +32,9 @@ from agent.errors import (
     by_code,
 )
 from agent.events import EventBus, Severity, Stream
-from agent.profile import Hardware, Profile
+from agent.gpus import GpuWatch
+from agent.probe import described
+from agent.profile import Choice, Hardware
 
 Roles = frozenset[str]
 Verb = Callable[[dict[str, Any], str], Awaitable[Any]]
@@ -65,7 +67,7 @@ class Box:
 
     config: Config
     hardware: Hardware
-    profile: Profile
+    choice: Choice
     started_wall_s: float
     started_monotonic_s: float
 
@@ -83,6 +85,7 @@ class Control:
         telemetry: TelemetryView,
         store: StoreVerbs,
         inspector: Inspector,
+        gpus: GpuWatch,
     ) -> None:
         self._store = store
         self._box = box
@@ -91,6 +94,7 @@ class Control:
         self._events = events
         self._telemetry = telemetry
         self._inspector = inspector
+        self._gpus = gpus
         self._verbs: Mapping[str, tuple[str, Verb]] = {
             "ping": ("infer", self._ping),
             "status": ("read", self._status),
@@ -106,6 +110,8 @@ class Control:
             "unpin": ("operate", self._unpin),
             **store.verbs(),
             "cancel": ("operate", self._cancel),
+            "load": ("operate", self._load),
+            "unload": ("operate", self._unload),
         }
 
     async def call(self, method: str, args: dict[str, Any], roles: Roles, peer: str) -> Any:
@@ -176,14 +182,18 @@ class Control:
             "device": {
                 "id": box.config.device.effective_id,
                 "tenant": box.config.device.tenant,
-                "profile": box.profile.name,
+                "profile": box.choice.profile.name,
+                "profile_reason": box.choice.reason,
                 "arch": box.hardware.arch,
                 "cores": box.hardware.cores,
                 "memory_bytes": box.hardware.memory_bytes,
                 "gpus": [gpu.name for gpu in box.hardware.gpus],
+                "gpu_readings": described(box.hardware, self._gpus.seen),
                 "gpu_reason": box.hardware.gpu_reason,
+                "cpu_features": list(box.hardware.cpu_features),
             },
             "models": self._engine.status(),
+            "memory": await self._engine.memory(),
             "slots": self._reconciler.slots(),
             "trust": self._store.standing(),
             "telemetry": await self._telemetry.status(),
@@ -203,10 +213,14 @@ class Control:
                 rows.append({**slot, "ready": state.ready, "reason": state.reason})
             except AgentError as error:
                 rows.append({**slot, "ready": False, "reason": str(error)})
+            active = self._engine.active(name)
+            rows[-1] |= {"variants": active.status()["variants"] if active is not None else []}
             try:
                 rows[-1] |= {"metadata": self._engine.describe(name)}
             except AgentError:
                 rows[-1] |= {"metadata": None}
+            version = self._engine.active(name)
+            rows[-1] |= {"residency": version.residency() if version is not None else None}
         return rows
 
     async def _recent_events(self, args: dict[str, Any], _peer: str) -> list[dict[str, Any]]:
@@ -281,6 +295,22 @@ class Control:
 
     async def _cancel(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         return {"deployment": await self._reconciler.cancel(text_of(args, "model"))}
+
+    async def _load(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
+        """Return once the model is in memory."""
+        model = text_of(args, "model")
+        await self._engine.load_now(model)
+        return self._residency_of(model)
+
+    async def _unload(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
+        """Return once the model has left memory; its next request loads it again."""
+        model = text_of(args, "model")
+        await self._engine.unload_now(model)
+        return self._residency_of(model)
+
+    def _residency_of(self, model: str) -> dict[str, Any]:
+        version = self._engine.active(model)
+        return {"model": model, **(version.residency() if version is not None else {"loaded": False})}
 
     async def _rollback_wish(self, model: str, wish_id: str, source: str) -> Desired:
         known = await self._reconciler.find(wish_id)

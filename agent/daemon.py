@@ -30,6 +30,9 @@ from agent.adapters import (
     SpecMaker,
     TrustRecord,
     VersionInspector,
+    learned_memory,
+    measured_device,
+    system_meter,
 )
 from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
@@ -43,15 +46,18 @@ from agent.deploy.reconciler import Reconciler
 from agent.deploy.refusals import Refusals
 from agent.deploy.sideload import KnownMedia, MediumWatch, Sideload
 from agent.deploy.watch import Watch
+from agent.engine.book import VariantBook
 from agent.engine.engine import Engine
 from agent.engine.spawn import Spawned
 from agent.engine.zygote import become_subreaper
 from agent.errors import AgentError, ConfigError, StateError
 from agent.events import EventBus, Severity, Stream
+from agent.gpus import GpuWatch
 from agent.heap import HeapTrimmer
 from agent.log import get_logger, setup
 from agent.metrics import Metrics
-from agent.profile import Profile, choose, load_profiles, probe
+from agent.probe import free_memory, probe, readings
+from agent.profile import Profile, choose, load_profiles
 from agent.serving.budget import ReceiveBudget
 from agent.serving.frames import FrameServer
 from agent.serving.http import HttpServer
@@ -136,11 +142,12 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
     clock = SystemClock()
     events, metrics = EventBus(clock), Metrics()
     hardware = probe()
-    profile = choose(config.device.profile, hardware, load_profiles())
+    choice = choose(config.device.profile, hardware, load_profiles())
+    profile = choice.profile
     box = Box(
         config=config,
         hardware=hardware,
-        profile=profile,
+        choice=choice,
         started_wall_s=clock.wall(),
         started_monotonic_s=clock.monotonic(),
     )
@@ -178,7 +185,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             facts=lambda: {"processes": engine.processes()},
         )
         stack.enter_context(reporter.listening())
-        events.emit(Stream.HEALTH, "daemon.started", version=__version__, profile=profile.name)
+        events.emit(Stream.HEALTH, "daemon.started", version=__version__, profile=profile.name, why=choice.reason)
         # Engine and what it serves.
         stack.push(record_end)
         arena = Arena(
@@ -193,8 +200,11 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             arena=arena,
             limits=config.limits,
             cores=sorted(os.sched_getaffinity(0)) if _binds(config, profile) else (),
-            memory_bytes_max=int(profile.memory_share * hardware.memory_bytes),
+            meter=system_meter(config.engine, hardware, profile),
+            learned=learned_memory(state_dir, hardware),
             spawned=early or {},
+            gpus=lambda: free_memory(hardware),
+            book=VariantBook(state_dir / "variants.json", device=measured_device(hardware)),
         )
         await stack.enter_async_context(engine.running())
         refusals = Refusals(events, clock)
@@ -262,9 +272,20 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
                 rng=random.Random(),
                 new_sid=lambda: secrets.token_hex(8),
             )
+        gpus = GpuWatch(
+            hardware.gpus,
+            read=lambda: readings(hardware),
+            interval_s=config.device.gpu_interval_s,
+            clock=clock,
+            events=events,
+            metrics=metrics,
+            on_lost=engine.device_lost,
+            on_back=engine.device_back,
+        )
         control = Control(
             box,
             engine=engine,
+            gpus=gpus,
             reconciler=reconciler,
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
@@ -273,6 +294,8 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
         )
         keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
         components: list[Component] = [engine, reconciler, watch, reporter, keeper, HeapTrimmer(clock)]
+        if any(gpu.uuid for gpu in hardware.gpus):
+            components.append(gpus)
         if config.store.sideload_path:
             known = KnownMedia(state_dir / "media.json")
             poll_s = config.store.sideload_poll_s

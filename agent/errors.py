@@ -22,10 +22,11 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     ├── WorkerError (worker_failed)
     │   ├── WorkerDiedError* (worker_died)
     │   ├── LoadError (load_failed)                 a variant could not be loaded
+    │   │   └── UnloadableError (unloadable)        nor ever will be: bad format, unsupported operator, missing file
     │   ├── SelfTestError (selftest_failed)         golden outputs differ
     │   ├── SandboxError (sandbox_failed)           the required isolation could not be set up
     │   ├── OutOfMemoryError (out_of_memory)
-    │   ├── DeviceLostError (device_lost)           the GPU answers no more
+    │   ├── DeviceLostError* (device_lost)          the GPU answers no more
     │   ├── HandlerError (handler_failed)           the handler raised on this request
     │   └── InferenceError (inference_failed)       the runtime raised on this request
     ├── BundleError (bad_bundle)
@@ -190,6 +191,12 @@ class LoadError(WorkerError):
     code = "load_failed"
 
 
+class UnloadableError(LoadError):
+    """A variant fails to load the same way each time: bad format, unsupported operator, missing file, wrong handler."""
+
+    code = "unloadable"
+
+
 class SelfTestError(WorkerError):
     """A golden output is outside its tolerance."""
 
@@ -209,7 +216,7 @@ class OutOfMemoryError(WorkerError):
 
 
 class DeviceLostError(WorkerError):
-    """The GPU, or the worker's hold on it, is of no use any more; the worker ends and another is started."""
+    """A GPU has fallen off the bus or needs a reset, or a worker lost its hold on it; what it held moves on."""
 
     code = "device_lost"
     retryable = True

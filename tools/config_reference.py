@@ -94,6 +94,8 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
     if isinstance(field.default, msgspec._core.NODEFAULT.__class__):
         return "–"
     value = field.default
+    if value is None:
+        return "–"
     if isinstance(value, int) and not isinstance(value, bool) and value >= config.MIB and value % config.MIB == 0:
         return f"`{value}` ({value // config.MIB} MiB)"
     if isinstance(value, tuple):

@@ -2,7 +2,7 @@
 
 Order: the profile's device order, then the manifest's ``priority`` (the lower number first), then the profile's
 precision order, then the id. What cannot run is dropped *with its reason*, because "why is it slow here" is the first
-question an operator asks. Measured facts of this box (faster, agrees) are the engine's to add.
+question an operator asks. Measured facts of this box (faster, agrees) are the engine's to add (``engine/ladder.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from agent.bundles.requirements import satisfies
 from agent.bundles.structure import NATIVE_FORMATS
 from agent.config import PolicyConfig
 from agent.errors import NoVariantError, PolicyError
-from agent.profile import Gpu, Hardware
+from agent.profile import APPROXIMATE, Gpu, Hardware
 
 FEATURES: Final = frozenset({"chunks.v1"})  # manifest features this agent understands
 _MIB: Final = 1024 * 1024
@@ -70,9 +70,33 @@ def select(manifest: Manifest, box: Box) -> Selection:
     if not usable:
         raise no_variant(manifest, dropped)
     if box.policy.fallback == "require":
-        dropped += [(variant.id, "[policy] fallback is 'require': only the best variant") for variant in usable[1:]]
-        usable = usable[:1]
+        usable, refused = _required(manifest, usable, dropped, box)
+        dropped += refused
     return Selection(usable=tuple(usable), dropped=tuple(dropped))
+
+
+def _required(
+    manifest: Manifest, usable: Sequence[Variant], dropped: Iterable[tuple[str, str]], box: Box
+) -> tuple[list[Variant], list[tuple[str, str]]]:
+    """Return what "the best variant or none" leaves, and why the others go.
+
+    The best runs on the profile's first kind of device that the bundle has a variant for: a box whose GPU is gone does
+    not quietly become a CPU box. An approximate best keeps its exact counterpart, because which of the two is better is
+    measured on the box.
+
+    Raises:
+        NoVariantError: nothing can run on that kind of device.
+    """
+    kinds = [kind for kind in box.devices if any(variant.device.kind == kind for variant in manifest.variants)]
+    best = usable[0]
+    if best.device.kind != kinds[0]:
+        none_else = [(one.id, f"[policy] fallback is 'require': only {kinds[0]}") for one in usable]
+        raise no_variant(manifest, [*dropped, *none_else])
+    exact = [one for one in usable[1:] if one.device.kind == best.device.kind and one.precision not in APPROXIMATE]
+    kept = [best, *(exact[:1] if best.precision in APPROXIMATE else ())]
+    return kept, [
+        (one.id, "[policy] fallback is 'require': only the best variant") for one in usable if one not in kept
+    ]
 
 
 def no_variant(manifest: Manifest, dropped: Iterable[tuple[str, str]]) -> NoVariantError:

@@ -18,7 +18,7 @@ PRECEDENCE: Final = ("pin", "fleet", "file")  # strongest first
 REVOCATION: Final = "revocation"  # nobody's wish: away from a version that was revoked, before anything else
 # Ends whose cause may pass by itself: the wish is tried again now and then.
 TRANSIENT: Final = frozenset(
-    {"metadata_expired", "disk_full", "offline", "store_transient", "store_failed", "budget_spent"}
+    {"metadata_expired", "disk_full", "offline", "store_transient", "store_failed", "budget_spent", "overloaded"}
 )
 _BYTES_WRONG: Final = "chunk_mismatch"  # says something of who gave the bytes, nothing of what was signed
 

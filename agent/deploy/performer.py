@@ -228,7 +228,9 @@ class Performer:
         bundle = await self._store.check(self._state_dir / target.path)
         if bundle.digest != target.digest:
             raise UntrustedError(f"{target.path} holds another manifest than the pointer names")
-        loaded = await self._host.load(bundle)
+        pointer = self.pointer
+        on_trial = pointer is not None and pointer.trial and target == pointer.active
+        loaded = await (self._host.load(bundle) if on_trial else self._host.restore(bundle))
         self._host.activate(self.slot, loaded)
         return loaded
 
@@ -554,6 +556,8 @@ class Performer:
             self._point(replace(self.pointer, trial=False, starts_in_trial=0, running=False))
         await self._journal.forgive(self.slot, record.digest)
         await self._journal.note_served(self.slot, record.digest)
+        if self.active is not None:
+            self._host.confirm(self.active)
         record = await self._step(record, Event.DONE, message=reason)
         before, self._before = self._before, None
         if before is not None:

@@ -193,7 +193,20 @@ class Host(Protocol):
     """Loads versions and routes slots to them."""
 
     async def load(self, bundle: Bundle) -> Loaded:
-        """Start the version beside what serves; raise ``AgentError`` if no variant works."""
+        """Start the version beside what serves; raise ``AgentError`` if no variant works.
+
+        It stays in memory until it is confirmed, and so does what it replaces until that is retired.
+        """
+
+    async def restore(self, bundle: Bundle) -> Loaded:
+        """Bring back a version that was confirmed, maybe to be started by its first request only.
+
+        Raises:
+            AgentError: it is to be started now, and no variant works.
+        """
+
+    def confirm(self, loaded: Loaded) -> None:
+        """It has earned trust: it need not stay in memory while nobody uses it."""
 
     def activate(self, slot: str, loaded: Loaded) -> Loaded | None:
         """Route the slot to ``loaded``; return what served before, still loaded."""

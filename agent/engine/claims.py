@@ -6,12 +6,14 @@ not bring text, types or error codes into the daemon that break status, metrics 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 
 from agent.engine.job import error_of
+from agent.engine.ladder import Measured
 from agent.errors import LoadError, by_code
 
 _RESULT_FIELDS: Final = (("tensors", list), ("content_type", str), ("params", dict))
@@ -71,6 +73,27 @@ def hello_of(header: Mapping[str, Any]) -> dict[str, Any]:
         return dict(msgspec.to_builtins(msgspec.convert(header, _Hello)))
     except (msgspec.ValidationError, RecursionError) as error:
         raise LoadError(f"the worker's hello is malformed: {error}") from error
+
+
+class _Measured(msgspec.Struct, frozen=True, kw_only=True):
+    ok: bool
+    message: str = ""
+    p50_ms: float = 0.0
+    cosine: float = -1.0
+    top1: float | None = None
+
+
+def measured_of(value: object) -> Measured | str:
+    """Return what a worker measured of itself, or why it could not."""
+    try:
+        found = msgspec.convert(value, _Measured)
+    except (msgspec.ValidationError, RecursionError) as error:
+        return f"the worker's measurement is malformed: {error}"
+    if not found.ok:
+        return found.message or "the worker could not measure"
+    if not all(math.isfinite(number) for number in (found.p50_ms, found.cosine, found.top1 or 0.0)):
+        return "the worker's measurement is no number"
+    return Measured(p50_ms=found.p50_ms, cosine=found.cosine, top1=found.top1)
 
 
 def answer_of(header: Mapping[str, Any]) -> dict[str, Any]:

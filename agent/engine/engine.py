@@ -23,32 +23,45 @@ import psutil
 from agent.arena import Arena
 from agent.config import ClientLimitConfig, EngineConfig
 from agent.engine.admission import Admission
+from agent.engine.book import VariantBook
 from agent.engine.cgroups import Groups
 from agent.engine.cores import Cores
-from agent.engine.growth import room_for
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
+from agent.engine.learned import Learned
+from agent.engine.meter import Meter, SystemMeter
 from agent.engine.orphans import kill_left
 from agent.engine.placement import needs_gpu, placed
-from agent.engine.pool import Pool, PoolOwner
+from agent.engine.pool import Pool
+from agent.engine.residency import Residency, Seat
 from agent.engine.spawn import Spawned
 from agent.engine.streams import StreamCounts
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
-from agent.engine.version import Version
+from agent.engine.version import ON_DEMAND, OPERATOR, RESTORED, Stage, Version
 from agent.engine.zygote import Zygote
-from agent.errors import AgentError, LaneRefusedError, LoadError, UnavailableError, UnknownModelError
+from agent.errors import (
+    AgentError,
+    CommandError,
+    LaneRefusedError,
+    LoadError,
+    OverloadedError,
+    UnavailableError,
+    UnknownModelError,
+)
 from agent.events import EventBus
-from agent.gpus import GpuMemory, free_memory
+from agent.gpus import Question
 from agent.log import get_logger
 from agent.metrics import LATENCY_BUCKETS_S, Metrics
+from agent.nvml import GpuMemory
 from agent.wire import FIRST_ID, Header, Limits
 
 _SWEEP_S: Final = 0.05
+_DRIVER_TIMEOUT_S: Final = 30.0  # for the GPUs' free memory
 _log = get_logger("engine")
 
 
 class ModelState:
-    """Readiness of one model or version, with the reason when it is not ready."""
+    """Whether requests to a model or version are answered, and why not, or that the first of them loads it."""
 
     __slots__ = ("ready", "reason")
 
@@ -74,17 +87,20 @@ class Engine:
         limits: Iterable[ClientLimitConfig] = (),
         spawned: Mapping[str, Spawned] | None = None,
         cores: Iterable[int] = (),
-        memory_bytes_max: int = 0,
-        gpus: Callable[[], Sequence[GpuMemory]] = free_memory,
+        meter: Meter | None = None,
+        learned: Learned | None = None,
+        gpus: Callable[[], Sequence[GpuMemory]] = tuple,
+        book: VariantBook | None = None,
     ) -> None:
-        """Workers are bound to ``cores``, if any; no pool grows above ``memory_bytes_max`` of all workers (0: none)."""
+        """Workers are bound to ``cores``, if any; memory is bounded by what ``meter`` says."""
         self._admission = Admission(limits)
+        self._book = book or VariantBook()
         self._config = config
         self._scratch = scratch
         self._cores = Cores(cores)
         self._groups = Groups(config.memory_cgroup)
-        self._gpus = gpus
-        self._memory_bytes_max = memory_bytes_max
+        self._gpus = Question(gpus)
+        self._lost: dict[str, str] = {}  # devices, and why
         self._wire = wire
         self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
         self._events = events
@@ -98,13 +114,24 @@ class Engine:
         self._group: asyncio.TaskGroup | None = None
         self._now: Callable[[], float] = time.monotonic  # the loop's once it runs; to find the loop costs a system call
         self._tasks: set[asyncio.Task[None]] = set()
+        self._residency = Residency(
+            meter or SystemMeter(),
+            learned or Learned(None, ""),
+            now=lambda: self._now(),
+            events=events,
+            metrics=metrics,
+        )
         self._latency = metrics.histogram(
             "inferd_request_duration_seconds", "Arrival to answer of successful requests", ("model", "version")
         )
         self._answers = metrics.counter("inferd_requests", "Answers by code", ("model", "version", "code"))
         metrics.gauge("inferd_queue_requests", "Requests admitted and not answered", ("model",), self._outstanding)
         metrics.gauge("inferd_lanes", "Direct lanes that are open", ("model",), self._lanes)
-        metrics.gauge("inferd_model_ready", "1 while the model serves", ("model", "version"), self._readiness)
+        metrics.gauge("inferd_model_ready", "1 while requests are answered", ("model", "version"), self._readiness)
+        metrics.gauge("inferd_model_loaded", "1 while the model is in memory", ("model", "version"), self._residence)
+        metrics.gauge(
+            "inferd_variants_failed", "Variants of the active version that failed", ("model",), self._failed_variants
+        )
         metrics.gauge("inferd_workers", "Workers of the active version that serve", ("model",), self._workers)
         metrics.gauge("inferd_worker_deaths", "Deaths of the active version's workers", ("model",), self._deaths)
 
@@ -135,20 +162,23 @@ class Engine:
                 with contextlib.suppress(OSError):  # who removed it all has done our work
                     for folder in self._scratch.iterdir():  # of workers that wrote while they were killed
                         shutil.rmtree(folder, ignore_errors=True)
+                await self._residency.save()
 
     async def run(self) -> None:
-        """Component: answer requests whose deadline passed, kill workers that hang."""
+        """Component: answer requests whose deadline passed, kill workers that hang, unload what is idle."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._sweep(), name="sweep")
+            group.create_task(self._residency.run(), name="residency")
+
+    async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
             now = loop.time()
             busy = watched = False
             for version in self._loaded:
-                pool = version.pool
-                if pool is not None and (pool.busy or pool.lanes):
-                    busy = busy or pool.busy
-                    watched = watched or pool.lanes > 0
-                    pool.sweep(now)
+                one_busy, one_watched = version.sweep(now)
+                busy, watched = busy or one_busy, watched or one_watched
             if not busy:
                 self._work.clear()
                 if watched:
@@ -180,15 +210,14 @@ class Engine:
         """Forget ``request``: it gets no answer any more; a worker that has not begun it never will."""
         job = request.handle
         if job is not None and job.version is not None:
-            if job.version.pool is not None:
-                job.version.pool.cancel(job)
+            job.version.cancel(job)
             job.settle()
 
     def pace(self, request: InferRequest, *, paused: bool) -> None:
         """Hold the stream that answers ``request``, or let it go on; its deadline runs in any case."""
         job = request.handle
-        if job is not None and job.version is not None and job.version.pool is not None:
-            job.version.pool.pace(job, paused=paused)
+        if job is not None and job.version is not None:
+            job.version.pace(job, paused=paused)
 
     def open_lane(self, model: str, *, client: str, deadline_ms: int) -> Lane:
         """Open a direct lane to the worker of ``model`` for ``client``.
@@ -210,7 +239,7 @@ class Engine:
             raise LaneRefusedError("this client's requests are limited, so the daemon counts them")
         if version.pool is None:
             raise LaneRefusedError("no worker is ready")
-        if sum(one.pool.lanes for one in self._loaded if one.pool is not None) >= config.lanes_max:
+        if sum(pool.lanes for one in self._loaded for pool in one.pools) >= config.lanes_max:
             raise LaneRefusedError(f"{config.lanes_max} lanes are open")
         terms = Terms(
             client=client,
@@ -243,29 +272,77 @@ class Engine:
     # Versions
 
     async def load(self, spec: VersionSpec) -> Version:
-        """Start a version beside what serves; nothing is routed to it yet.
+        """Start a version beside what serves; nothing is routed to it yet. It stays in memory until ``confirm``.
+
+        Where memory does not hold both, the version that serves is unloaded meanwhile and its requests wait.
+
+        Raises:
+            WorkerError: no variant could be loaded or passed its self-test.
+            OverloadedError: there is no room in memory now.
+        """
+        version = self._make_version(spec, Stage.TRYING)
+        self._loaded.add(version)
+        try:
+            await version.load(cause="deployment")
+        except BaseException:
+            await self._drop(version)
+            active = self._active.get(spec.model)
+            if active is not None and not active.keeping.lazy:
+                active.wake(RESTORED)
+            raise
+        return version
+
+    async def restore(self, spec: VersionSpec) -> Version:
+        """Bring a version back that was confirmed: now, or at its first request if it is lazy or memory is short.
 
         Raises:
             WorkerError: no variant could be loaded or passed its self-test.
         """
-        version = Version(
-            spec,
-            make_pool=partial(self._make_pool, size_before=self._size_of(spec.model)),
-            spawn=self._spawn,
-            events=self._events,
-            latency=self._latency.series((spec.model, spec.version)),
-            answers=self._answers,
-            streams=StreamCounts(self._metrics, (spec.model, spec.version)),
-            now=self._now,
-            revive_s=self._config.restart_cap_s,
-        )
-        try:
-            await version.load()
-        except BaseException:
-            await version.close(timeout_s=0)
-            raise
+        version = self._make_version(spec, Stage.SERVING)
         self._loaded.add(version)
+        if spec.keeping.lazy:
+            version.sleep()
+            return version
+        try:
+            await version.load(cause="start", may_unload=False)
+        except OverloadedError as error:
+            _log.warning("no room in memory; loads on demand", model=spec.model, reason=str(error))
+            version.sleep()
+        except BaseException:
+            await self._drop(version)
+            raise
         return version
+
+    def confirm(self, version: Version) -> None:
+        """It has earned trust: from now on its own configuration says how long it stays in memory."""
+        version.stage = Stage.SERVING
+        self._residency.look_again()
+
+    async def load_now(self, model: str) -> None:
+        """Load a model that sleeps.
+
+        Raises:
+            UnknownModelError: no such model.
+            OverloadedError, OutOfMemoryError, UnavailableError: it cannot be loaded now.
+        """
+        await self._route_to(model).ensure(OPERATOR)
+
+    async def unload_now(self, model: str) -> None:
+        """Answer what a model holds, then unload it until it is asked again.
+
+        Raises:
+            UnknownModelError: no such model.
+            CommandError: it is pinned, or a deployment needs it.
+            UnavailableError: it is being loaded, or cannot be.
+        """
+        version = self._route_to(model)
+        if version.held_by or version.keeping.pinned:
+            raise CommandError(f"{version.name} stays in memory: it is {version.held_by or 'pinned'}")
+        if version.asleep:
+            return
+        if not version.ready:
+            raise UnavailableError(f"{version.name}: {version.reason or 'its worker is restarting'}")
+        await version.unload("operator", "unloaded by an operator")
 
     def warm(self, runtime: str) -> None:
         """Start a runtime's zygote now, so that the first load need not wait for it; failures show at that load."""
@@ -280,10 +357,19 @@ class Engine:
         previous = self._active.get(version.spec.model)
         self._active[version.spec.model] = version
         self._expected.pop(version.spec.model, None)
+        version.route(here=True)
+        back = version.stage is Stage.BEFORE
+        if back:
+            version.stage = Stage.SERVING
+            self._residency.look_again()
         if previous is version or previous is None:
             return None
+        previous.route(here=False)
+        previous.stage = Stage.LEFT if back else Stage.BEFORE
         if previous.pool is not None:
             previous.pool.revoke_lanes()
+        for job in previous.give_up_unserved():
+            version.adopt(job)
         return previous
 
     async def retire(self, version: Version, *, timeout_s: float = 30.0) -> None:
@@ -292,6 +378,22 @@ class Engine:
             del self._active[version.spec.model]
         await version.close(timeout_s=timeout_s)
         self._loaded.discard(version)
+
+    async def _drop(self, version: Version) -> None:
+        await version.close(timeout_s=0)
+        self._loaded.discard(version)
+
+    def device_lost(self, device: str, reason: str) -> None:
+        """Let every version leave the variants of a device (``cuda:0``) that is gone."""
+        self._lost[device] = reason
+        for version in list(self._loaded):
+            version.device_lost(device)
+
+    def device_back(self, device: str) -> None:
+        """Let every version try its variants of a device again."""
+        self._lost.pop(device, None)
+        for version in list(self._loaded):
+            version.device_back(device)
 
     def expect(self, model: str, reason: str) -> None:
         """Say why a known model does not serve yet; requests to it are told."""
@@ -317,9 +419,9 @@ class Engine:
             raise UnknownModelError(f"Request for unknown model: {name!r} is not found")
         if version and version != active.spec.version:
             raise UnknownModelError(f"Request for unknown model: {name!r} version {version!r} is not found")
-        return ModelState(
-            ready=active.ready, reason="" if active.ready else active.reason or "the worker is restarting"
-        )
+        if active.on_demand:
+            return ModelState(ready=True, reason=ON_DEMAND)
+        return ModelState(ready=active.ready, reason=active.why_not)
 
     def describe(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Return the model's metadata.
@@ -343,9 +445,13 @@ class Engine:
         """Return pid, role and PSS (bytes) of the engine's processes."""
         found = [(zygote.pid, f"zygote {name}") for name, zygote in self._zygotes.items()]
         for version in self._loaded:
-            links = version.pool.links if version.pool is not None else []
+            links = [link for pool in version.pools for link in pool.links]
             found += [(link.process.pid, f"worker {version.spec.model} {version.spec.version}") for link in links]
         return [{"pid": pid, "role": role, "pss_bytes": pss_bytes(pid)} for pid, role in found if pid is not None]
+
+    async def memory(self) -> dict[str, dict[str, int]]:
+        """Return what models hold, may hold and have free, by place (bytes)."""
+        return await self._residency.look()
 
     def active(self, model: str) -> Version | None:
         """Return the version that serves ``model``."""
@@ -357,42 +463,49 @@ class Engine:
         active = self._active.get(model)
         return active.pool.size if active is not None and active.pool is not None else 0
 
-    def _make_pool(self, variant: VariantSpec, owner: PoolOwner, *, size_before: int) -> Pool:
+    def _make_version(self, spec: VersionSpec, stage: Stage) -> Version:
+        return Version(
+            spec,
+            stage=stage,
+            make_pool=partial(self._make_pool, size_before=self._size_of(spec.model)),
+            residency=self._residency,
+            spawn=self._spawn,
+            events=self._events,
+            latency=self._latency.series((spec.model, spec.version)),
+            answers=self._answers,
+            streams=StreamCounts(self._metrics, (spec.model, spec.version)),
+            now=self._now,
+            config=self._config.variants,
+            book=self._book,
+            memory_wait_s=self._config.memory_wait_s,
+            lost=self._lost,
+        )
+
+    def _make_pool(self, variant: VariantSpec, version: Version, *, size_before: int | None = None) -> Pool:
         return Pool(
             variant,
             self._zygote(variant.runtime),
             self._config,
-            owner=owner,
+            owner=version,
             spawn=self._spawn,
             scratch=self._scratch,
             wire=self._wire,
             arena=self._arena,
             numbers=self._numbers,
-            version=owner.version,
+            version=version.version,
             cores=self._cores,
-            room=self._room,
+            seat=Seat(self._residency, version, variant),
             make_group=self._groups.make,
             place=self._placed if needs_gpu(variant) else None,
-            size_before=size_before,
+            size_before=size_before or 0,
         )
 
     async def _placed(self, variant: VariantSpec) -> VariantSpec:
-        return placed(variant, await asyncio.to_thread(self._gpus))
-
-    async def _room(self, own: Sequence[int]) -> str:
-        """Return why memory does not allow a pool with these workers another one; empty if it does."""
-        pools = [version.pool for version in self._loaded if version.pool is not None]
-        others = [link.process.pid for pool in pools for link in pool.links if link.process.pid not in own]
-        return await asyncio.to_thread(self._measured_room, own, others)
-
-    def _measured_room(self, own: Sequence[int], others: Sequence[int]) -> str:
-        held = [pss_bytes(pid) for pid in own]
-        return room_for(
-            max(held, default=0),
-            [*held, *(pss_bytes(pid) for pid in others)],
-            budget_bytes=self._memory_bytes_max,
-            available_bytes=psutil.virtual_memory().available,
-        )
+        try:
+            gpus = await self._gpus.answer(_DRIVER_TIMEOUT_S)
+        except TimeoutError as error:
+            raise LoadError(f"the GPU driver gave no answer in {_DRIVER_TIMEOUT_S:g} s") from error
+        return placed(variant, gpus, self._lost)
 
     def _zygote(self, runtime: str) -> Zygote:
         zygote = self._zygotes.get(runtime)
@@ -416,10 +529,17 @@ class Engine:
         return [((name,), version.pool.lanes if version.pool else 0) for name, version in self._active.items()]
 
     def _readiness(self) -> list[tuple[tuple[str, ...], float]]:
+        active = self._active.items()
+        return [((name, version.spec.version), float(version.ready or version.on_demand)) for name, version in active]
+
+    def _residence(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name, version.spec.version), float(version.ready)) for name, version in self._active.items()]
 
     def _workers(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), len(version.pool.links) if version.pool else 0) for name, version in self._active.items()]
+
+    def _failed_variants(self) -> list[tuple[tuple[str, ...], float]]:
+        return [((name,), version.fallen) for name, version in self._active.items()]
 
     def _deaths(self) -> list[tuple[tuple[str, ...], float]]:
         return [((name,), version.deaths) for name, version in self._active.items()]

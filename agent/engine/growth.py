@@ -5,13 +5,12 @@ because many arrived: a batching worker takes everything that waits. It shrinks 
 queued and every look found one worker idle, or found that one fewer would have had time to spare for all the work of
 the last seconds. If the worker that went is missed soon, the next one stays longer: a load between two sizes does not
 make the pool swing.
-Leaves out: starting and ending workers, and whether memory allows another (``room_for`` judges figures it is given).
+Leaves out: starting and ending workers, and whether memory allows another (``memory.py``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
@@ -81,26 +80,6 @@ def step(trend: Trend, seen: Seen, bounds: Bounds) -> tuple[Trend, Move]:
     return trend, Move.STAY
 
 
-def room_for(newcomer_bytes: int, held_bytes: Sequence[int], *, budget_bytes: int, available_bytes: int) -> str:
-    """Return why memory does not allow another worker; empty if it does.
-
-    Args:
-        newcomer_bytes: What the pool's largest worker takes: the next one will hardly take less.
-        held_bytes: What every worker on the box takes.
-        budget_bytes: What all of them may take together; 0 for no bound.
-        available_bytes: What the box has left.
-    """
-    held = sum(held_bytes)
-    if budget_bytes and held + newcomer_bytes > budget_bytes:
-        return (
-            f"models may take {_mib(budget_bytes)} MiB, they hold {_mib(held)}, and another worker needs "
-            f"{_mib(newcomer_bytes)}"
-        )
-    if newcomer_bytes > available_bytes:
-        return f"another worker needs {_mib(newcomer_bytes)} MiB, the box has {_mib(available_bytes)} left"
-    return ""
-
-
 def _after(trend: Trend, seen: Seen, bounds: Bounds) -> Trend:
     elapsed = seen.now - trend.seen_at
     if elapsed > _GAP_S:
@@ -125,7 +104,3 @@ def _since(before: float | None, holds: bool, now: float) -> float | None:
 
 def _for_s(since: float | None, now: float) -> float:
     return now - since if since is not None else -math.inf
-
-
-def _mib(size_bytes: int) -> int:
-    return size_bytes >> 20

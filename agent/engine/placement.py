@@ -6,14 +6,12 @@ whenever it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from agent.engine.types import VariantSpec
-from agent.errors import LoadError, OutOfMemoryError
-from agent.gpus import GpuMemory
-
-_MIB = 1024 * 1024
+from agent.errors import DeviceLostError, LoadError
+from agent.nvml import GpuMemory
 
 
 def needs_gpu(variant: VariantSpec) -> bool:
@@ -21,26 +19,33 @@ def needs_gpu(variant: VariantSpec) -> bool:
     return variant.device.startswith("cuda")
 
 
-def placed(variant: VariantSpec, gpus: Sequence[GpuMemory]) -> VariantSpec:
+def placed(variant: VariantSpec, gpus: Sequence[GpuMemory], lost: Mapping[str, str]) -> VariantSpec:
     """Return ``variant`` with its device; unchanged if the box tells of no GPU.
 
+    Args:
+        variant: One that needs a GPU.
+        gpus: Those that tell of their memory.
+        lost: Why a device is lost, by its name (``cuda:0``).
+
     Raises:
+        DeviceLostError: the GPU it is pinned to is lost, or there is no other left.
         LoadError: it is pinned to a GPU that is not there.
-        OutOfMemoryError: it needs more memory than the GPU has free.
     """
-    if not gpus:
+    pin = variant.pinned_device
+    here = {name: gpu for gpu in gpus if (name := f"cuda:{gpu.index}") not in lost}
+    if pin in lost or (lost and not here and not pin):
+        gone = [pin] if pin else sorted(lost)
+        raise DeviceLostError("; ".join(f"{name} is lost: {lost[name]}" for name in gone))
+    if not here:
         return variant
-    if variant.pinned_device:
-        chosen = next((gpu for gpu in gpus if f"cuda:{gpu.index}" == variant.pinned_device), None)
-        if chosen is None:
-            there = ", ".join(f"cuda:{gpu.index}" for gpu in gpus)
-            raise LoadError(f"is pinned to {variant.pinned_device} by [[engine.models]]; this box has {there}")
-    else:
-        chosen = max(gpus, key=lambda gpu: (gpu.free_bytes, -gpu.index))
-    if chosen.free_bytes < variant.device_bytes:
-        raise OutOfMemoryError(
-            f"needs {variant.device_bytes // _MIB} MiB of GPU memory, cuda:{chosen.index} has "
-            f"{chosen.free_bytes // _MIB} free"
-        )
-    device = {"kind": "cuda", "index": chosen.index, "uuid": chosen.uuid}
-    return replace(variant, device=f"cuda:{chosen.index}", worker={**variant.worker, "device": device})
+    if pin and pin not in here:
+        raise LoadError(f"is pinned to {pin} by [[engine.models]]; this box has {', '.join(here)}")
+    device = pin or max(here, key=lambda name: (here[name].free_bytes, -here[name].index))
+    chosen = here[device]
+    sizes = {device if place in ("cuda", device) else place: size for place, size in variant.need.sizes.items()}
+    return replace(
+        variant,
+        device=device,
+        need=replace(variant.need, sizes=sizes),
+        worker={**variant.worker, "device": {"kind": "cuda", "index": chosen.index, "uuid": chosen.uuid}},
+    )

@@ -32,11 +32,14 @@ from agent.engine.types import VariantSpec
 from agent.engine.zygote import Exit, WorkerProcess
 from agent.errors import (
     AgentError,
+    BundleError,
     DeadlineError,
+    DeviceLostError,
     LaneRefusedError,
     LoadError,
     OutOfMemoryError,
     OverloadedError,
+    UnloadableError,
     WorkerDiedError,
     WorkerError,
     by_code,
@@ -60,30 +63,52 @@ class Forker(Protocol):
     async def exit_of(self, worker: WorkerProcess, *, timeout_s: float = 1.0) -> Exit: ...
 
 
+class Seat(Protocol):
+    """A pool's part of memory, see ``residency.py``."""
+
+    async def take(self, pool: Pool) -> None:
+        """Return when there is room for ``pool.size`` workers; raise ``WorkerError`` or ``OverloadedError``."""
+
+    async def room(self, pool: Pool) -> str:
+        """Return why there is no room for the one worker more that ``pool.size`` counts already; empty if there is."""
+
+    def settle(self) -> None:
+        """The first worker is ready."""
+
+    async def measure(self, pid: int) -> None:
+        """Learn what a worker takes."""
+
+    def leave(self) -> None:
+        """No worker is left; may be repeated."""
+
+
 class PoolOwner(Protocol):
-    """Who is told what happens in a pool."""
+    """Who is told what happens in a pool; it may own several."""
 
     @property
     def version(self) -> str:
         """The version its workers serve."""
 
-    def answered(self, job: Job, header: Header, body: Sequence[Buffer]) -> None:
+    def answered(self, pool: Pool, job: Job, header: Header, body: Sequence[Buffer]) -> None:
         """A job has its answer; pass it on and count it."""
 
-    def part(self, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
+    def part(self, pool: Pool, job: Job, header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """A job has one more part of its answer; pass it on and count it."""
 
     def lanes_counted(self, counts: LaneCounts) -> None:
         """A worker has told what it answered on its lanes."""
 
-    def worker_died(self, pid: int, cause: str, retried: int) -> None: ...
+    def worker_died(self, pool: Pool, pid: int, cause: str, retried: int) -> None: ...
 
-    def worker_ready(self, pid: int) -> None: ...
+    def worker_ready(self, pool: Pool, pid: int) -> None: ...
+
+    def batch_shrunk(self, pool: Pool, rows_max: int) -> None:
+        """A worker makes smaller batches from now on: memory did not suffice for larger ones."""
 
     def pool_resized(self, change: str, workers: int, reason: str) -> None:
         """The pool has ``grown`` or ``shrunk`` to so many workers, or was ``held`` where it is; the reason says why."""
 
-    def pool_lost(self, error: WorkerError) -> None:
+    def pool_lost(self, pool: Pool, error: WorkerError) -> None:
         """The variant cannot be kept alive; its waiting jobs are in ``Pool.waiting``."""
 
 
@@ -104,7 +129,7 @@ class Pool:
         numbers: itertools.count[int],
         version: str,
         cores: Cores,
-        room: Callable[[Sequence[int]], Awaitable[str]],
+        seat: Seat,
         make_group: Callable[[int], Group | None] = lambda limit_bytes: None,
         place: Callable[[VariantSpec], Awaitable[VariantSpec]] | None = None,
         size_before: int = 0,
@@ -118,6 +143,7 @@ class Pool:
         self.waiting: deque[Job] = deque()
         self.hello: dict[str, Any] = {}
         self.restarts = 0
+        self.cause = ""  # how its last worker that died ended, or why none starts
         self._forker = forker
         self._config = config
         self._owner = owner
@@ -137,7 +163,7 @@ class Pool:
         self._idempotent = True
         self._drained = asyncio.Event()
         self._cores = cores
-        self._room = room
+        self._seat = seat
         self._make_group = make_group
         self._place = place
         self._size_before = size_before
@@ -155,14 +181,17 @@ class Pool:
     # Life
 
     async def start(self) -> None:
-        """Start the first worker; the others follow in the background.
+        """Wait for memory and start the first worker; the others follow in the background.
 
         Raises:
             WorkerError: it did not load, failed its self-test, or died; the class says which.
+            OverloadedError: there is no room in memory now.
         """
         if self._place is not None:
             self.spec = await self._place(self.spec)
+        await self._seat.take(self)
         await self._start_worker()
+        self._seat.settle()
         for _ in range(1, self.size):
             self._spawn(self._restart(0.0, replaces=False), f"start {self.spec.id}")
         if min(self._size_before, self.spec.bounds.most) > self.size:
@@ -188,6 +217,7 @@ class Pool:
         async with asyncio.TaskGroup() as group:
             for link in self._leaving:
                 group.create_task(self._see_off(link))
+        self._seat.leave()
 
     def abandon(self, error: AgentError) -> None:
         """Fail every job of the pool with ``error``."""
@@ -207,6 +237,24 @@ class Pool:
         self.waiting.clear()
         self._waiting_bytes = 0
         return jobs
+
+    def evacuate(self) -> list[Job]:
+        """End every worker at once; return the jobs that another pool may answer, the others are failed."""
+        self._closed.set()
+        self.revoke_lanes()
+        jobs = []
+        for link in self.links:
+            for job in list(link.jobs.values()):
+                link.forget(job)
+                if self._may_retry(job):
+                    jobs.append(job)
+                else:
+                    self._finish_failed(job, WorkerDiedError("the worker was ended while it held this request"))
+            link.kill()
+        self._leaving.update(self.links)
+        self.links = []
+        self._seat.leave()
+        return [*jobs, *self.take_waiting()]
 
     # Lanes
 
@@ -242,6 +290,24 @@ class Pool:
         """How many requests waited on them when the workers last told."""
         return sum(link.lanes_waiting for link in self.links)
 
+    # Memory
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more work."""
+        return self._closed.is_set()
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers that serve."""
+        return [link.process.pid for link in self.links]
+
+    def in_use(self, now: float) -> bool:
+        """Whether it restarts, owes an answer, also to a withdrawn request, or has just given one on a lane."""
+        if self.waiting or self._calls or not self.links:
+            return True
+        return any(link.owed or link.lanes_in_use(now) for link in self.links)
+
     # Work
 
     @property
@@ -261,6 +327,15 @@ class Pool:
     def busy(self) -> bool:
         """Whether there is anything to sweep: a job, an answer that nobody waits for any more, or a worker to spare."""
         return bool(self.waiting) or len(self.links) > self.spec.bounds.least or any(link.owed for link in self.links)
+
+    @property
+    def idempotent(self) -> bool:
+        """Whether a request may be tried again."""
+        return self._idempotent
+
+    def quiet(self, now: float) -> bool:
+        """Whether nobody waits for an answer, here or on a lane."""
+        return not self.outstanding and not any(link.lanes_in_use(now) for link in self.links)
 
     @property
     def held_bytes(self) -> int:
@@ -302,7 +377,7 @@ class Pool:
     def cancel(self, job: Job) -> bool:
         """Forget ``job`` and tell its worker; ``False`` if it is not here."""
         link = job.link
-        if link is not None and job.number in link.jobs:
+        if link in self.links and job.number in link.jobs:
             link.forget(job)
             link.post({"kind": "cancel", "id": job.number})  # its place is free once the worker has answered that
             self._check_drained()
@@ -318,7 +393,7 @@ class Pool:
     def pace(self, job: Job, *, paused: bool) -> None:
         """Hold the stream of ``job``, or let it go on; before its first part it may turn out to be none."""
         link = job.link
-        if job.parts and job.number in link.jobs:
+        if job.parts and link in self.links and job.number in link.jobs:
             link.pace(job, paused=paused)
 
     def sweep(self, now: float) -> None:
@@ -338,8 +413,10 @@ class Pool:
         if self.spec.bounds.most > self.spec.bounds.least and not self._closed.is_set():
             self._resize(now)
 
-    async def call(self, method: str, *, timeout_s: float) -> Any:
-        """Call ``selftest`` or ``ping`` on a worker and return its value.
+    async def call(self, method: str, *, timeout_s: float, **arguments: Any) -> Any:
+        """Call ``selftest``, ``measure`` or ``ping`` on a worker and return its value.
+
+        A worker that does not answer in time hangs in native code, which nothing else could end: it is killed.
 
         Raises:
             WorkerDiedError: no worker, it died, or it did not answer in time.
@@ -349,15 +426,21 @@ class Pool:
         number, future = next(self._numbers), self._loop.create_future()
         link = self.links[number % len(self.links)]
         self._calls[number] = (link, future)
-        link.post({"kind": "call", "id": number, "method": method})
+        link.post({"kind": "call", "id": number, "method": method, **arguments})
         try:
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError as error:
-            raise WorkerDiedError(f"the worker did not answer {method} within {timeout_s} s") from error
+            _log.error("worker hangs; killing it", variant=self.spec.id, pid=link.process.pid, method=method)
+            link.kill()
+            raise WorkerDiedError(f"the worker did not answer {method} within {timeout_s:g} s") from error
         finally:
             self._calls.pop(number, None)
 
     # Inside
+
+    def _may_retry(self, job: Job) -> bool:
+        """Whether a job whose worker is gone may be answered by another."""
+        return self._idempotent and job.attempts < _ATTEMPTS_MAX and not job.parts
 
     def _held(self) -> Iterator[Job]:
         """All jobs admitted and not answered."""
@@ -394,17 +477,17 @@ class Pool:
     def _on_answer(self, job: Job | None, header: Header, body: Buffer) -> None:
         """Pass on the answer of ``job``, or of one nobody waits for; either way there is room for another."""
         if job is not None:
-            self._owner.answered(job, header, (body,) if len(body) else ())
+            self._owner.answered(self, job, header, (body,) if len(body) else ())
         if self.waiting:
             self._refill()
         elif self._closed.is_set():
             self._check_drained()
 
     def _on_part(self, job: Job, header: Header, body: Buffer) -> None:
-        self._owner.part(job, part_of(header), (body,) if len(body) else ())
+        self._owner.part(self, job, part_of(header), (body,) if len(body) else ())
 
     def _finish_failed(self, job: Job, error: AgentError) -> None:
-        self._owner.answered(job, Header(error_of(error, None)), ())
+        self._owner.answered(self, job, Header(error_of(error, None)), ())
 
     def _check_drained(self) -> None:
         if self._closed.is_set() and not self.outstanding and not self.lanes:
@@ -463,7 +546,8 @@ class Pool:
         self._idempotent = bool(link.hello.get("idempotent", True))
         link.ready_at = self._loop.time()
         self.links.append(link)
-        self._owner.worker_ready(process.pid)
+        self._owner.worker_ready(self, process.pid)
+        self._spawn(self._seat.measure(process.pid), f"measure {process.pid}")
         self._refill()
 
     def _make_scratch(self) -> Path:
@@ -493,7 +577,12 @@ class Pool:
                     started.set_result(None)
             elif kind == "error":
                 error = by_code(str(header.get("code")), str(header.get("message")))
-                started.set_exception(error if isinstance(error, WorkerError) else LoadError(f"{error.code}: {error}"))
+                started.set_exception(_start_failure(error))
+        elif kind == "shrunk":
+            rows_max = header.get("rows_max")
+            if type(rows_max) is int and rows_max > 0:
+                link.hello["max_batch"] = rows_max
+                self._owner.batch_shrunk(self, rows_max)
         elif kind == "lane_closed":
             self._check_drained()
         elif kind == "lanes":
@@ -520,7 +609,7 @@ class Pool:
         link.jobs.clear()
         retried = 0
         for job in reversed(jobs):
-            if self._idempotent and job.attempts < _ATTEMPTS_MAX and not job.parts:
+            if self._may_retry(job):
                 retried += 1
                 self.adopt(job, first=True)
             else:
@@ -536,7 +625,8 @@ class Pool:
         if now - link.ready_at > self._config.deaths_window_s:
             self._backoff.reset()
         if self._count_death(now) and not self.links:
-            self._lose(WorkerDiedError(f"{len(self._deaths)} deaths within {self._config.deaths_window_s:g} s"))
+            last = f", the last: {self.cause}" if self.cause else ""
+            self._lose(WorkerDiedError(f"{len(self._deaths)} deaths within {self._config.deaths_window_s:g} s{last}"))
         else:
             self._spawn(self._restart(self._backoff.next()), f"restart {self.spec.id}")
 
@@ -560,16 +650,21 @@ class Pool:
             shutil.rmtree(link.scratch, ignore_errors=True)
 
     async def _explain_failed_start(self, link: WorkerLink, started: asyncio.Future[None] | None) -> None:
-        ended = await self._forker.exit_of(link.process)
-        self._discard(link)
+        try:
+            ended = await self._forker.exit_of(link.process)
+        finally:
+            self._discard(link)
         if started is not None and not started.done():
             kind = OutOfMemoryError if ended.over_bytes else LoadError
             started.set_exception(kind(f"the worker died while it loaded: {ended}"))
 
     async def _bury(self, link: WorkerLink, retried: int) -> None:
-        ended = await self._forker.exit_of(link.process)
-        self._discard(link)
-        self._owner.worker_died(link.process.pid, str(ended), retried)
+        try:
+            ended = await self._forker.exit_of(link.process)
+        finally:
+            self._discard(link)
+        self.cause = str(ended)
+        self._owner.worker_died(self, link.process.pid, self.cause, retried)
 
     async def _restart(self, delay_s: float, *, replaces: bool = True) -> None:
         while self._needed():
@@ -582,7 +677,9 @@ class Pool:
                 if not self._needed():
                     return
                 _log.error("worker does not start", variant=self.spec.id, code=error.code, error=str(error))
-                if self._count_death(self._loop.time()) and not self.links:
+                self.cause = str(error)
+                hopeless = isinstance(error, UnloadableError)  # what fails the same way each time is not tried again
+                if (self._count_death(self._loop.time()) or hopeless) and not self.links:
                     self._lose(error)
                     return
                 if self.links and self.size > self.spec.bounds.least:
@@ -634,7 +731,7 @@ class Pool:
     async def _grow(self, why: str) -> None:
         """Start the worker that ``size`` already counts, if memory allows it."""
         try:
-            reason = await self._room([link.process.pid for link in self.links])
+            reason = await self._seat.room(self)
             if reason:
                 raise OutOfMemoryError(reason)
             await self._start_worker()
@@ -680,4 +777,16 @@ class Pool:
     def _lose(self, error: WorkerError) -> None:
         if not self._closed.is_set():
             self._closed.set()
-            self._owner.pool_lost(error)
+            self._seat.leave()
+            self._owner.pool_lost(self, error)
+
+
+def _start_failure(error: AgentError) -> WorkerError:
+    """Return what a worker said of its failed start as one of ours; a refused bundle is refused each time.
+
+    That a device is lost is NVML's to say: a worker knows of its own hold on it only, and the next try may get another.
+    """
+    if isinstance(error, WorkerError) and not isinstance(error, DeviceLostError):
+        return error
+    kind = UnloadableError if isinstance(error, BundleError) else LoadError
+    return kind(f"{error.code}: {error}")

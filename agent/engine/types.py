@@ -5,14 +5,17 @@ Values and protocols only. The composition root translates bundles into ``Versio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from agent.engine.growth import Bounds
+from agent.engine.memory import HOST, Need
 from agent.regions import Region
 from agent.wire import Buffer, Header
 
+_UNKNOWN_NEED: Final = Need(sizes={HOST: 0})
 _FORWARDED_BYTES: Final = 4096  # what the daemon adds to a forwarded header: deadline, its own number, regions
 
 # The Open Inference Protocol's names of the wire's dtypes.
@@ -79,9 +82,18 @@ class VariantSpec:
     window: int = 64  # requests a worker may hold at once; at least twice its batch
     bounds: Bounds = field(default_factory=Bounds)  # of the number of its workers
     pinned_device: str = ""  # "cuda:1", by configuration; empty: the GPU with the most free memory
-    device_bytes: int = 0  # GPU memory it needs, 0 if nobody measured it
     resident_bytes_max: int = 0  # memory a worker may really use, where there are control groups; 0: no limit
     threads: int = 1  # a worker's, for one operation: so many cores it is bound to, where workers are bound
+    need: Need = _UNKNOWN_NEED  # a worker's memory, until it is learned here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keeping:
+    """When a version is in memory, while no deployment needs it there."""
+
+    lazy: bool = False  # loaded by its first request
+    keep_alive_s: float = math.inf  # unloaded once it was idle for so long
+    pinned: bool = False  # never unloaded for others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,3 +106,4 @@ class VersionSpec:
     variants: tuple[VariantSpec, ...]
     dropped: tuple[tuple[str, str], ...] = ()  # (variant, why it cannot run here)
     platform: str = "onnxruntime"
+    keeping: Keeping = field(default_factory=Keeping)

@@ -19,7 +19,7 @@ import msgpack
 
 from agent.engine.cgroups import Group
 from agent.engine.spawn import Spawned, spawn
-from agent.errors import LoadError, WorkerDiedError
+from agent.errors import LoadError, UnloadableError, WorkerDiedError
 from agent.log import get_logger
 
 _log = get_logger("zygote")
@@ -218,7 +218,8 @@ class Zygote:
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(None)
         elif op == "failed":
-            self._fail_start(LoadError(f"zygote {self.runtime}: {message.get('message', 'could not start')}"))
+            kind = UnloadableError if message.get("code") == UnloadableError.code else LoadError
+            self._fail_start(kind(f"zygote {self.runtime}: {message.get('message', 'could not start')}"))
         elif op == "exited":
             self._note_exit(int(message["pid"]), Exit(code=message.get("code"), signal=message.get("signal")))
         else:

@@ -9,6 +9,7 @@ GET /v2/models/{model}[/versions/{version}]/ready          –            200 or
 GET /v2                                                    –            name, version, extensions
 GET /v2/models/{model}[/versions/{version}][/config]       infer, read  metadata; Triton's model configuration
 POST /v2/repository/index                                  read         all models with state and reason
+POST /v2/repository/models/{model}/load, …/unload          operate      ``control.call`` with the model
 GET /metrics                                               read         Prometheus text
 GET /v1/{verb}                                             read         ``control.call``, with no more than ``read``
 POST /v1/{verb}                                            by the verb  ``control.call`` with a JSON body of arguments
@@ -78,6 +79,7 @@ class Routes:
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
             Route("/v2/repository/index", self._index, methods=["POST"]),
+            Route("/v2/repository/models/{model}/{verb:str}", self._move, methods=["POST"]),
             Route("/v1/{verb}", self._read_verb, methods=["GET"]),
             Route("/v1/{verb}", self._verb, methods=["POST"]),
         ]
@@ -139,6 +141,15 @@ class Routes:
             if state.ready or not asked.get("ready"):
                 rows.append({"name": name, **self._version_of(name), **_triton_state(state.ready, state.reason)})
         return _response(json_reply(rows))
+
+    async def _move(self, request: Request) -> Response:
+        """Load or unload a model as the Open Inference Protocol has it; parameters of the body say nothing here."""
+        verb = request.path_params["verb"]
+        if verb not in ("load", "unload"):
+            raise NotFoundError(f"there is nothing at {request.url.path}")
+        caller = _caller(request)
+        await self._call(request, caller, caller.roles, {"model": request.path_params["model"]})
+        return _response(json_reply({}))
 
     async def _render_metrics(self, request: Request) -> Response:
         require(_caller(request), "read")

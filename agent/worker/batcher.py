@@ -59,6 +59,15 @@ class Batcher(Generic[W]):
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def rows_max(self) -> int:
+        """Upper bound on a batch's rows."""
+        return self._rows_max
+
+    def shrink(self, rows_max: int) -> None:
+        """Make smaller batches from now on; a request of more rows runs alone."""
+        self._rows_max = max(1, min(self._rows_max, rows_max))
+
     def add(self, request: W) -> None:
         """Queue a request behind those of its level."""
         waiting = self._waiting

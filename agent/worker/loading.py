@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.errors import AgentError, LoadError, OutOfMemoryError
+from agent.errors import AgentError, LoadError, OutOfMemoryError, UnloadableError
 from agent.log import get_logger
 from agent.tensors import Array
 from agent.worker import golden, sandbox, signature
@@ -53,7 +53,8 @@ def load(spec: Spec) -> Loaded:
 
     Raises:
         SandboxError: policy demands more isolation than there is.
-        LoadError, OutOfMemoryError, UnsafeBundleError: the bundle's files or its handler cannot be used.
+        UnloadableError, UnsafeBundleError: the bundle's files or its handler cannot be used, now or later.
+        LoadError, OutOfMemoryError: not now.
         SelfTestError: a golden test failed.
     """
     began = time.perf_counter()
@@ -141,7 +142,7 @@ def _handler(spec: Spec) -> Handler | None:
         return None
     params = spec.handler.get("params") or {}
     if not isinstance(params, dict):
-        raise LoadError("handler.params must be a map")
+        raise UnloadableError("handler.params must be a map")
     context = Context(
         bundle_dir=spec.bundle_dir, params=params, classes=_classes(spec), signature=_plain(spec.signature)
     )
@@ -159,19 +160,22 @@ def _handler_class(spec: Spec) -> type[Handler]:
         try:
             return registry.find(str(built_in))
         except KeyError as error:
-            raise LoadError(str(error.args[0])) from error
+            raise UnloadableError(str(error.args[0])) from error
     if not isinstance(module_file, str) or not isinstance(class_name, str):
-        raise LoadError("handler needs an id, or a module and a class")
+        raise UnloadableError("handler needs an id, or a module and a class")
     path = inside(spec.bundle_dir, module_file)
     importable = importlib.util.spec_from_file_location("inferd_bundle_handler", path)
     if importable is None or importable.loader is None:
-        raise LoadError(f"handler module {module_file!r} is not a Python file")
+        raise UnloadableError(f"handler module {module_file!r} is not a Python file")
     module = importlib.util.module_from_spec(importable)
     sys.modules[importable.name] = module
-    importable.loader.exec_module(module)
+    try:
+        importable.loader.exec_module(module)
+    except (SyntaxError, ImportError, FileNotFoundError) as error:
+        raise UnloadableError(f"handler module {module_file!r}: {type(error).__name__}: {error}") from error
     found = getattr(module, class_name, None)
     if not isinstance(found, type) or not issubclass(found, Handler):
-        raise LoadError(f"{module_file!r} has no class {class_name!r} derived from handlers.base.Handler")
+        raise UnloadableError(f"{module_file!r} has no class {class_name!r} derived from handlers.base.Handler")
     return found
 
 
@@ -181,7 +185,7 @@ def _classes(spec: Spec) -> list[str] | None:
     try:
         return inside(spec.bundle_dir, spec.classes_file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"classes file {spec.classes_file!r}: {error}") from error
+        raise UnloadableError(f"classes file {spec.classes_file!r}: {error}") from error
 
 
 def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:

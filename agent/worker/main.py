@@ -43,8 +43,11 @@ from agent.worker.channel import Channel
 from agent.worker.execution import Execution
 from agent.worker.lines import Grant, Lane, LaneBook, Line
 from agent.worker.loading import Loaded
+from agent.worker.measure import measure
+from agent.worker.pieces import in_halves
 from agent.worker.regions import Region, Regions
 from agent.worker.requests import Answers, Request, budget_s, into_window, stacked
+from agent.worker.reserve import Reserve
 from agent.worker.streams import Streams
 
 _log = log.get_logger("worker")
@@ -105,6 +108,8 @@ class Server:
         self._regions = Regions()
         self._held_bytes = 0
         self._batcher: Batcher[Request] = Batcher(rows_max=loaded.signature.rows_max, delay_max_s=spec.batch_delay_s)
+        self._reserve = Reserve(wanted=bool(spec.memory_bytes))
+        self._rows_fit = loaded.signature.rows_max  # at once, as far as memory has shown; set where batches run
         self._wait_s = 0.0  # how long the batcher wants to wait for company
         self._undecoded = False  # there may be more to decode while a batch runs
         self._streams = Streams(loaded.handler, loaded.signature, loaded.runtime.run)
@@ -484,11 +489,13 @@ class Server:
             return
         outcomes = self._execution.start(batch)
         if outcomes is not None:
+            self._adapt()
             self._answer_all(outcomes)
 
     def _finish_batch(self) -> None:
         """Begin the next batch, then answer the one that is done."""
         _, outcomes = self._execution.finish()
+        self._adapt()
         if self._batcher and not self._home.channel.congested:
             self._turn()
         self._answer_all(outcomes)
@@ -527,8 +534,33 @@ class Server:
             return outputs if all(len(array) == rows for array in outputs.values()) else None
         except DeviceLostError:
             raise
+        except (OutOfMemoryError, MemoryError) as error:
+            self._reserve.give()
+            rows = sum(request.rows for request in part)
+            self._rows_fit = min(self._rows_fit, max(1, rows // 2))
+            if len(part) > 1:
+                return None
+            return self._in_halves(part[0], rows) if rows > 1 else _failure(error)
         except Exception as error:  # noqa: BLE001  as above
             return None if len(part) > 1 else _failure(error)
+
+    def _in_halves(self, request: Request, rows: int) -> Outcome:
+        try:
+            outputs, fitted = in_halves(request.arrays(), rows, self._runtime.run)
+        except DeviceLostError:
+            raise
+        except Exception as error:  # noqa: BLE001  as above
+            return _failure(error)
+        self._rows_fit = min(self._rows_fit, fitted)
+        return outputs
+
+    def _adapt(self) -> None:
+        """Make no batch again of a size that memory did not suffice for; tell the daemon."""
+        self._reserve.keep()
+        if self._rows_fit < self._batcher.rows_max:
+            self._batcher.shrink(self._rows_fit)
+            self._home.channel.post({"kind": "shrunk", "rows_max": self._rows_fit})
+            self._posted.add(self._home)
 
     # Answers
 
@@ -594,6 +626,8 @@ class Server:
         value: dict[str, Any] = {"ok": True, "running_s": time.monotonic() - self._execution.since if running else 0.0}
         if method == "selftest":
             value = self._self_test()
+        elif method == "measure":
+            value = self._measure(header.get("budget_ms"))
         elif method != "ping":
             self._home.post_error(request_id, NotFoundError(f"a worker has no method {method!r}"))
             self._posted.add(self._home)
@@ -604,9 +638,24 @@ class Server:
     def _self_test(self) -> dict[str, Any]:
         try:
             return {"ok": True, "golden": golden.verify(self._loaded.goldens, self._runtime.run)}
+        except DeviceLostError:
+            raise
         except Exception as error:  # noqa: BLE001  as above
             failure = error if isinstance(error, SelfTestError) else _failure(error)
             return {"ok": False, "golden": [], "code": failure.code, "message": str(failure)}
+
+    def _measure(self, budget_ms: object) -> dict[str, Any]:
+        goldens = self._loaded.goldens
+        if not goldens:
+            return {"ok": False, "message": "the bundle has no golden inputs to measure with"}
+        budget_s = min(10.0, float(budget_ms) / 1000) if isinstance(budget_ms, int | float) else 0.0
+        try:
+            return {"ok": True, **measure(goldens, self._runtime.run, budget_s=budget_s)}
+        except DeviceLostError:
+            raise
+        except Exception as error:  # noqa: BLE001  as above
+            failure = _failure(error)
+            return {"ok": False, "code": failure.code, "message": str(failure)}
 
 
 def _names_regions(header: Mapping[str, Any]) -> bool:

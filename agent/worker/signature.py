@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from agent.errors import LoadError, TensorError
+from agent.errors import TensorError, UnloadableError
 from agent.wire import DTYPES
 
 Dimension = int | str | None  # fixed, named, or free
@@ -122,7 +122,7 @@ def parse(raw: Mapping[str, Any], *, batch_axis: str | None, rows_max: int) -> S
     """Return the signature a manifest declares.
 
     Raises:
-        LoadError: malformed; the message names the tensor.
+        UnloadableError: malformed; the message names the tensor.
     """
     inputs, outputs = (_tensors(raw.get(side), side) for side in ("inputs", "outputs"))
     return Signature(inputs, outputs, bounds=_bounds(raw.get("dims")), batch_axis=batch_axis, rows_max=rows_max)
@@ -148,30 +148,30 @@ def check_outputs(declared: Sequence[TensorSpec]) -> None:
     """Refuse an output that no array can hold.
 
     Raises:
-        LoadError: bfloat16.
+        UnloadableError: bfloat16.
     """
     for spec in declared:
         if spec.dtype == "bfloat16":
-            raise LoadError(f"signature outputs: {spec.name!r}: declare it float32, to which bfloat16 is widened")
+            raise UnloadableError(f"signature outputs: {spec.name!r}: declare it float32, to which bfloat16 is widened")
 
 
 def check_model(declared: Sequence[TensorSpec], found: Sequence[TensorSpec], side: str) -> None:
     """Check that the model file keeps what the manifest declares.
 
     Raises:
-        LoadError: other names, dtypes or ranks, or a dimension the file fixes otherwise.
+        UnloadableError: other names, dtypes or ranks, or a dimension the file fixes otherwise.
     """
     by_name = {spec.name: spec for spec in found}
     if {spec.name for spec in declared} != set(by_name):
         listed = ", ".join(f"{spec.name!r}" for spec in declared)
-        raise LoadError(f"signature {side}: declared {listed}; the model has {', '.join(map(repr, by_name))}")
+        raise UnloadableError(f"signature {side}: declared {listed}; the model has {', '.join(map(repr, by_name))}")
     for spec in declared:
         model = by_name[spec.name]
         fits = len(spec.shape) == len(model.shape) and all(
             mine == theirs or not isinstance(theirs, int) for mine, theirs in zip(spec.shape, model.shape, strict=True)
         )
         if spec.dtype != model.dtype or not fits:
-            raise LoadError(f"signature {side}: {spec.name!r} is declared {spec}, the model has {model}")
+            raise UnloadableError(f"signature {side}: {spec.name!r} is declared {spec}, the model has {model}")
 
 
 def _bounds(raw: object) -> dict[str, tuple[int, int]]:
@@ -179,17 +179,17 @@ def _bounds(raw: object) -> dict[str, tuple[int, int]]:
     for name, bound in (raw if isinstance(raw, dict) else {}).items():
         low, high = (bound.get("min", 0), bound.get("max", _SIZE_MAX)) if isinstance(bound, dict) else (None, None)
         if type(low) is not int or type(high) is not int or not 0 <= low <= high:
-            raise LoadError(f"signature.dims.{name}: min and max must be integers in order, got {bound}")
+            raise UnloadableError(f"signature.dims.{name}: min and max must be integers in order, got {bound}")
         bounds[str(name)] = (low, high)
     return bounds
 
 
 def _tensors(raw: object, side: str) -> list[TensorSpec]:
     if not isinstance(raw, list) or not raw:
-        raise LoadError(f"signature.{side} must be a list and not empty")
+        raise UnloadableError(f"signature.{side} must be a list and not empty")
     specs = [_tensor(entry, side) for entry in raw]
     if len({spec.name for spec in specs}) != len(specs):
-        raise LoadError(f"signature.{side}: two tensors have the same name")
+        raise UnloadableError(f"signature.{side}: two tensors have the same name")
     return specs
 
 
@@ -197,7 +197,7 @@ def _tensor(entry: object, side: str) -> TensorSpec:
     fields = entry if isinstance(entry, dict) else {}
     name, dtype, shape = (fields.get(key) for key in ("name", "dtype", "shape"))
     if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(shape, list):
-        raise LoadError(f"signature.{side}: an entry needs name, dtype and shape, got {entry}")
+        raise UnloadableError(f"signature.{side}: an entry needs name, dtype and shape, got {entry}")
     if not all(size is None or isinstance(size, str) or (type(size) is int and size >= 0) for size in shape):
-        raise LoadError(f"signature.{side}: {name!r}: a dimension is an integer, a name or null, got {shape}")
+        raise UnloadableError(f"signature.{side}: {name!r}: a dimension is an integer, a name or null, got {shape}")
     return TensorSpec(name, dtype, tuple(shape))

@@ -139,6 +139,7 @@ class FakeLoaded:
     host: FakeHost
     bundle: Bundle
     retired: bool = False
+    confirmed: bool = False
     good: int = 0
     faults: int = 0
     deaths: int = 0
@@ -174,6 +175,15 @@ class FakeHost:
         loaded = FakeLoaded(self, bundle)
         self.loaded.append(loaded)
         return loaded
+
+    async def restore(self, bundle: Bundle) -> FakeLoaded:
+        restored = await self.load(bundle)
+        restored.confirmed = True
+        return restored
+
+    def confirm(self, loaded: FakeLoaded) -> None:
+        assert not loaded.retired
+        loaded.confirmed = True
 
     def activate(self, slot: str, loaded: FakeLoaded) -> FakeLoaded | None:
         previous = self.active.get(slot)

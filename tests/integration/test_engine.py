@@ -19,12 +19,15 @@ import uvloop
 
 from agent.clock import SystemClock
 from agent.config import EngineConfig
+from agent.engine.book import VariantBook
 from agent.engine.engine import Engine
+from agent.engine.learned import Learned
+from agent.engine.meter import Meter, SystemMeter
 from agent.engine.zygote import become_subreaper
 from agent.errors import LoadError
 from agent.events import EventBus
-from agent.gpus import GpuMemory
 from agent.metrics import Metrics
+from agent.nvml import GpuMemory
 from agent.serving.ports import InferRequest
 from agent.tensors import pack, unpack
 from agent.wire import Header, Limits
@@ -87,7 +90,10 @@ async def bench(
     *,
     cores: Iterable[int] = (),
     memory_bytes_max: int = 0,
+    meter: Meter | None = None,
+    learned: Learned | None = None,
     gpus: Callable[[], Sequence[GpuMemory]] = tuple,
+    book: VariantBook | None = None,
     **options: Any,
 ) -> AsyncIterator[Bench]:
     become_subreaper()
@@ -101,8 +107,10 @@ async def bench(
         events=events,
         metrics=metrics,
         cores=cores,
-        memory_bytes_max=memory_bytes_max,
+        meter=meter or SystemMeter(budget_bytes=memory_bytes_max),
+        learned=learned,
         gpus=gpus,
+        book=book,
     )
     async with engine.running():
         sweeper = asyncio.ensure_future(engine.run())
@@ -149,7 +157,7 @@ def test_a_variant_that_cannot_load_is_skipped_with_its_reason(tmp_path: Path) -
             box.engine.activate(version)
             assert (await box.ask())["y"] == 5.0
             fallback = version.status()["fallbacks"][0]
-            assert (fallback["variant"], fallback["code"]) == ("v0", "load_failed")
+            assert (fallback["variant"], fallback["code"]) == ("v0", "unloadable")
             assert any(event.type == "variant.skipped" for event in box.events.recent())
 
     run(story)
@@ -414,5 +422,20 @@ def test_a_folder_that_cannot_be_written_costs_a_worker_not_the_engine(tmp_path:
             for left in (tmp_path / "scratch").iterdir():  # it could not be removed while it was hidden
                 left.rmdir()
             assert (await box.ask())["y"] == 2.0
+
+    run(story)
+
+
+def test_a_version_without_a_variant_left_says_so_at_once_and_is_tried_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=2, restart_cap_s=1.0) as box:
+            version = await box.engine.load(scale_version(tmp_path / "b", handler="odd"))
+            box.engine.activate(version)
+            assert (await box.say("die", deadline_s=3600.0))["code"] == "worker_died"
+            await until(lambda: version.pool is None, turns=9000)
+            refused = await box.say("[1, 1, 1, 1]", deadline_s=3600.0)
+            assert (refused["code"], refused["retryable"]) == ("unavailable", True)
+            await until(lambda: version.ready, turns=9000)
+            assert (await box.say("[1, 1, 1, 1]"))["kind"] == "result"
 
     run(story)

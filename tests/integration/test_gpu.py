@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import gpus
+from agent.probe import free_memory, probe
 from agent.worker import landlock
 from tests.fakes import models, torch_models
 from tests.fakes.daemon_side import ZygoteProcess
@@ -28,7 +28,7 @@ X = np.arange(8, dtype=np.float32).reshape(2, 4)
 def on_gpu(spec: dict[str, Any]) -> dict[str, Any]:
     """Return ``spec`` for the first GPU, as the engine places it."""
     device: dict[str, Any] = {"kind": "cuda", "index": 0}
-    if found := gpus.free_memory():
+    if found := free_memory(probe()):
         device["uuid"] = found[0].uuid
     return spec | {"device": device, "limits": {"memory_bytes": 1 << 30, "open_files": 256}}
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from agent.engine.memory import HOST, Need
+from agent.engine.meter import SystemMeter
 from agent.engine.types import VariantSpec, VersionSpec
 from agent.errors import OutOfMemoryError
-from agent.gpus import GpuMemory
+from agent.nvml import GpuMemory
 from tests.fakes import torch_models
-from tests.integration.test_engine import bench, run
+from tests.integration.test_engine import bench, run, until
 from tests.models import scale_version
 
 pytestmark = pytest.mark.integration
@@ -21,6 +23,16 @@ GPUS = (
     GpuMemory(index=0, uuid="GPU-a", free_bytes=1 << 30),
     GpuMemory(index=1, uuid="GPU-b", free_bytes=8 << 30),
 )
+
+
+class Gpus:
+    """Their memory, as the account of memory asks for it."""
+
+    def read(self) -> Mapping[str, tuple[int, int]]:
+        return {f"cuda:{gpu.index}": (16_000 << 20, gpu.free_bytes) for gpu in GPUS}
+
+    def used_by(self, pid: int) -> Mapping[str, int]:
+        return {}
 
 
 def on_gpu(variant: VariantSpec, **changes: object) -> VariantSpec:
@@ -34,7 +46,7 @@ def load(folder: Path, variants: Sequence[VariantSpec], spec: VersionSpec) -> di
     seen: dict[str, object] = {}
 
     async def story() -> None:
-        async with bench(folder, gpus=lambda: GPUS) as box:
+        async with bench(folder, gpus=lambda: GPUS, meter=SystemMeter(devices=Gpus())) as box:
             version = await box.engine.load(replace(spec, variants=tuple(variants)))
             box.engine.activate(version)
             assert (await box.ask())["y"] == 2.0
@@ -61,15 +73,40 @@ def test_a_pin_is_kept(tmp_path: Path) -> None:
 def test_a_variant_that_no_gpu_has_room_for_gives_way_to_the_next(tmp_path: Path) -> None:
     spec = scale_version(tmp_path / "bundle", factors=(2.0, 2.0))
     greedy, plain = spec.variants
-    status = load(tmp_path, [on_gpu(greedy, device_bytes=16 << 30), plain], spec)
+    need = Need(sizes={HOST: 0, "cuda": 16 << 30})
+    status = load(tmp_path, [on_gpu(greedy, need=need), plain], spec)
     assert (status["variant"], status["device"]) == (plain.id, "cpu")
     assert status["fallbacks"] == [
         {
             "variant": greedy.id,
             "code": OutOfMemoryError.code,
-            "reason": "needs 16384 MiB of GPU memory, cuda:1 has 8192 free",
+            "reason": "it needs 16384 MiB of cuda:1's memory, models may take 12800",
         }
     ]
+
+
+def test_a_variant_moves_to_another_gpu_when_its_own_is_lost_and_falls_with_the_last(tmp_path: Path) -> None:
+    async def story() -> None:
+        spec = scale_version(tmp_path / "bundle", factors=(2.0, 3.0))
+        first, second = spec.variants
+        async with bench(tmp_path, gpus=lambda: GPUS) as box:
+            version = await box.engine.load(replace(spec, variants=(on_gpu(first), second)))
+            box.engine.activate(version)
+            served = []
+            for lost in ("", "cuda:1", "cuda:0"):
+                if lost:
+                    box.engine.device_lost(lost, "fallen off the bus")
+                await until(lambda: version.ready)
+                served.append((await box.ask()).get("y"))
+                served.append(version.status()["device"])
+            assert served == [2.0, "cuda:1", 2.0, "cuda:0", 3.0, "cpu"]
+            assert [skip["code"] for skip in version.skipped] == ["device_lost"]
+            box.engine.device_back("cuda:1")
+            await until(lambda: version.status()["device"] == "cuda:1")
+            assert (await box.ask())["y"] == 2.0
+            assert not version.skipped
+
+    run(story)
 
 
 @pytest.mark.torch
@@ -83,4 +120,4 @@ def test_a_broken_onnx_file_gives_way_to_torch(tmp_path: Path, torch_files: Path
     status = load(tmp_path, [broken, other], spec)
     assert (status["variant"], status["provider"]) == ("torch", "torch cpu")
     (fallback,) = status["fallbacks"]  # type: ignore[misc]
-    assert (fallback["variant"], fallback["code"]) == (broken.id, "load_failed")
+    assert (fallback["variant"], fallback["code"]) == (broken.id, "unloadable")

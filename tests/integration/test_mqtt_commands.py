@@ -18,7 +18,8 @@ from securesystemslib.signer import CryptoSigner
 from agent.bundles.puller import Puller
 from agent.config import PolicyConfig, StoreConfig, TelemetryConfig
 from agent.errors import CommandError, CommandExpiredError, CommandReplayError, LoadError
-from agent.profile import load_profiles, probe
+from agent.probe import probe
+from agent.profile import load_profiles
 from tests.fakes.broker import black_hole, refusing
 from tests.fakes.store import StoreWorld
 from tests.fakes.telemetry import Device, FakeVerified, until

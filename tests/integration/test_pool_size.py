@@ -160,7 +160,7 @@ def test_a_worker_too_many_for_the_memory_is_not_started(tmp_path: Path) -> None
             _, pool = await serve(box, tmp_path / "b", quick(1, 2))
             async with loaded(box, clients=8) as load:
                 await until(lambda: pool.held)
-            assert pool.held.startswith("models may take 1 MiB, they hold ")
+            assert pool.held.startswith("models may take 1 MiB of memory, they hold ")
             assert (pool.size, len(pool.links), load.failures) == (1, 1, [])
 
     run(story)

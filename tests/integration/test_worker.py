@@ -195,15 +195,15 @@ def test_worker_holds_its_channel_and_standard_streams_only(zygote: ZygoteProces
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        ({"entry": "fp32/absent.onnx"}, "load_failed", "absent.onnx"),
+        ({"entry": "fp32/absent.onnx"}, "unloadable", "absent.onnx"),
         ({"entry": "../../etc/passwd"}, "unsafe_bundle", "inside the bundle"),
         ({"entry": 7}, "load_failed", "spec.entry"),
-        ({"providers": ["CUDAExecutionProvider"]}, "load_failed", "CUDAExecutionProvider"),
-        ({"runtime": "abacus"}, "load_failed", "abacus"),
-        ({"handler": {"id": "nothing/v9"}}, "load_failed", "nothing/v9"),
-        ({"handler": {"module": "absent.py", "class": "H"}}, "load_failed", "handler cannot be made"),
+        ({"providers": ["CUDAExecutionProvider"]}, "unloadable", "CUDAExecutionProvider"),
+        ({"runtime": "abacus"}, "unloadable", "abacus"),
+        ({"handler": {"id": "nothing/v9"}}, "unloadable", "nothing/v9"),
+        ({"handler": {"module": "absent.py", "class": "H"}}, "unloadable", "absent.py"),
         ({"scratch_dir": "/nonexistent/scratch"}, "load_failed", "scratch_dir"),
-        ({"signature": {"inputs": [], "outputs": []}}, "load_failed", "signature.inputs"),
+        ({"signature": {"inputs": [], "outputs": []}}, "unloadable", "signature.inputs"),
         ({"batching": {"max_batch": 0}}, "load_failed", "batching.max_batch"),
     ],
 )
@@ -218,35 +218,36 @@ def test_what_cannot_load_is_reported_before_leaving(
 def test_a_model_that_breaks_its_manifest_is_refused(zygote: ZygoteProcess, spec: dict[str, Any]) -> None:
     spec["signature"]["inputs"] = [{"name": "x", "dtype": "float32", "shape": ["N", 5]}]
     header = failure(zygote, spec)
-    assert header["code"] == "load_failed"
+    assert header["code"] == "unloadable"
     assert "'x' is declared float32[N, 5], the model has float32[N, 4]" in header["message"]
 
 
 def test_a_file_that_is_no_model_is_refused(zygote: ZygoteProcess, spec: dict[str, Any]) -> None:
     (Path(spec["bundle_dir"]) / spec["entry"]).write_bytes(b"\x08garbage")
-    assert failure(zygote, spec)["code"] == "load_failed"
+    assert failure(zygote, spec)["code"] == "unloadable"
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "code", "words"),
     [
-        ("import nonexistent_module", "ModuleNotFoundError"),
-        ("raise SystemExit(0)", "SystemExit"),
-        ("def f(:", "SyntaxError"),
-        ("class H: pass", "derived from handlers.base.Handler"),
+        ("import nonexistent_module", "unloadable", "ModuleNotFoundError"),
+        ("raise SystemExit(0)", "load_failed", "SystemExit"),
+        ("def f(:", "unloadable", "SyntaxError"),
+        ("class H: pass", "unloadable", "derived from handlers.base.Handler"),
         (
             "from handlers.base import Handler\nclass H(Handler):\n"
             "    def __init__(self, context):\n        raise RuntimeError('no luck')\n"
             "    def preprocess(self, body, content_type): ...\n    def postprocess(self, outputs, rows): ...",
+            "load_failed",
             "no luck",
         ),
     ],
 )
 def test_a_handler_that_cannot_be_made_fails_the_load(
-    zygote: ZygoteProcess, spec: dict[str, Any], source: str, words: str
+    zygote: ZygoteProcess, spec: dict[str, Any], source: str, code: str, words: str
 ) -> None:
     header = failure(zygote, models.with_handler(spec, source))
-    assert header["code"] == "load_failed"
+    assert header["code"] == code
     assert words in header["message"]
 
 
@@ -552,7 +553,7 @@ def test_a_provider_that_takes_none_of_the_model_fails_the_load(zygote: ZygotePr
         pytest.skip("this onnxruntime has the CPU only")
     worker = zygote.fork(models.bundle(tmp_path, models.linear(), models.LINEAR_SIGNATURE, providers=providers))
     header = worker.receive().header
-    assert header["code"] == "load_failed"
+    assert header["code"] == "unloadable"
     assert "AzureExecutionProvider executes none of the 1 operators" in header["message"]
     worker.close()
 

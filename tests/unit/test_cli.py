@@ -41,11 +41,27 @@ def deployment(text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def variant(text: str, state: str) -> dict[str, Any]:
+    return {
+        "variant": text, "state": state, "kind": text, "reason": text, "failures": 2, "retry_s": 61.0,
+        "measured": {"reason": text},
+    }  # fmt: skip
+
+
+def residency(text: str, *, loaded: bool, pinned: bool = True) -> dict[str, Any]:
+    return {
+        "loaded": loaded, "load": text, "pinned": pinned, "keep_alive_s": None, "held_by": text, "source": text,
+        "worker_bytes": {"host": 12_000_000, text: 1e9}, "held_bytes": {"host": 24_000_000},
+    }  # fmt: skip
+
+
 def model(text: str, *, ready: bool = False) -> dict[str, Any]:
     tensor = {"name": text, "datatype": text, "shape": [-1, 3]}
     return {
+        "variants": [variant(text, "failed"), variant(text, "serving")],
         "slot": text, "ready": ready, "reason": text, "active": text, "trial": True, "previous": text, "wanted": text,
         "source": text, "metadata": {"inputs": [tensor], "outputs": [tensor]},
+        "residency": residency(text, loaded=ready),
     }  # fmt: skip
 
 
@@ -54,14 +70,34 @@ def status(text: str) -> dict[str, Any]:
         "model": text, "version": text, "ready": False, "reason": text, "variant": text, "device": text,
         "sandbox": {"level": text, "detail": text}, "resident_bytes_max": 600 << 20, "placement": {text: 3, "x": 1},
         "answers": {"good": 1, "faults": 0}, "latency_s": {"p50": 0.001, "p99": 0.002},
-        "fallbacks": [{"variant": text, "reason": text}], "workers": [7, 8],
+        "fallbacks": [{"variant": text, "reason": text}], "variants": [variant(text, "failed")], "workers": [7, 8],
         "scaling": {"min": 1, "max": 4, "held": text, "cores": [[0, 1], [2, 3]]},
     }  # fmt: skip
     return {
         "agent": {"version": text, "uptime_s": 61, "pid": 7},
-        "device": {"id": text, "profile": text, "cores": 2, "memory_bytes": 2**31, "gpus": [], "gpu_reason": text},
+        "device": {
+            "id": text,
+            "profile": text,
+            "cores": 2,
+            "memory_bytes": 2**31,
+            "gpus": [],
+            "gpu_reason": text,
+            "profile_reason": text,
+            "gpu_readings": [
+                {"index": 0, "reading": None, "fault": text},
+                {"index": 1, "reading": {"temperature_c": 41, "power_w": 70.5}, "fault": ""},
+            ],
+        },
         "telemetry": {"configured": True, "connected": False, "reason": text, "outbox_rows": 3},
-        "models": [serving, {"model": text + "2", "ready": False, "reason": text}],
+        "memory": {
+            "host": {"held_bytes": 5e6, "budget_bytes": 9e6, "available_bytes": 7e6},
+            text: {"held_bytes": 5e6, "budget_bytes": 0, "available_bytes": 7e6},
+        },
+        "models": [
+            serving,
+            {**serving, "residency": residency(text, loaded=False)},
+            {"model": text + "2", "ready": False, "reason": text},
+        ],
         "slots": [{"slot": text + "3", "wanted": text + "x", "source": text}],
         "processes": [{"role": text, "pid": 7, "pss_bytes": 1e6}],
     }
@@ -165,6 +201,27 @@ def test_a_model_that_is_not_ready_says_how_its_last_deployment_ended() -> None:
     text = cli_text.status_text(value, {"m": "2.0.0: failed: x"}).plain
     assert "last deployment: 2.0.0: failed: x (see inferctl deployments)" in text
     assert "m3: not ready: mx is wanted (m), nothing serves yet\n  see inferctl deployments" in text
+
+
+@pytest.mark.parametrize(
+    ("loaded", "pinned", "expected"),
+    [
+        (True, False, "24 MB measured, lazy"),
+        (True, True, "24 MB measured, lazy, pinned"),
+        (False, False, "not loaded (12 MB + cuda:0 1000 MB measured), lazy"),
+    ],
+)
+def test_a_model_says_what_it_takes_of_memory(loaded: bool, pinned: bool, expected: str) -> None:
+    value = residency("cuda:0", loaded=loaded, pinned=pinned) | {"load": "lazy", "source": "measured"}
+    assert cli_text.residency_text(value) == expected
+
+
+def test_status_says_what_models_hold_and_which_are_not_loaded() -> None:
+    value = status("m")
+    value["models"][1] |= {"ready": True, "reason": "not loaded, loads on demand"}
+    text = cli_text.status_text(value, {}).plain
+    assert "\nmemory of models: 5 of 9 MB, 7 MB free\n" in text
+    assert "m m ready\n  not loaded, loads on demand; not loaded (12 MB + m 1000 MB m), m, pinned\n" in text
 
 
 def test_status_says_how_many_workers_there_are_and_may_be() -> None:

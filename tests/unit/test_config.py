@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 
 import pytest
@@ -33,6 +34,12 @@ pytestmark = pytest.mark.unit
         ("[engine]\nworkers = {maximum = 2}", "unknown field `maximum`; did you mean `max`?"),
         ('[engine]\nworkers = "2"', "[engine.workers] Expected `int | object`, got `str`"),
         ('[[engine.models]]\nname = "m"\nworkers = 65', "[engine.models[0]] workers: 1..64, or a table"),
+        ('[engine]\nload = "later"', "[engine.load] Invalid enum value 'later'; one of 'eager', 'lazy'"),
+        ('[engine]\nkeep_alive_s = "ever"', "Invalid enum value 'ever'; one of 'auto', 'never'"),
+        ("[engine]\nkeep_alive_s = -1", 'keep_alive_s: 0..31622400, "auto" or "never"'),
+        ("[engine]\nmemory_share = 80", "memory_share: 0..1"),
+        ('[[engine.models]]\nname = "m"\nkeep_alive_s = -1', "[engine.models[0]] keep_alive_s: 0..31622400"),
+        ('[[engine.models]]\nname = "m"\npinned = true', "unknown field `pinned`; did you mean `pin`?"),
         ('[[engine.models]]\nname = "m"\nworkers = {min = 0}', "[engine.models[0].workers] min: 1..64"),
     ],
 )
@@ -55,6 +62,24 @@ def test_a_refusal_names_the_key_and_what_was_probably_meant(text: str, expected
 def test_a_model_has_the_workers_of_its_own_entry_or_of_all(text: str, least: int, most: int) -> None:
     workers = parse(tomllib.loads(f"[engine]\n{text}")).engine.workers_of("m")
     assert (workers.min, workers.max) == (least, most)
+
+
+@pytest.mark.parametrize(
+    ("text", "lazy", "keep_alive_s"),
+    [
+        ("", False, math.inf),
+        ('load = "lazy"', True, 300.0),
+        ('load = "lazy"\nkeep_alive_s = "never"', True, math.inf),
+        ("keep_alive_s = 7", False, 7.0),
+        ('models = [{name = "m", load = "lazy"}]', True, 300.0),
+        ('load = "lazy"\nmodels = [{name = "m", load = "eager"}]', False, math.inf),
+        ('keep_alive_s = 7\nmodels = [{name = "m", keep_alive_s = 0}]', False, 0.0),
+        ('keep_alive_s = 7\nmodels = [{name = "other", load = "lazy", keep_alive_s = 0}]', False, 7.0),
+    ],
+)
+def test_a_model_comes_and_goes_as_its_own_entry_says_or_as_all(text: str, lazy: bool, keep_alive_s: float) -> None:
+    engine = parse(tomllib.loads(f"[engine]\n{text}")).engine
+    assert (engine.lazy("m"), engine.keep_alive_of("m")) == (lazy, keep_alive_s)
 
 
 def test_every_key_has_a_meaning_in_the_reference() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from agent.adapters import SpecMaker
 from agent.bundles.puller import StoredBundle
-from agent.config import MIB, EngineConfig, ModelWorkersConfig, PolicyConfig, ServingConfig
+from agent.config import MIB, EngineConfig, ModelEngineConfig, PolicyConfig, ServingConfig
 from agent.deploy.ports import Bundle
 from agent.engine.types import VariantSpec
 from agent.profile import Profile
@@ -76,12 +76,14 @@ def test_the_default_is_the_whole_sandbox_for_code_whatever_else_is_allowed() ->
 
 
 def test_a_pinned_model_keeps_its_gpu_and_a_cpu_variant_needs_none() -> None:
-    engine = EngineConfig(models=(ModelWorkersConfig(name="tiny", device="cuda:2"),))
+    engine = EngineConfig(models=(ModelEngineConfig(name="tiny", device="cuda:2"),))
     gpu = {"device": {"kind": "cuda", "providers": ["CUDAExecutionProvider"]}, "memory": {"device_mb": 300}}
     spec = made(gpu, engine=engine)
-    assert (spec.device, spec.pinned_device, spec.device_bytes) == ("cuda:2", "cuda:2", 300 * MIB)
+    assert (spec.device, spec.pinned_device) == ("cuda:2", "cuda:2")
+    assert spec.need.sizes["cuda:2"] == (300 + 512) * MIB  # what CUDA itself takes
     assert spec.worker["device"] == {"kind": "cuda", "index": 2}
     assert spec.bounds.least == 1
+    assert made(gpu).need.sizes["cuda"] == (300 + 512) * MIB
     assert made({}, engine=engine).pinned_device == ""
 
 

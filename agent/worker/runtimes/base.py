@@ -46,7 +46,8 @@ class Load(Protocol):
         """Open ``spec.entry``.
 
         Raises:
-            LoadError: missing, malformed, or not runnable as the spec wants it.
+            UnloadableError: missing, malformed, or not runnable as the spec wants it; another try would fail likewise.
+            LoadError: it could not be loaded now.
             OutOfMemoryError: memory did not suffice.
             DeviceLostError: the device answers no more.
         """

@@ -27,6 +27,7 @@ from agent.errors import (
     LoadError,
     OutOfMemoryError,
     TensorError,
+    UnloadableError,
 )
 from agent.log import get_logger
 from agent.tensors import Array
@@ -48,6 +49,7 @@ _LEVELS: Final = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _LOG_ERRORS_ONLY: Final = 3
+_SILENT: Final = 4
 _CPU: Final = "CPUExecutionProvider"
 _TENSORRT: Final = "TensorrtExecutionProvider"
 _BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16
@@ -61,6 +63,20 @@ _FOREIGN: Final[tuple[type[Exception], ...]] = (
     RuntimeError,
     MemoryError,
 )
+_PERMANENT: Final = tuple(
+    getattr(binding, name)
+    for name in ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel", "NotImplemented")
+)
+# What the library calls a mere failure, and is the file's: an operator or version it does not know, weights not there.
+_PERMANENT_SIGNS: Final = (
+    "is not a registered function/op",
+    "ValidateOpsetForDomain",
+    "Unsupported model IR version",
+    "onnxruntime::Model::Model",
+    "External data path",
+)
+
+Run = Callable[[Sequence[str], Mapping[str, Array], onnxruntime.RunOptions | None], Sequence[Array]]
 
 
 class OnnxRuntime:
@@ -83,6 +99,7 @@ class OnnxRuntime:
         self.outputs = as_served(outputs, declared.outputs)
         self._names = [spec.name for spec in outputs]
         self._run = _runner(session, inputs, outputs)
+        self._options: onnxruntime.RunOptions | None = None  # set once memory has run short
         self._takes = _conversions(self.inputs, inputs)
         self._gives = _conversions(outputs, self.outputs)
         self._texts = frozenset(spec.name for spec in inputs if spec.dtype == "bytes")
@@ -95,9 +112,12 @@ class OnnxRuntime:
         for name, dtype in self._takes.items():
             feed[name] = feed[name].astype(dtype, copy=False)
         try:
-            outputs = dict(zip(self._names, self._run(self._names, feed), strict=True))
+            outputs = dict(zip(self._names, self._run(self._names, feed, self._options), strict=True))
         except _FOREIGN as error:
-            raise _translated(error, self._device_kind) from error
+            failure = _translated(error, self._device_kind)
+            if isinstance(failure, OutOfMemoryError):
+                self._options = _lean()
+            raise failure from error
         for name, dtype in self._gives.items():
             outputs[name] = outputs[name].astype(dtype, copy=False)
         return outputs
@@ -114,7 +134,9 @@ class _Narrow:
         self._session = session
         self._inputs = inputs
 
-    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
+    def run(
+        self, names: Sequence[str], feed: Mapping[str, Array], options: onnxruntime.RunOptions | None
+    ) -> list[Array]:
         """Return the outputs called ``names``."""
         make = onnxruntime.OrtValue
         values = {
@@ -123,25 +145,23 @@ class _Narrow:
             else make.ortvalue_from_numpy(array)
             for name, array in feed.items()
         }
-        return [_wide(value) for value in self._session.run_with_ort_values(names, values)]
+        return [_wide(value) for value in self._session.run_with_ort_values(names, values, options)]
 
 
 def load(spec: Spec, declared: Signature) -> OnnxRuntime:
     """See ``base.Load``."""
     if not spec.providers:
-        raise LoadError("device.providers is empty: a variant names its execution provider")
+        raise UnloadableError("device.providers is empty: a variant names its execution provider")
     missing = [name for name in spec.providers if name not in onnxruntime.get_available_providers()]
     if missing:
-        raise LoadError(f"execution provider {missing[0]} is not in this onnxruntime")
+        raise UnloadableError(f"execution provider {missing[0]} is not in this onnxruntime")
     path = inside(spec.bundle_dir, spec.entry)
     try:
         session = onnxruntime.InferenceSession(
             str(path), _options(spec), providers=[_provider(name, spec) for name in spec.providers]
         )
     except _FOREIGN as error:
-        failure = _translated(error, spec.device_kind)
-        kind = type(failure) if isinstance(failure, OutOfMemoryError | DeviceLostError) else LoadError
-        raise kind(f"{spec.entry}: {_short(error)}") from error
+        raise _load_failure(error, spec.device_kind)(f"{spec.entry}: {_short(error)}") from error
     session.disable_fallback()
     provider = session.get_providers()[0]
     if provider != spec.providers[0]:
@@ -156,7 +176,7 @@ def _placement(session: onnxruntime.InferenceSession, provider: str) -> dict[str
     """Return how many operators each provider executes; empty for a model of the CPU, or where nobody can tell.
 
     Raises:
-        LoadError: ``provider`` is there and executes none: the model would run elsewhere under its name.
+        UnloadableError: ``provider`` is there and executes none: the model would run elsewhere under its name.
     """
     if provider == _CPU or not hasattr(session, "get_provider_graph_assignment_info"):
         return {}
@@ -164,10 +184,18 @@ def _placement(session: onnxruntime.InferenceSession, provider: str) -> dict[str
     for part in session.get_provider_graph_assignment_info():
         placement[part.ep_name] += len(part.get_nodes())
     if placement and not placement[provider]:
-        raise LoadError(f"{provider} executes none of the {placement.total()} operators of this model")
+        raise UnloadableError(f"{provider} executes none of the {placement.total()} operators of this model")
     if placement[_CPU]:
         _log.warning("part of the model runs on the CPU", operators=dict(placement))
     return dict(placement)
+
+
+def _lean() -> onnxruntime.RunOptions:
+    """Return options with which a run gives its memory back: the runtime's arena would keep all it ever got."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = _SILENT  # the failure is raised; each try to halve it need not be printed too
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _options(spec: Spec) -> onnxruntime.SessionOptions:
@@ -177,7 +205,7 @@ def _options(spec: Spec) -> onnxruntime.SessionOptions:
     options.log_severity_level = _LOG_ERRORS_ONLY
     level = spec.session.get("graph_opt", "all")
     if level not in _LEVELS:
-        raise LoadError(f"session.graph_opt must be one of {', '.join(_LEVELS)}, got {level!r}")
+        raise UnloadableError(f"session.graph_opt must be one of {', '.join(_LEVELS)}, got {level!r}")
     config = {**_CONFIG, **spec.session.get("config", {})}
     if spec.providers[0] != _CPU:
         config["session.record_ep_graph_assignment_info"] = "1"
@@ -187,7 +215,7 @@ def _options(spec: Spec) -> onnxruntime.SessionOptions:
     options.graph_optimization_level = _LEVELS[level]
     for key, value in config.items():
         if not key.startswith("session.") or not isinstance(value, str):
-            raise LoadError(f"session.config: {key!r} must begin with 'session.' and map to a text")
+            raise UnloadableError(f"session.config: {key!r} must begin with 'session.' and map to a text")
         options.add_session_config_entry(key, value)
     return options
 
@@ -205,7 +233,7 @@ def _specs(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
     specs = []
     for node in nodes:
         if node.type not in _DTYPES:
-            raise LoadError(f"tensor {node.name!r} has type {node.type}, which cannot be served")
+            raise UnloadableError(f"tensor {node.name!r} has type {node.type}, which cannot be served")
         shape: tuple[Dimension, ...] = tuple(size if isinstance(size, int | str) else None for size in node.shape)
         specs.append(TensorSpec(node.name, _DTYPES[node.type], shape))
     return tuple(specs)
@@ -221,13 +249,11 @@ def _as_text(name: str, array: Array) -> Array:
     return texts.reshape(array.shape)
 
 
-def _runner(
-    session: onnxruntime.InferenceSession, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
-) -> Callable[[Sequence[str], Mapping[str, Array]], Sequence[Array]]:
+def _runner(session: onnxruntime.InferenceSession, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Run:
     narrow = frozenset(spec.name for spec in inputs if spec.dtype == "bfloat16")
     if narrow or any(spec.dtype == "bfloat16" for spec in outputs):
         return _Narrow(session, narrow).run
-    run: Callable[[Sequence[str], Mapping[str, Array]], Sequence[Array]] = session.run
+    run: Run = session.run
     return run
 
 
@@ -255,6 +281,15 @@ def _wide(value: onnxruntime.OrtValue) -> Array:
     count = value.tensor_size_in_bytes() // 2
     halves = np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(value.data_ptr()))
     return (halves.astype(np.uint32) << 16).view(np.float32).reshape(value.shape())
+
+
+def _load_failure(error: Exception, device_kind: str) -> type[AgentError]:
+    """Return what a failed load was: the file's own fault is there at each try."""
+    failure = _translated(error, device_kind)
+    if isinstance(failure, OutOfMemoryError | DeviceLostError):
+        return type(failure)
+    permanent = isinstance(error, _PERMANENT) or any(sign in str(error) for sign in _PERMANENT_SIGNS)
+    return UnloadableError if permanent else LoadError
 
 
 def _translated(error: Exception, device_kind: str) -> AgentError:

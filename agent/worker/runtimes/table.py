@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Final, cast
 
-from agent.errors import LoadError
+from agent.errors import UnloadableError
 from agent.worker.runtimes.base import Load
 
 
@@ -44,7 +44,7 @@ def by_zygote(name: str) -> Entry:
     """Return the line of a zygote's name.
 
     Raises:
-        LoadError: there is none.
+        UnloadableError: there is none.
     """
     return _find("zygote", name)
 
@@ -53,7 +53,7 @@ def loader(manifest_name: str) -> Load:
     """Return ``load`` of a manifest's runtime.
 
     Raises:
-        LoadError: no such runtime, or it cannot be imported.
+        UnloadableError: no such runtime, or it cannot be imported.
     """
     return cast("Load", preload(_find("manifest", manifest_name)).load)
 
@@ -62,7 +62,7 @@ def preload_all(manifest_name: str) -> None:
     """Import what any zygote of a manifest's runtime imports.
 
     Raises:
-        LoadError: no such runtime, or it cannot be imported.
+        UnloadableError: no such runtime, or it cannot be imported.
     """
     _find("manifest", manifest_name)
     for entry in ENTRIES:
@@ -74,14 +74,14 @@ def preload(entry: Entry) -> ModuleType:
     """Import what the entry names; return the module.
 
     Raises:
-        LoadError: one of them cannot be imported.
+        UnloadableError: one of them cannot be imported.
     """
     try:
         for name in (entry.library, *entry.preloads):
             import_module(name)
         return import_module(entry.module)
     except ImportError as error:
-        raise LoadError(f"runtime {entry.manifest}: {error}") from error
+        raise UnloadableError(f"runtime {entry.manifest}: {error}") from error
 
 
 def _find(field: str, value: str) -> Entry:
@@ -89,4 +89,4 @@ def _find(field: str, value: str) -> Entry:
         if getattr(entry, field) == value:
             return entry
     known = ", ".join(dict.fromkeys(getattr(entry, field) for entry in ENTRIES))
-    raise LoadError(f"unknown runtime {value!r}; known: {known}")
+    raise UnloadableError(f"unknown runtime {value!r}; known: {known}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -24,6 +24,7 @@ from agent.errors import (
     InvalidInputError,
     LoadError,
     OutOfMemoryError,
+    UnloadableError,
 )
 from agent.tensors import Array
 from agent.worker.runtimes import faults, torch_arrays, torch_programs
@@ -31,6 +32,16 @@ from agent.worker.runtimes.torch_graphs import Graphs
 from agent.worker.runtimes.torch_programs import Exported, Program, Script
 from agent.worker.signature import Signature, converts
 from agent.worker.spec import Spec, inside
+
+# What the library says of a file that it can never read. Of an exported program it mostly says nothing but that there
+# was an error, which may have been the moment's.
+_PERMANENT_SIGNS: Final = (
+    "Unknown builtin op",
+    "PyTorch file with version",
+    "PytorchStreamReader failed",
+    "pickler archive",
+    "INTERNAL ASSERT FAILED",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +105,7 @@ def load(spec: Spec, declared: Signature) -> TorchRuntime:
     torch.set_num_interop_threads(spec.threads_inter)
     for tensor in (*declared.inputs, *declared.outputs):
         if tensor.dtype not in torch_arrays.DTYPES:
-            raise LoadError(f"{tensor.name!r} is declared {tensor.dtype}, which torch has not")
+            raise UnloadableError(f"{tensor.name!r} is declared {tensor.dtype}, which torch has not")
     path = inside(spec.bundle_dir, spec.entry)
     try:
         program: Program
@@ -107,13 +118,13 @@ def load(spec: Spec, declared: Signature) -> TorchRuntime:
     except AgentError:
         raise
     except Exception as error:  # what unpickles and runs a file may raise anything
-        failure = _translated(error, device.type)
-        kind = type(failure) if isinstance(failure, OutOfMemoryError | DeviceLostError) else LoadError
-        raise kind(f"{spec.entry}: {failure}") from error
+        raise _load_failure(error, device.type)(f"{spec.entry}: {_short(error)}") from error
     if elsewhere:
-        raise LoadError(f"{spec.entry}: part of the model stays on {', '.join(sorted(elsewhere))}, not on {device}")
+        raise UnloadableError(
+            f"{spec.entry}: part of the model stays on {', '.join(sorted(elsewhere))}, not on {device}"
+        )
     if options.cuda_graphs and program.scalars:
-        raise LoadError("session.cuda_graphs: an input of this model is a number that is read on the host")
+        raise UnloadableError("session.cuda_graphs: an input of this model is a number that is read on the host")
     return TorchRuntime(program, device, cuda_graphs=options.cuda_graphs)
 
 
@@ -121,24 +132,24 @@ def _options(spec: Spec) -> Options:
     kinds = {name: type(default) for name, default in dataclasses.asdict(Options()).items()}
     for name, value in spec.session.items():
         if name not in kinds:
-            raise LoadError(f"session: torch knows {', '.join(kinds)}, not {name!r}")
+            raise UnloadableError(f"session: torch knows {', '.join(kinds)}, not {name!r}")
         if type(value) is not kinds[name]:
-            raise LoadError(f"session.{name}: must be {kinds[name].__name__}, got {value!r}")
+            raise UnloadableError(f"session.{name}: must be {kinds[name].__name__}, got {value!r}")
     options = Options(**spec.session)
     if options.floats and not converts(options.floats, "float32"):
-        raise LoadError(f"session.floats: must be a floating type, got {options.floats!r}")
+        raise UnloadableError(f"session.floats: must be a floating type, got {options.floats!r}")
     if options.cuda_graphs and spec.device_kind != "cuda":
-        raise LoadError(f"session.cuda_graphs needs a CUDA device, this variant runs on {spec.device_name}")
+        raise UnloadableError(f"session.cuda_graphs needs a CUDA device, this variant runs on {spec.device_name}")
     return options
 
 
 def _device(spec: Spec) -> torch.device:
     if spec.providers:
-        raise LoadError(f"device.providers: torch has none, got {', '.join(spec.providers)}")
+        raise UnloadableError(f"device.providers: torch has none, got {', '.join(spec.providers)}")
     if spec.device_kind == "cpu":
         return torch.device("cpu")
     if spec.device_kind != "cuda":
-        raise LoadError(f"torch does not run on {spec.device_kind!r}")
+        raise UnloadableError(f"torch does not run on {spec.device_kind!r}")
     if not torch.cuda.is_available():
         raise LoadError(f"CUDA cannot be used by this torch ({torch.__version__})")
     device = torch.device("cuda", spec.visible_index)
@@ -146,8 +157,17 @@ def _device(spec: Spec) -> torch.device:
     return device
 
 
+def _load_failure(error: Exception, device_kind: str) -> type[AgentError]:
+    """Return what a failed load was: the file's own fault is there at each try."""
+    failure = _translated(error, device_kind)
+    if isinstance(failure, OutOfMemoryError | DeviceLostError):
+        return type(failure)
+    permanent = isinstance(error, ValueError) or any(sign in str(error) for sign in _PERMANENT_SIGNS)
+    return UnloadableError if permanent else LoadError
+
+
 def _translated(error: Exception, device_kind: str) -> AgentError:
-    text = str(error).strip()[:500] or type(error).__name__
+    text = _short(error)
     if isinstance(error, torch.OutOfMemoryError) or faults.is_memory(error):
         return OutOfMemoryError(text)
     if device_kind == "cuda" and faults.is_device_loss(error):
@@ -155,3 +175,7 @@ def _translated(error: Exception, device_kind: str) -> AgentError:
     if isinstance(error, AssertionError):  # the guards of an exported program: sizes it was not made for
         return InvalidInputError(text)
     return InferenceError(text)
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip()[:500] or type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from agent.errors import LoadError
+from agent.errors import UnloadableError
 from agent.worker.runtimes.torch_arrays import DTYPES, NAMES
 from agent.worker.signature import Dimension, Signature, TensorSpec, as_served, converts
 
@@ -58,12 +58,12 @@ class Script:
         required = [argument for argument in arguments if not argument.has_default_value()]
         self._named = set(names) <= set(by_name) and {argument.name for argument in required} <= set(names)
         if not self._named and not len(required) <= len(names) <= len(arguments):
-            raise LoadError(f"forward takes {', '.join(by_name) or 'nothing'}; declared are {', '.join(names)}")
+            raise UnloadableError(f"forward takes {', '.join(by_name) or 'nothing'}; declared are {', '.join(names)}")
         taken = [by_name[name] for name in names] if self._named else arguments
         kinds = {name: str(argument.type) for name, argument in zip(names, taken, strict=False)}
         for name, kind in kinds.items():
             if kind not in _SCALARS | _TENSORS:
-                raise LoadError(f"input {name!r}: forward wants {kind}, which cannot be served")
+                raise UnloadableError(f"input {name!r}: forward wants {kind}, which cannot be served")
         self._read_on_host = {name for name, kind in kinds.items() if kind in _SCALARS}
         self.scalars = bool(self._read_on_host)
 
@@ -96,10 +96,12 @@ class Exported:
         taken, given = program.graph_signature.user_inputs, program.graph_signature.user_outputs
         known = {node.name: node.meta.get("val") for node in program.graph.nodes}
         if not all(isinstance(known.get(str(name)), torch.Tensor) for name in (*taken, *given)):
-            raise LoadError("the program takes or gives something that is no tensor")
+            raise UnloadableError("the program takes or gives something that is no tensor")
         counts, wanted = (len(taken), len(given)), (len(declared.inputs), len(declared.outputs))
         if counts != wanted:
-            raise LoadError("the program has {} inputs and {} outputs; declared are {} and {}".format(*counts, *wanted))
+            raise UnloadableError(
+                "the program has {} inputs and {} outputs; declared are {} and {}".format(*counts, *wanted)
+            )
         self._order = list(taken) if set(taken) == set(declared.by_name) else list(declared.by_name)
         found = [_found(name, known[place]) for name, place in zip(self._order, taken, strict=True)]
         self.takes: Mapping[str, torch.dtype] = {
@@ -129,17 +131,17 @@ def is_exported(path: Path) -> bool:
     """Whether the file is a program of ``torch.export``.
 
     Raises:
-        LoadError: it is neither that nor TorchScript.
+        UnloadableError: it is neither that nor TorchScript.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.partition("/")[2] or name for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise LoadError(f"{path.name}: not a file of torch: {error}") from error
+    except (FileNotFoundError, zipfile.BadZipFile) as error:
+        raise UnloadableError(f"{path.name}: not a file of torch: {error}") from error
     if members & {"archive_format", "serialized_exported_program.json"}:
         return True
     if "constants.pkl" not in members:
-        raise LoadError(f"{path.name}: neither TorchScript nor a program of torch.export")
+        raise UnloadableError(f"{path.name}: neither TorchScript nor a program of torch.export")
     return False
 
 

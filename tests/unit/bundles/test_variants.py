@@ -130,6 +130,32 @@ def test_policy_require_keeps_the_best_variant_only() -> None:
     assert selection.dropped[0][0] == "b"
 
 
+REQUIRE = {"policy": PolicyConfig(fallback="require")}
+LOST_GPU = {"hardware": Hardware(arch="x86_64", cores=8, memory_bytes=16 << 30, gpu_reason="driver mismatch")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "variants", "kept"),
+    [
+        (GPU_BOX, (variant("gpu", "cuda"), variant("cpu")), ["gpu"]),
+        (GPU_BOX, (variant("cpu"),), ["cpu"]),  # the bundle has nothing better
+        ({}, (variant("gpu", "cuda"), variant("cpu")), ["cpu"]),  # the profile is a CPU box's
+        ({}, (variant("int8", priority=1, precision="int8"), variant("fp32"), variant("other")), ["int8", "fp32"]),
+        ({}, (variant("fp32", priority=1), variant("int8", precision="int8")), ["fp32"]),
+        (GPU_BOX, (variant("int8", "cuda", precision="int8"), variant("cpu")), ["int8"]),
+    ],
+)
+def test_require_means_the_best_kind_of_device(
+    settings: dict[str, Any], variants: tuple[Variant, ...], kept: list[str]
+) -> None:
+    assert ranked(box(**settings, **REQUIRE), *variants) == kept
+
+
+def test_require_refuses_to_become_a_cpu_box() -> None:
+    with pytest.raises(NoVariantError, match=r"gpu: .*driver mismatch; cpu: .*'require': only cuda"):
+        select(manifest(variant("gpu", "cuda"), variant("cpu")), box(**GPU_BOX | LOST_GPU, **REQUIRE))
+
+
 def test_handler_code_can_be_refused() -> None:
     handler = Handler(module="handler.py", class_name="H")
     with pytest.raises(PolicyError):

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.engine.growth import Bounds, Move, Seen, Trend, room_for, step
+from agent.engine.growth import Bounds, Move, Seen, Trend, step
 
 pytestmark = pytest.mark.unit
 LOOK_S = 0.05
-GIB = 1 << 30
 
 
 @dataclass
@@ -145,21 +144,3 @@ def test_the_bounds_hold_whatever_is_seen(least: int, more: int, looks: list[tup
     for busy, delay_s in looks:
         world.look(busy, delay_s)
         assert least <= world.workers <= least + more
-
-
-@pytest.mark.parametrize(
-    ("newcomer", "held", "budget", "available", "reason"),
-    [
-        (1 * GIB, [1 * GIB], 2 * GIB, 8 * GIB, ""),
-        (1 * GIB, [1 * GIB, 1], 2 * GIB, 8 * GIB, "models may take 2048 MiB, they hold 1024, and another worker needs"),
-        (1 * GIB, [1 * GIB], 0, 8 * GIB, ""),
-        (2 * GIB, [2 * GIB], 8 * GIB, 1 * GIB, "another worker needs 2048 MiB, the box has 1024 left"),
-        (0, [], 1, 0, ""),
-    ],
-)
-def test_memory_that_does_not_suffice_is_named(
-    newcomer: int, held: list[int], budget: int, available: int, reason: str
-) -> None:
-    found = room_for(newcomer, held, budget_bytes=budget, available_bytes=available)
-    assert found.startswith(reason)
-    assert bool(found) == bool(reason)

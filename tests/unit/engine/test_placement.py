@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from agent.engine.memory import HOST, Need
 from agent.engine.placement import placed
 from agent.engine.types import VariantSpec
-from agent.errors import LoadError, OutOfMemoryError
-from agent.gpus import GpuMemory
+from agent.errors import DeviceLostError, LoadError
+from agent.nvml import GpuMemory
 
 GIB = 1 << 30
 BOX = tuple(
@@ -18,30 +19,37 @@ BOX = tuple(
 def variant(*, pinned: str = "", needs: int = 0) -> VariantSpec:
     return VariantSpec(
         id="v", runtime="onnx", precision="fp16", device=pinned or "cuda:0", worker={"model": "m"},
-        pinned_device=pinned, device_bytes=needs * GIB,
+        pinned_device=pinned, need=Need(sizes={HOST: 5, pinned or "cuda": needs * GIB}),
     )  # fmt: skip
 
 
 def test_the_gpu_with_the_most_free_memory_is_taken_and_the_first_of_equals() -> None:
-    found = placed(variant(needs=3), BOX)
+    found = placed(variant(needs=3), BOX, {})
     assert found.device == "cuda:1"
+    assert found.need.sizes == {HOST: 5, "cuda:1": 3 * GIB}
     assert found.worker == {"model": "m", "device": {"kind": "cuda", "index": 1, "uuid": "GPU-1"}}
 
 
 def test_a_pin_beats_free_memory() -> None:
-    assert placed(variant(pinned="cuda:3"), BOX).device == "cuda:3"
+    found = placed(variant(pinned="cuda:3", needs=9), BOX, {})
+    assert (found.device, found.need.sizes["cuda:3"]) == ("cuda:3", 9 * GIB)
 
 
 def test_a_gpu_that_is_not_there_is_named_with_those_that_are() -> None:
     with pytest.raises(LoadError, match=r"pinned to cuda:4 .* this box has cuda:0, cuda:1, cuda:2, cuda:3"):
-        placed(variant(pinned="cuda:4"), BOX)
-
-
-@pytest.mark.parametrize(("pinned", "words"), [("", "cuda:1 has 7168 free"), ("cuda:0", "cuda:0 has 2048 free")])
-def test_too_little_free_memory_is_said_before_anything_is_loaded(pinned: str, words: str) -> None:
-    with pytest.raises(OutOfMemoryError, match=words):
-        placed(variant(pinned=pinned, needs=8), BOX)
+        placed(variant(pinned="cuda:4"), BOX, {})
 
 
 def test_a_box_that_does_not_tell_leaves_the_choice_to_cuda() -> None:
-    assert placed(variant(), ()) == variant()
+    assert placed(variant(), (), {}) == variant()
+
+
+def test_a_lost_gpu_is_left_for_another() -> None:
+    assert placed(variant(), BOX, {"cuda:1": "gone"}).device == "cuda:2"
+    assert placed(variant(pinned="cuda:0"), BOX, {"cuda:1": "gone"}).device == "cuda:0"
+
+
+@pytest.mark.parametrize(("pinned", "box"), [("cuda:1", BOX), ("cuda:1", ()), ("", BOX[1:2]), ("", ())])
+def test_what_has_lost_its_last_gpu_says_so(pinned: str, box: tuple[GpuMemory, ...]) -> None:
+    with pytest.raises(DeviceLostError, match="cuda:1 is lost: fallen off the bus"):
+        placed(variant(pinned=pinned), box, {"cuda:1": "fallen off the bus"})
