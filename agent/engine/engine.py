@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from agent.engine.orphans import kill_left
 from agent.engine.placement import needs_gpu, placed
 from agent.engine.pool import Pool
 from agent.engine.residency import Residency, Seat
+from agent.engine.routes import Route
 from agent.engine.spawn import Spawned
 from agent.engine.streams import StreamCounts
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
@@ -106,9 +107,8 @@ class Engine:
         self._events = events
         self._metrics = metrics
         self._zygotes = {runtime: Zygote(runtime, spawned=one) for runtime, one in (spawned or {}).items()}
-        self._active: dict[str, Version] = {}
+        self._routes: dict[str, Route[Version]] = {}
         self._loaded: set[Version] = set()
-        self._expected: dict[str, str] = {}  # slots that are known and have nothing to serve yet: why
         self._numbers = itertools.count(FIRST_ID)
         self._work = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
@@ -194,12 +194,12 @@ class Engine:
         now = self._now()
         job = Job(request, number, now)
         try:
-            job.version = self._route(request)
+            job.version = self._choose(request.model, request.version)
             job.client = self._admission.admit(request.client, now)
             request.handle = job
             job.version.submit(job)
         except AgentError as error:
-            self._answers.add((request.model if request.model in self._active else "", "", error.code))
+            self._answers.add((request.model if request.model in self._routes else "", "", error.code))
             job.settle()
             request.answer(Header(error_of(error, None)), ())
             return
@@ -234,7 +234,7 @@ class Engine:
         config = self._config
         if not config.lanes_max:
             raise LaneRefusedError("direct lanes are switched off here")
-        version = self._route_to(model)
+        version = self._choose(model)
         if self._admission.limited(client):
             raise LaneRefusedError("this client's requests are limited, so the daemon counts them")
         if version.pool is None:
@@ -252,22 +252,14 @@ class Engine:
         self._work.set()  # it is watched from now on
         return lane
 
-    def _route_to(self, model: str) -> Version:
-        version = self._active.get(model)
-        if version is None:
-            if model in self._expected:
-                raise UnavailableError(f"model {model!r}: {self._expected[model]}")
-            raise UnknownModelError(f"Request for unknown model: {model!r} is not found")
-        return version
+    def _choose(self, model: str, version: str | None = None) -> Version:
+        return self._known(model).choose(version)
 
-    def _route(self, request: InferRequest) -> Version:
-        version = self._route_to(request.model)
-        if request.version and request.version != version.spec.version:
-            raise UnknownModelError(
-                f"Request for unknown model: {request.model!r} version {request.version!r} is not found; "
-                f"version {version.spec.version!r} is active"
-            )
-        return version
+    def _known(self, model: str) -> Route[Version]:
+        route = self._routes.get(model)
+        if route is None:
+            raise UnknownModelError(f"Request for unknown model: {model!r} is not found")
+        return route
 
     # Versions
 
@@ -286,9 +278,9 @@ class Engine:
             await version.load(cause="deployment")
         except BaseException:
             await self._drop(version)
-            active = self._active.get(spec.model)
-            if active is not None and not active.keeping.lazy:
-                active.wake(RESTORED)
+            default = self.active(spec.model)
+            if default is not None and not default.keeping.lazy:
+                default.wake(RESTORED)
             raise
         return version
 
@@ -325,7 +317,7 @@ class Engine:
             UnknownModelError: no such model.
             OverloadedError, OutOfMemoryError, UnavailableError: it cannot be loaded now.
         """
-        await self._route_to(model).ensure(OPERATOR)
+        await self._choose(model).ensure(OPERATOR)
 
     async def unload_now(self, model: str) -> None:
         """Answer what a model holds, then unload it until it is asked again.
@@ -335,7 +327,7 @@ class Engine:
             CommandError: it is pinned, or a deployment needs it.
             UnavailableError: it is being loaded, or cannot be.
         """
-        version = self._route_to(model)
+        version = self._choose(model)
         if version.held_by or version.keeping.pinned:
             raise CommandError(f"{version.name} stays in memory: it is {version.held_by or 'pinned'}")
         if version.asleep:
@@ -354,9 +346,10 @@ class Engine:
 
     def activate(self, version: Version) -> Version | None:
         """Route the slot to ``version`` from now on; return what served before, still loaded."""
-        previous = self._active.get(version.spec.model)
-        self._active[version.spec.model] = version
-        self._expected.pop(version.spec.model, None)
+        route = self._route_of(version.model)
+        previous, route.default = route.default, version
+        route.kept = [one for one in route.kept if one is not version]
+        route.expected.pop("", None)
         version.route(here=True)
         back = version.stage is Stage.BEFORE
         if back:
@@ -364,6 +357,7 @@ class Engine:
             self._residency.look_again()
         if previous is version or previous is None:
             return None
+        route.kept.append(previous)
         previous.route(here=False)
         previous.stage = Stage.LEFT if back else Stage.BEFORE
         if previous.pool is not None:
@@ -374,8 +368,10 @@ class Engine:
 
     async def retire(self, version: Version, *, timeout_s: float = 30.0) -> None:
         """Answer what the version still holds, then unload it; an active version leaves its slot."""
-        if self._active.get(version.spec.model) is version:
-            del self._active[version.spec.model]
+        route = self._route_of(version.model)
+        route.leave(version)
+        if route.empty:
+            del self._routes[version.model]
         await version.close(timeout_s=timeout_s)
         self._loaded.discard(version)
 
@@ -397,14 +393,15 @@ class Engine:
 
     def expect(self, model: str, reason: str) -> None:
         """Say why a known model does not serve yet; requests to it are told."""
-        if model not in self._active:
-            self._expected[model] = reason
+        route = self._route_of(model)
+        if route.default is None:
+            route.expected[""] = reason
 
     # Views
 
     def models(self) -> list[str]:
         """Return the names of all slots, serving or expected."""
-        return sorted({*self._active, *self._expected})
+        return sorted(self._routes)
 
     def model_state(self, name: str, version: str | None = None) -> ModelState:
         """Return whether the model serves now.
@@ -412,16 +409,13 @@ class Engine:
         Raises:
             UnknownModelError: no such slot or version.
         """
-        active = self._active.get(name)
-        if active is None:
-            if name in self._expected and not version:
-                return ModelState(ready=False, reason=self._expected[name])
-            raise UnknownModelError(f"Request for unknown model: {name!r} is not found")
-        if version and version != active.spec.version:
-            raise UnknownModelError(f"Request for unknown model: {name!r} version {version!r} is not found")
-        if active.on_demand:
+        route = self._known(name)
+        found = route.find(version)
+        if found is None:
+            return ModelState(ready=False, reason=route.absence(version))
+        if found.on_demand:
             return ModelState(ready=True, reason=ON_DEMAND)
-        return ModelState(ready=active.ready, reason=active.why_not)
+        return ModelState(ready=found.ready, reason=found.why_not)
 
     def describe(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Return the model's metadata.
@@ -430,15 +424,16 @@ class Engine:
             UnknownModelError: no such slot or version.
             UnavailableError: known, and nothing is loaded.
         """
-        state = self.model_state(name, version)
-        if name not in self._active:
-            raise UnavailableError(f"model {name!r}: {state.reason}")
-        return self._active[name].describe()
+        return self._choose(name, version).describe()
 
     def status(self) -> list[dict[str, Any]]:
         """Return one entry per slot."""
-        rows = [{"model": name, **version.status()} for name, version in self._active.items()]
-        rows += [{"model": name, "ready": False, "reason": reason} for name, reason in self._expected.items()]
+        rows = [{"model": name, **version.status()} for name, version in self._defaults()]
+        rows += [
+            {"model": name, "ready": False, "reason": reason}
+            for name, route in self._routes.items()
+            for reason in route.expected.values()
+        ]
         return sorted(rows, key=lambda row: str(row["model"]))
 
     def processes(self) -> list[dict[str, Any]]:
@@ -455,12 +450,19 @@ class Engine:
 
     def active(self, model: str) -> Version | None:
         """Return the version that serves ``model``."""
-        return self._active.get(model)
+        route = self._routes.get(model)
+        return route.default if route is not None else None
 
     # Inside
 
+    def _route_of(self, model: str) -> Route[Version]:
+        return self._routes.setdefault(model, Route(model))
+
+    def _defaults(self) -> Iterator[tuple[str, Version]]:
+        return ((name, route.default) for name, route in self._routes.items() if route.default is not None)
+
     def _size_of(self, model: str) -> int:
-        active = self._active.get(model)
+        active = self.active(model)
         return active.pool.size if active is not None and active.pool is not None else 0
 
     def _make_version(self, spec: VersionSpec, stage: Stage) -> Version:
@@ -522,27 +524,29 @@ class Engine:
         task.add_done_callback(self._tasks.discard)
 
     def _outstanding(self) -> list[tuple[tuple[str, ...], float]]:
-        pools = [(name, version.pool) for name, version in self._active.items()]
+        pools = [(name, version.pool) for name, version in self._defaults()]
         return [((name,), pool.outstanding + pool.lanes_waiting if pool else 0) for name, pool in pools]
 
     def _lanes(self) -> list[tuple[tuple[str, ...], float]]:
-        return [((name,), version.pool.lanes if version.pool else 0) for name, version in self._active.items()]
+        return [((name,), version.pool.lanes if version.pool else 0) for name, version in self._defaults()]
 
     def _readiness(self) -> list[tuple[tuple[str, ...], float]]:
-        active = self._active.items()
-        return [((name, version.spec.version), float(version.ready or version.on_demand)) for name, version in active]
+        return [
+            ((name, version.spec.version), float(version.ready or version.on_demand))
+            for name, version in self._defaults()
+        ]
 
     def _residence(self) -> list[tuple[tuple[str, ...], float]]:
-        return [((name, version.spec.version), float(version.ready)) for name, version in self._active.items()]
+        return [((name, version.spec.version), float(version.ready)) for name, version in self._defaults()]
 
     def _workers(self) -> list[tuple[tuple[str, ...], float]]:
-        return [((name,), len(version.pool.links) if version.pool else 0) for name, version in self._active.items()]
+        return [((name,), len(version.pool.links) if version.pool else 0) for name, version in self._defaults()]
 
     def _failed_variants(self) -> list[tuple[tuple[str, ...], float]]:
-        return [((name,), version.fallen) for name, version in self._active.items()]
+        return [((name,), version.fallen) for name, version in self._defaults()]
 
     def _deaths(self) -> list[tuple[tuple[str, ...], float]]:
-        return [((name,), version.deaths) for name, version in self._active.items()]
+        return [((name,), version.deaths) for name, version in self._defaults()]
 
 
 async def _contained(work: Coroutine[Any, Any, None], name: str) -> None:
