@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
@@ -27,9 +28,11 @@ from agent.engine.contest import contest
 from agent.engine.job import Job, error_of
 from agent.engine.ladder import Purpose, Try, Verdict
 from agent.engine.lanes import LaneCounts
+from agent.engine.link import WorkerLink
 from agent.engine.memory import Need
 from agent.engine.pool import Pool
 from agent.engine.residency import Residency
+from agent.engine.selftest import Act, Report, Tests, examine
 from agent.engine.standing import Standing
 from agent.engine.streams import StreamCounts
 from agent.engine.types import Keeping, VariantSpec, VersionSpec
@@ -96,6 +99,7 @@ class Version:
         events: EventBus,
         latency: HistogramSeries,
         answers: Counter,
+        tested: Counter,
         streams: StreamCounts,
         now: Callable[[], float],
         config: VariantsConfig,
@@ -111,7 +115,9 @@ class Version:
         self.may_unload = True
         self.load_until = 0.0
         self.pool: Pool | None = None
-        self.reason = "loading"  # why it cannot serve; empty while it can
+        self._reason = "loading"  # see ``reason``
+        self._retried = False  # whether when it is tried again belongs to the reason
+        self.tests = Tests()
         self.routed = False  # whether requests come: otherwise nothing better is looked for
         self.deaths = 0
         self.good = 0
@@ -122,6 +128,7 @@ class Version:
         self._events = events
         self._latency = latency
         self._answers = answers
+        self._tested = tested
         self._streams = streams
         self._now = now
         self._config = config
@@ -201,16 +208,39 @@ class Version:
 
     @property
     def why_not(self) -> str:
-        """Why it is not ready; empty if it is."""
+        """Why it is not ready, and when it is tried again; empty if it is."""
+        return self._why_not(self.reason)
+
+    @property
+    def lasting(self) -> str:
+        """The same without what changes by the second."""
+        return self._why_not(self._reason)
+
+    def _why_not(self, reason: str) -> str:
         if self.ready:
             return ""
-        if self.reason:
-            return self.reason
+        if reason:
+            return reason
         if self._walking:
             return "the next variant is starting"
         if self.pool is None:
             return "unloaded"
         return f"its worker is restarting: {self.pool.cause or 'it died'}"
+
+    @property
+    def reason(self) -> str:
+        """Why it cannot serve, and where nothing loads what follows from that; empty while it can serve."""
+        return f"{self._reason}{self._next_text()}" if self._retried else self._reason
+
+    @reason.setter
+    def reason(self, reason: str) -> None:
+        self._reason, self._retried = reason, False
+
+    def _say_nothing_loads(self) -> str:
+        """Keep and return why nothing can be loaded."""
+        reasons = "; ".join(f"{skip['variant']}: {skip['reason']}" for skip in self.skipped)
+        self._reason, self._retried = f"no variant loads: {reasons}", True
+        return self._reason
 
     @property
     def fallen(self) -> int:
@@ -296,16 +326,19 @@ class Version:
     def _fail_load(self, waiting: Iterable[Job], last: WorkerError | None, short: OverloadedError | None) -> AgentError:
         """Note that no variant is left, tell those who wait, and return the error to raise."""
         self.pool = None
-        self.reason = "unloaded" if self._closing.is_set() else self._nothing_loads()
-        refusal = self._refusal = short or type(last or LoadError(""))(self.reason)
+        why = self.reason = "unloaded"
+        if not self._closing.is_set():
+            why = self._say_nothing_loads()
+        refusal = self._refusal = short or type(last or LoadError(""))(why)
         if self.stage is not Stage.TRYING and (self._woken or self.spec.keeping.lazy or short is not None):
             self.sleep()
             if short is None:
                 step = self._standing.next_try(None)
-                self._trouble, self.reason = refusal, str(refusal)
+                self._trouble = refusal
+                self._say_nothing_loads()
                 self._wake_from = step.at if step is not None else math.inf
         for job in waiting:
-            self._fail(job, _told(refusal))
+            self._fail(job, _told(refusal, self.reason if short is None else str(short)))
         return refusal
 
     def sleep(self) -> None:
@@ -328,7 +361,7 @@ class Version:
         if descent:
             self._opened = self.pool = self._make_pool(self._variants[descent[0]], self)
         else:
-            self.reason = self._nothing_loads()
+            self._say_nothing_loads()
         self._spawn(self._load_again(cause), f"load {self.spec.model}")
 
     async def _load_again(self, cause: str) -> None:
@@ -349,7 +382,7 @@ class Version:
         if self.asleep and not self._closing.is_set():
             wait_s = self._wake_from - self._now()
             if wait_s > 0 and self._trouble is not None:
-                error = _told(self._trouble)
+                error = _told(self._trouble, self.reason)
                 error.retry_after_s = wait_s if wait_s < math.inf else 0.0
                 raise error
             self.wake("request")
@@ -370,7 +403,8 @@ class Version:
         finally:
             self._calls -= 1
         if not self.ready:
-            raise _told(self._refusal or UnavailableError(self.why_not))
+            refusal = self._refusal or UnavailableError(self.why_not)
+            raise _told(refusal, self.reason if self._retried else str(refusal))
 
     def wanted(self) -> bool:
         """Whether anybody still waits for what it loads."""
@@ -506,6 +540,49 @@ class Version:
             self.faults += 1
         return value
 
+    async def examine(self, *, timeout_s: float) -> Report:
+        """Run the golden inputs again in every worker, because somebody asks, and do what follows.
+
+        Raises:
+            UnavailableError: it does not serve.
+            AgentError: it cannot be loaded now; the class says why.
+        """
+        if self.asleep:
+            await self.ensure("selftest")
+            self.used_at = self._now()
+        if self.pool is None or not self.ready:
+            raise UnavailableError(f"{self.name}: {self.why_not}")
+        return await examine(self, self.pool, timeout_s=timeout_s, patient=False)
+
+    @property
+    def examinable(self) -> bool:
+        """Whether it serves on its own account: not asleep, not on trial, nothing else being tried."""
+        quiet = not self._beside and self._aside is None
+        return self.stage is Stage.SERVING and quiet and not self.moving and not self.closing
+
+    def tested(self, pool: Pool, link: WorkerLink | None, report: Report) -> Report:
+        """Note the end of a test and do what follows; return it with what was done. ``link`` did not pass."""
+        now, tests, variant = self._now(), self.tests, pool.spec.id
+        before, tests.tested_at = tests.last, now
+        self._tested.add((self.spec.model, self.spec.version, report.code or "ok"))
+        tests.last = report
+        if link is None:
+            if before is not None and not before.ok:
+                self._tell("selftest.passed", variant=variant)
+            return report
+        act = None
+        if pool is self.pool and self.stage is not Stage.TRYING and not self.moving and not self.closing:
+            act = tests.fails(variant, now, healthy_s=self._config.healthy_s)
+        report = tests.last = replace(report, act=act)
+        what = {"variant": variant, "code": report.code, "reason": report.message, "act": act or "none"}
+        self._tell("selftest.failed", Severity.WARNING, **what)
+        if act is Act.RESTART:
+            link.kill()
+        elif act is Act.LEAVE:
+            self._fell(variant, by_code(report.code, report.message))
+            self._leave(pool, pool.evacuate(), reason="its variant failed its self-test; the next one is starting")
+        return report
+
     def describe(self) -> dict[str, Any]:
         """Return the model's metadata in the Open Inference Protocol's terms, plus what serves it."""
         return views.metadata(self)
@@ -535,6 +612,11 @@ class Version:
     def holding(self) -> dict[str, int]:
         """What it holds of memory now, by place (bytes)."""
         return self._residency.holding(self)
+
+    @property
+    def test_row(self) -> dict[str, Any] | None:
+        """How its last self-test ended; ``None``: there was none but that of its load."""
+        return self.tests.row(self._now())
 
     @property
     def variant_rows(self) -> list[dict[str, Any]]:
@@ -818,15 +900,14 @@ class Version:
 
     # Telling
 
-    def _nothing_loads(self) -> str:
-        reasons = "; ".join(f"{skip['variant']}: {skip['reason']}" for skip in self.skipped)
-        return f"no variant loads: {reasons}{self._next_text()}"
-
     def _next_text(self) -> str:
         step = self._standing.next_try(None)
         if step is None:
             return "; it is not tried again by itself, because each try would fail the same way"
-        return f"; tried again in {max(0.0, step.at - self._now()):.0f} s"
+        wait_s = max(0.0, step.at - self._now())
+        if not self.asleep:
+            return f"; tried again in {wait_s:.0f} s" if wait_s else "; it is tried again now"
+        return f"; tried again by a request in {wait_s:.0f} s" if wait_s else "; the next request tries it again"
 
     def _tell_change(self, before: Pool | None, why: str) -> None:
         now = self.pool.spec.id if self.pool is not None else ""
@@ -865,9 +946,9 @@ def _first(variant: str, order: Sequence[str]) -> tuple[str, ...]:
     return (variant, *(other for other in order if other != variant))
 
 
-def _told(refusal: AgentError) -> AgentError:
+def _told(refusal: AgentError, text: str) -> AgentError:
     """Return what a caller is told of a failed load, each time anew: an error keeps the traces of all who raise it."""
     kind = type(refusal) if isinstance(refusal, OverloadedError | OutOfMemoryError) else UnavailableError
-    told = kind(str(refusal))
+    told = kind(text)
     told.retry_after_s = refusal.retry_after_s
     return told
