@@ -112,6 +112,7 @@ class Engine:
         self._expected: dict[str, str] = {}  # slots that are known and have nothing to serve yet: why
         self._numbers = itertools.count(FIRST_ID)
         self._work = asyncio.Event()
+        self._awaited: set[asyncio.Event] = set()  # set once the sweeper has been round
         self._group: asyncio.TaskGroup | None = None
         self._now: Callable[[], float] = time.monotonic  # the loop's once it runs; to find the loop costs a system call
         self._tasks: set[asyncio.Task[None]] = set()
@@ -190,12 +191,24 @@ class Engine:
             for version in self._loaded:
                 one_busy, one_watched = version.sweep(now)
                 busy, watched = busy or one_busy, watched or one_watched
+            for turn in self._awaited:
+                turn.set()
             if not busy:
                 self._work.clear()
                 if watched:
                     loop.call_later(self._config.hang_timeout_s / 4, self._work.set)
                 continue
             await asyncio.sleep(_SWEEP_S)
+
+    async def progress(self) -> None:
+        """Return once every model has been looked after anew; if that has stopped, never."""
+        turn = asyncio.Event()
+        self._awaited.add(turn)
+        self._work.set()
+        try:
+            await turn.wait()
+        finally:
+            self._awaited.discard(turn)
 
     # Requests
 
