@@ -20,11 +20,11 @@ _ACTS: Final[Mapping[str, str]] = {
 
 
 @click.command("selftest")
-@click.argument("model", default="")
+@click.argument("target", metavar="MODEL[@VERSION]", default="")
 @click.option("--all", "everything", is_flag=True, help="Every model in memory; what sleeps is left alone.")
 @json_option
 @click.pass_obj
-def selftest_command(socket_path: str, model: str, everything: bool, as_json: bool) -> None:
+def selftest_command(socket_path: str, target: str, everything: bool, as_json: bool) -> None:
     """Run MODEL's golden inputs now, in each worker that serves it, and show what was measured.
 
     A model that sleeps is loaded for it. A worker that does not pass is replaced; a variant that does not pass again is
@@ -33,13 +33,14 @@ def selftest_command(socket_path: str, model: str, everything: bool, as_json: bo
     \b
     Examples:
       inferctl selftest magika
+      inferctl selftest magika@1.0.0
       inferctl selftest --all --json
     """
-    if bool(model) == everything:
+    if bool(target) == everything:
         raise click.UsageError("name a MODEL, or --all")
     values = []
     with connected(socket_path) as client:
-        for value in _all(client) if everything else (client.call("selftest", {"model": model}),):
+        for value in _all(client) if everything else (client.call("selftest", _named(target)),):
             values.append(value)
             if not as_json:
                 click.echo("\n".join(report_lines(value)))
@@ -68,10 +69,16 @@ def _all(client: Client) -> Iterator[dict[str, Any]]:
     """Test every model that has something to serve; one that cannot be tested has not passed."""
     for row in client.call("models"):
         if row["active"]:
+            named = _named(row["slot"])
             try:
-                yield client.call("selftest", {"model": row["slot"], "wake": False})
+                yield client.call("selftest", {**named, "wake": False})
             except AgentError as error:
-                yield {"model": row["slot"], "ok": False, "code": error.code, "message": str(error)}
+                yield {**named, "ok": False, "code": error.code, "message": str(error)}
+
+
+def _named(target: str) -> dict[str, str]:
+    model, _, version = target.partition("@")
+    return {"model": model, "version": version}
 
 
 def _golden_lines(row: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from agent.deploy.plan import ORDINARY, Plan
 from agent.deploy.pointer import Pointer
+from agent.deploy.slots import model_of
 from agent.deploy.state import FINAL, TRIAL, Record, State
 
 PRECEDENCE: Final = ("pin", "fleet", "file")  # strongest first
@@ -36,6 +38,12 @@ class Desired:
     local: bool = False  # take it from disk, without network
     force: bool = False  # although it failed here before
     medium: str = ""  # the folder to take it from, instead of the configured stores
+    plan: Plan = ORDINARY
+
+    @property
+    def model(self) -> str:
+        """Of which the slot is."""
+        return model_of(self.slot)
 
 
 class Action(StrEnum):

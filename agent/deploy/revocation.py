@@ -13,6 +13,7 @@ from typing import Literal
 
 from agent.deploy.pointer import Pointer
 from agent.deploy.ports import Kept
+from agent.deploy.slots import version_beside
 
 OnRevoked = Literal["fallback", "stop", "warn"]
 
@@ -51,12 +52,12 @@ def decide(
         pointer: What the slot serves.
         revoked: Digests.
         kept: The versions on disk.
-        served: Digests that earned trust in this slot: only to those a box returns without asking anybody.
+        served: The model's digests that earned trust here: only to those a box returns without asking anybody.
         policy: The box's.
     """
     if pointer.active.digest not in revoked:
         return Measure.NONE, None
-    if policy != "fallback":
+    if policy != "fallback" or version_beside(pointer.slot):  # a version beside the default has no other to give
         return (Measure.WARN if policy == "warn" else Measure.STOP), None
     model = (pointer.active.team, pointer.active.name)
     bad = {digest[:12] for digest in revoked}
@@ -66,3 +67,8 @@ def decide(
     fit = [item for item in kept if (item.team, item.name) == model and item.digest in good - bad]
     newest = max(fit, key=lambda item: item.seq, default=None)
     return (Measure.FALL_BACK if newest is not None else Measure.STOP), newest
+
+
+def revoked_text(version: str, reason: str) -> str:
+    """Return what people are told of a version that may not be loaded."""
+    return f"version {version} was revoked: {reason}"

@@ -118,6 +118,8 @@ class Version:
         self._reason = "loading"  # see ``reason``
         self._retried = False  # whether when it is tried again belongs to the reason
         self.tests = Tests()
+        self.holders = 0  # slots that hold it
+        self.beside = 0  # of them those beside the default
         self.routed = False  # whether requests come: otherwise nothing better is looked for
         self.deaths = 0
         self.good = 0
@@ -189,6 +191,11 @@ class Version:
         return self.stage.value if self.stage in _HELD else ""
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes no more work."""
+        return self._closing.is_set()
+
+    @property
     def on_demand(self) -> bool:
         """Whether it sleeps, and nothing is known that would keep a request from waking it."""
         return self.asleep and self._trouble is None
@@ -251,6 +258,16 @@ class Version:
     def skipped(self) -> list[dict[str, str]]:
         """The variants that do not serve because something is wrong, with the reason."""
         return self._standing.skipped
+
+    def hold(self, *, beside: bool) -> None:
+        """Let one slot more hold it."""
+        self.holders += 1
+        self.beside += beside
+
+    def let_go(self, *, beside: bool) -> None:
+        """Let one slot hold it no longer."""
+        self.holders -= 1
+        self.beside -= beside
 
     # Into memory and out of it
 
@@ -558,7 +575,7 @@ class Version:
     def examinable(self) -> bool:
         """Whether it serves on its own account: not asleep, not on trial, nothing else being tried."""
         quiet = not self._beside and self._aside is None
-        return self.stage is Stage.SERVING and quiet and not self.moving and not self.closing
+        return self.stage is Stage.SERVING and quiet and not self.moving and not self.closed
 
     def tested(self, pool: Pool, link: WorkerLink | None, report: Report) -> Report:
         """Note the end of a test and do what follows; return it with what was done. ``link`` did not pass."""
@@ -571,7 +588,7 @@ class Version:
                 self._tell("selftest.passed", variant=variant)
             return report
         act = None
-        if pool is self.pool and self.stage is not Stage.TRYING and not self.moving and not self.closing:
+        if pool is self.pool and self.stage is not Stage.TRYING and not self.moving and not self.closed:
             act = tests.fails(variant, now, healthy_s=self._config.healthy_s)
         report = tests.last = replace(report, act=act)
         what = {"variant": variant, "code": report.code, "reason": report.message, "act": act or "none"}
@@ -812,11 +829,6 @@ class Version:
     def moving(self) -> bool:
         """Whether it walks down, or about to; or sleeps: nobody else may change what serves."""
         return self._walking or self.asleep
-
-    @property
-    def closing(self) -> bool:
-        """Whether it is being ended."""
-        return self._closing.is_set()
 
     async def challenge(self, step: Try, current: Pool) -> None:
         """Let a better variant take over if it loads, passes its self-test and, to be compared, is better."""
