@@ -32,7 +32,7 @@ from agent.engine.link import WorkerLink
 from agent.engine.memory import Need
 from agent.engine.pool import Pool
 from agent.engine.residency import Residency
-from agent.engine.selftest import Act, Report, Tests, examine
+from agent.engine.selftest import Act, Report, SelfTestRecord, examine
 from agent.engine.standing import Standing
 from agent.engine.streams import StreamCounts
 from agent.engine.types import Keeping, VariantSpec, VersionSpec
@@ -117,7 +117,7 @@ class Version:
         self.pool: Pool | None = None
         self._reason = "loading"  # see ``reason``
         self._retried = False  # whether when it is tried again belongs to the reason
-        self.tests = Tests()
+        self.tests = SelfTestRecord()
         self.holders = 0  # slots that hold it
         self.beside = 0  # of them those beside the default
         self.routed = False  # whether requests come: otherwise nothing better is looked for
