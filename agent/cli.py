@@ -65,6 +65,7 @@ main.add_command(probe_command)
 main.add_command(selftest_command)
 main.add_command(cli_versions.default)
 main.add_command(cli_versions.remove)
+main.add_command(cli_versions.scale)
 
 
 @main.command()
