@@ -205,7 +205,8 @@ def _values(output: _Output, start: int, count: int) -> Sequence[Any]:
     if isinstance(output.data, list):
         return output.data[start : start + count]
     data, width = output.data, DTYPES[output.dtype]
-    assert isinstance(data, Buffer) and width is not None
+    assert isinstance(data, Buffer)
+    assert width is not None
     if output.dtype == "bfloat16":
         halves = struct.unpack_from(f"<{count}H", data, start * width)
         return struct.unpack(f"<{count}f", struct.pack(f"<{count}I", *(half << 16 for half in halves)))
