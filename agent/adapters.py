@@ -18,6 +18,7 @@ import msgspec
 
 from agent import __version__
 from agent.bundles import collection
+from agent.bundles import manifest as manifests
 from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.freshness import judge
@@ -31,6 +32,7 @@ from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
 from agent.deploy.ports import (
     Bundle,
     Collected,
+    Copies,
     Evidence,
     Inventory,
     Kept,
@@ -44,11 +46,13 @@ from agent.deploy.ports import (
     Survey,
 )
 from agent.deploy.reconciler import Reconciler
+from agent.deploy.rollout import Rollout
 from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
 from agent.engine.learned import Learned
 from agent.engine.memory import HOST, estimate
 from agent.engine.meter import NvmlDevices, SystemMeter
+from agent.engine.shadow import Tally
 from agent.engine.types import Keeping, VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.errors import AgentError, NotFoundError, PolicyError, SelfTestError, StateError, TransientError
@@ -310,8 +314,9 @@ class VersionInspector:
 class LoadedVersion:
     """deploy's ``Loaded`` over the engine's ``Version``."""
 
-    def __init__(self, version: Version) -> None:
+    def __init__(self, engine: Engine, version: Version) -> None:
         self.version = version
+        self._engine = engine
 
     def evidence(self) -> Evidence:
         version = self.version
@@ -319,10 +324,15 @@ class LoadedVersion:
         return Evidence(
             good=version.good,
             faults=version.faults,
+            late=version.late,
+            short=version.short,
             deaths=version.deaths,
             ready=version.ready,
             reason=version.reason,
             variant=variant,
+            latency=version.spread.counts(),
+            recent=version.recent(),
+            copies=_copies(self._engine.tried(version)),
         )
 
     async def self_test(self) -> None:
@@ -339,17 +349,23 @@ class EngineHost:
         self._specs = specs
 
     async def load(self, bundle: Bundle) -> LoadedVersion:
-        return LoadedVersion(await self._engine.load(self._specs(bundle)))
+        return LoadedVersion(self._engine, await self._engine.load(self._specs(bundle)))
 
     async def restore(self, bundle: Bundle) -> LoadedVersion:
-        return LoadedVersion(await self._engine.restore(self._specs(bundle)))
+        return LoadedVersion(self._engine, await self._engine.restore(self._specs(bundle)))
+
+    def try_out(self, loaded: Loaded, *, canary_percent: float, shadow_percent: float) -> None:
+        self._engine.try_out(_version(loaded), canary_percent=canary_percent, shadow_percent=shadow_percent)
+
+    def end_try(self, loaded: Loaded) -> None:
+        self._engine.end_try(_version(loaded))
 
     def confirm(self, loaded: Loaded) -> None:
         self._engine.confirm(_version(loaded))
 
     def activate(self, slot: str, loaded: Loaded) -> LoadedVersion | None:
         previous = self._engine.activate(_version(loaded))
-        return LoadedVersion(previous) if previous is not None else None
+        return LoadedVersion(self._engine, previous) if previous is not None else None
 
     async def retire(self, loaded: Loaded) -> None:
         await self._engine.retire(_version(loaded), timeout_s=_RETIRE_TIMEOUT_S)
@@ -490,6 +506,30 @@ def _bundle(stored: StoredBundle) -> Bundle:
         digest=stored.manifest_sha256,
         path=stored.path,
         content=stored,
+        rollout=_rollout(manifest.rollout),
+    )
+
+
+def _rollout(asked: manifests.Rollout | None) -> Rollout | None:
+    if asked is None:
+        return None
+    return Rollout(
+        canary=asked.canary or None,
+        shadow=asked.shadow or None,
+        step_s=asked.step_s or None,
+        calls_min=asked.calls_min or None,
+        agreement_min=asked.min_agreement or None,
+    )
+
+
+def _copies(tally: Tally) -> Copies:
+    return Copies(
+        compared=tally.compared,
+        agreed=tally.agreed,
+        skipped=sum(tally.skipped.values()),
+        durations=tally.durations,
+        originals=tally.originals,
+        difference=tally.difference,
     )
 
 

@@ -45,7 +45,7 @@ from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 from agent.metrics import Counter, HistogramSeries
 from agent.shares import Shares
-from agent.spread import Spread
+from agent.spread import Counts, Spread
 from agent.wire import Buffer, Header
 
 _log = get_logger("version")
@@ -245,6 +245,10 @@ class Version:
         """Let one slot hold it no longer."""
         self.holders -= 1
         self.beside -= beside
+
+    def recent(self) -> Counts:
+        """Return how long its answers of the last minutes took."""
+        return self.spread.recent(self._now())
 
     # Into memory and out of it
 
