@@ -243,11 +243,12 @@ class Engine:
         if job is not None and job.version is not None:
             job.version.pace(job, paused=paused)
 
-    def open_lane(self, model: str, *, client: str, deadline_ms: int) -> Lane:
+    def open_lane(self, model: str, version: str | None = None, *, client: str, deadline_ms: int) -> Lane:
         """Open a direct lane to the worker of ``model`` for ``client``.
 
         Args:
             model: Its name on this box.
+            version: Whose worker, instead of the default's.
             client: Whom fairness goes by.
             deadline_ms: Of requests that bring none.
 
@@ -258,12 +259,12 @@ class Engine:
         config = self._config
         if not config.lanes_max:
             raise LaneRefusedError("direct lanes are switched off here")
-        version = self._choose(model)
-        if self._known(model).canary is not None:
+        found = self._choose(model, version)
+        if not version and self._known(model).canary is not None:
             raise LaneRefusedError("a candidate is being tried: the daemon divides the requests")
         if self._admission.limited(client):
             raise LaneRefusedError("this client's requests are limited, so the daemon counts them")
-        if version.pool is None:
+        if found.pool is None:
             raise LaneRefusedError("no worker is ready")
         if sum(pool.lanes for one in self._loaded for pool in one.pools) >= config.lanes_max:
             raise LaneRefusedError(f"{config.lanes_max} lanes are open")
@@ -274,7 +275,7 @@ class Engine:
             queue_bytes_max=config.queue_bytes_max,
             bounds_s=LATENCY_BUCKETS_S,
         )
-        lane = version.pool.open_lane(next(self._numbers), terms)
+        lane = found.pool.open_lane(next(self._numbers), terms)
         self._work.set()  # it is watched from now on
         return lane
 
@@ -501,6 +502,7 @@ class Engine:
         version.let_go(beside=beside)
         if version.holders:
             version.route(here=version is route.default or route.beside.get(version.version) is version)
+            version.stand_in = None
             version.stage = Stage.SERVING
             self._residency.look_again()
             return

@@ -170,7 +170,7 @@ class FakeHost:
     tried: dict[str, tuple[FakeLoaded, float, float]] = field(default_factory=dict)  # by slot
     shares: list[tuple[str, float, float]] = field(default_factory=list)  # every one that was given
 
-    async def load(self, bundle: Bundle) -> FakeLoaded:
+    async def load(self, slot: str, bundle: Bundle) -> FakeLoaded:
         await asyncio.sleep(0)
         if self.behaviour.get(bundle.version) == "unloadable":
             raise LoadError("no variant loads")
@@ -178,8 +178,8 @@ class FakeHost:
         self.loaded.append(loaded)
         return loaded
 
-    async def restore(self, bundle: Bundle) -> FakeLoaded:
-        restored = await self.load(bundle)
+    async def restore(self, slot: str, bundle: Bundle) -> FakeLoaded:
+        restored = await self.load(slot, bundle)
         restored.confirmed = True
         return restored
 
@@ -214,3 +214,6 @@ class FakeHost:
 
     def expect(self, slot: str, reason: str) -> None:
         self.expected[slot] = reason
+
+    def forget(self, slot: str) -> None:
+        self.expected.pop(slot, None)
