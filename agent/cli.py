@@ -19,6 +19,7 @@ from rich.console import Console
 from agent import __version__, cli_store, cli_versions
 from agent.cli_probe import probe_command
 from agent.cli_progress import POLL_S, follow
+from agent.cli_rollout import deployment, rollout_options
 from agent.cli_session import FINAL_GOOD, change, connected, end_text, json_option, print_json
 from agent.cli_text import (
     deployments_text,
@@ -62,6 +63,7 @@ def main(context: click.Context, socket_path: str) -> None:
 
 main.add_command(probe_command)
 main.add_command(cli_versions.default)
+main.add_command(deployment)
 main.add_command(cli_versions.remove)
 
 
@@ -145,6 +147,7 @@ def infer(
 @click.option("--team", help="Who publishes it; only needed for a model that is new on this box.")
 @click.option("--channel", default="stable", show_default=True, help="Followed when no version is named.")
 @click.option("--beside", is_flag=True, help="Keep the default; VERSION answers the requests that name it.")
+@rollout_options
 @click.option("--force", is_flag=True, help="Also a version that failed on this box before.")
 @click.option("--no-wait", is_flag=True, help="Return at once instead of following the deployment.")
 @json_option
@@ -155,6 +158,7 @@ def deploy(
     team: str | None,
     channel: str,
     beside: bool,
+    rollout: dict[str, Any] | None,
     force: bool,
     no_wait: bool,
     as_json: bool,
@@ -167,9 +171,13 @@ def deploy(
     With --beside the version is brought here and tried in the same way, and then kept for those who name it, until
     ``inferctl remove MODEL@VERSION``; ``inferctl default MODEL VERSION`` lets it answer everybody.
 
+    With --canary and --shadow it first meets a share of the requests, or copies of some, beside what serves; what each
+    has shown is in ``inferctl deployment ID``. ``inferctl rollback MODEL`` and ``inferctl cancel MODEL`` end that.
+
     \b
     Examples:
       inferctl deploy magika@2.0.0
+      inferctl deploy magika@2.0.0 --shadow 20 --canary 5,25,50 --step-s 600
       inferctl deploy magika@2.1.0 --beside
       inferctl deploy detector --team vision --channel canary
     """
@@ -177,6 +185,8 @@ def deploy(
     args: dict[str, Any] = {"model": model, "version": version, "team": team, "channel": channel, "force": force}
     if beside:
         args["beside"] = True
+    if rollout is not None:
+        args["rollout"] = rollout
     change(socket_path, "deploy", args, no_wait=no_wait, as_json=as_json)
 
 

@@ -409,6 +409,11 @@ class Engine:
         canary = self._route_of(version.model).canary
         return canary.tally() if canary is not None and canary.candidate is version else Tally()
 
+    def canary(self, model: str) -> dict[str, Any] | None:
+        """Return what an operator wants to see of a model's candidate, if it has one."""
+        route = self._routes.get(model)
+        return route.canary.status() if route is not None and route.canary is not None else None
+
     def _submit_copy(self, version: Version, copy: Copy) -> Job:
         job = Job(copy, next(self._numbers), copy.arrived)
         job.copied, job.version, copy.handle = True, version, job

@@ -38,6 +38,7 @@ from agent.errors import (
     OutOfMemoryError,
     OverloadedError,
     UnavailableError,
+    WorkerDiedError,
     WorkerError,
     by_code,
 )
@@ -459,6 +460,18 @@ class Version:
         tried_twice_is_wrong = job.attempts > 0 and self.pool is not None and not self.pool.idempotent
         return None if job.request.version or tried_twice_is_wrong else other
 
+    def _pass_waiting(self, pool: Pool) -> None:
+        """Let the version before answer what would wait until this one, on trial, has a worker again."""
+        if self.stand_in is None or pool.links or pool is not self.pool:
+            return
+        for job in pool.take_waiting():
+            other = self._stand_in_for(job)
+            if other is not None:
+                self._handed.add((self.spec.model, self.spec.version, WorkerDiedError.code))
+                other.adopt(job)
+            else:
+                pool.adopt(job)
+
     def adopt(self, job: Job) -> None:
         """Take a job that is already admitted."""
         job.version = self
@@ -680,6 +693,7 @@ class Version:
         """Report a death the pool is already repairing."""
         if pool not in self._beside:  # what is only tried is no evidence against what serves
             self.deaths += 1
+        self._pass_waiting(pool)
         self._tell("worker.died", Severity.WARNING, variant=pool.spec.id, pid=pid, cause=cause, retried=retried)
 
     def worker_ready(self, pool: Pool, pid: int) -> None:

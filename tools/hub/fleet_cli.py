@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 import click
 from rich.console import Console
 
+from agent.cli_rollout import rollout_options
 from agent.cli_text import human_bytes
 from tools.hub import commands
 from tools.hub.cli import Passwords, emit, json_option, key_option, password_option, wants_json
@@ -58,17 +59,20 @@ def _delivery_options(verb: Verb) -> Verb:
 @click.argument("model", metavar="MODEL[@VERSION]")
 @click.option("--team", required=True, help="Whose model it is; the team signs its bundles.")
 @click.option("--channel", default="stable", show_default=True, help="Followed when no VERSION is given.")
+@rollout_options
 @click.option("--force", is_flag=True, help="Although this version failed on the box before.")
 @_delivery_options
-def deploy(model: str, team: str, channel: str, force: bool, **delivery: Any) -> None:
+def deploy(model: str, team: str, channel: str, rollout: dict[str, Any] | None, force: bool, **delivery: Any) -> None:
     """Make a box serve MODEL.
 
     \b
     Example:
       inferhub deploy magika@2.0.0 --team demo --device box-1 --broker mqtt.example:1883 --key keys/operator
+      inferhub deploy magika@2.0.0 --canary 5,25 --shadow 10 --wait 0 --team demo --device box-1 ...
     """
     name, _, version = model.partition("@")
     args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel}
+    args |= {"rollout": rollout} if rollout is not None else {}
     _carry_out("deploy", args | ({"force": True} if force else {}), **delivery)
 
 
