@@ -30,7 +30,6 @@ from agent.errors import (
     CommandError,
     ForbiddenError,
     NotFoundError,
-    UnavailableError,
     by_code,
 )
 from agent.events import EventBus, Severity, Stream
@@ -270,10 +269,7 @@ class Control:
 
     async def _self_test(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         model, named = text_of(args, "model"), version_of(args)
-        version = self._engine.find(model, named)
-        if version is None:
-            raise UnavailableError(f"{slot_of(model, named)!r} serves nothing")
-        return await version.self_test(timeout_s=30.0)
+        return await self._engine.self_test(model, named, wake=bool(args.get("wake", True)))
 
     async def _deploy(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         model = text_of(args, "model")

@@ -37,6 +37,7 @@ from agent.engine.placement import needs_gpu, placed
 from agent.engine.pool import Pool
 from agent.engine.residency import Residency, Seat
 from agent.engine.routes import Route
+from agent.engine.selftest import SelfTests
 from agent.engine.shadow import Copy, Shadow, Tally
 from agent.engine.spawn import Spawned
 from agent.engine.streams import StreamCounts
@@ -115,6 +116,7 @@ class Engine:
         self._loading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by digest
         self._numbers = itertools.count(FIRST_ID)
         self._work = asyncio.Event()
+        self._awaited: set[asyncio.Event] = set()  # set once the sweeper has been round
         self._group: asyncio.TaskGroup | None = None
         self._now: Callable[[], float] = time.monotonic  # the loop's once it runs; to find the loop costs a system call
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,6 +142,15 @@ class Engine:
             "inferd_shadow_duration_seconds", "A candidate's answers to copies", ("model", "version")
         )
         self._answers = metrics.counter("inferd_requests", "Answers by code", ("model", "version", "code"))
+        self._tested = metrics.counter(
+            "inferd_selftests", "Self-tests of what serves, by how they ended", ("model", "version", "result")
+        )
+        self._tests = SelfTests(
+            lambda: self._loaded,
+            interval_s=config.selftest_interval_s,
+            idle_s=config.variants.idle_s,
+            timeout_s=config.hang_timeout_s,
+        )
         self._add_gauges(metrics)
 
     def _add_gauges(self, metrics: Metrics) -> None:
@@ -193,6 +204,7 @@ class Engine:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep(), name="sweep")
             group.create_task(self._residency.run(), name="residency")
+            group.create_task(self._tests.run(), name="self-tests")
 
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
@@ -203,12 +215,24 @@ class Engine:
             for version in self._loaded:
                 one_busy, one_watched = version.sweep(now)
                 busy, watched = busy or one_busy, watched or one_watched
+            for turn in self._awaited:
+                turn.set()
             if not busy:
                 self._work.clear()
                 if watched:
                     loop.call_later(self._config.hang_timeout_s / 4, self._work.set)
                 continue
             await asyncio.sleep(_SWEEP_S)
+
+    async def progress(self) -> None:
+        """Return once every model has been looked after anew; if that has stopped, never."""
+        turn = asyncio.Event()
+        self._awaited.add(turn)
+        self._work.set()
+        try:
+            await turn.wait()
+        finally:
+            self._awaited.discard(turn)
 
     # Requests
 
@@ -457,6 +481,23 @@ class Engine:
             raise UnavailableError(f"{found.name}: {found.reason or 'its worker is restarting'}")
         await found.unload("operator", "unloaded by an operator")
 
+    async def self_test(self, model: str, version: str = "", *, wake: bool = True) -> dict[str, Any]:
+        """Run a version's golden inputs again in all its workers, and do what follows if they do not pass.
+
+        One that sleeps is loaded for it, or not tested unless ``wake`` is set.
+
+        Raises:
+            UnknownModelError: no such model or version.
+            UnavailableError: it does not serve.
+            AgentError: it cannot be loaded now; the class says why.
+        """
+        found = self._choose(model, version)
+        named = {"model": model, "version": found.version}
+        if found.asleep and not wake:
+            return {**named, "ok": found.on_demand, "message": found.reason}
+        report = await found.examine(timeout_s=self._config.hang_timeout_s)
+        return {**named, **report.plain()}
+
     def warm(self, runtime: str) -> None:
         """Start a runtime's zygote now, so that the first load need not wait for it; failures show at that load."""
         self._spawn(self._warm(self._zygote(runtime)), f"warm {runtime}")
@@ -642,6 +683,7 @@ class Engine:
             latency=self._latency.series((spec.model, spec.version)),
             answers=self._answers,
             handed=self._handed,
+            tested=self._tested,
             streams=StreamCounts(self._metrics, (spec.model, spec.version)),
             now=self._now,
             config=self._config.variants,
