@@ -363,6 +363,11 @@ class Performer:
         variant = self._candidate.evidence().variant
         self._course = course_of(record.plan.rollout, self._bundle.rollout, self._config)
         if self._course.shares and self._may_share(record):
+            if reason := await self._missing_beside():
+                message = (
+                    f"what serves cannot stay beside it, which a canary needs ({reason}); --canary none --shadow 0"
+                )
+                return await self._steps.step(record, Event.FAIL, code="canary_impossible", message=message)
             return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._course.shares[0])
         return await self._steps.step(record, Event.DONE, variant=variant)
 
@@ -370,6 +375,16 @@ class Performer:
         """Whether a confirmed version serves beside which this one could be tried; a rollback is in a hurry."""
         pointer = self.pointer
         return self.active is not None and pointer is not None and not pointer.trial and not record.local
+
+    async def _missing_beside(self) -> str:
+        """Return why what serves does not answer beside the candidate: memory may hold one of them only."""
+        if self.active is None or self.active.evidence().ready:
+            return ""
+        try:
+            await self.active.self_test()
+        except AgentError as error:
+            return str(error)
+        return ""
 
     async def _canary(self, record: Record) -> Record:
         """Watch the candidate at its share; then it gets the next, or everything."""

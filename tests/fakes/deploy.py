@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.deploy.ports import Bundle, Collected, Evidence, Inventory, Kept, Mark, Needed, News, Progress, Survey
-from agent.errors import AgentError, LoadError, OfflineError, TargetNotFoundError, WorkerDiedError
+from agent.errors import AgentError, LoadError, OfflineError, OverloadedError, TargetNotFoundError, WorkerDiedError
 
 
 def digest_of(name: str, version: str) -> str:
@@ -145,11 +145,15 @@ class FakeLoaded:
     deaths: int = 0
 
     def evidence(self) -> Evidence:
-        return Evidence(good=self.good, faults=self.faults, deaths=self.deaths, variant="cpu-fp32")
+        crowded = self.host.behaviour.get(self.bundle.version) == "crowded"
+        ready = not crowded or all(other is self or other.retired for other in self.host.loaded)
+        return Evidence(good=self.good, faults=self.faults, deaths=self.deaths, ready=ready, variant="cpu-fp32")
 
     async def self_test(self) -> None:
         await asyncio.sleep(0)
         behaviour = self.host.behaviour.get(self.bundle.version, "good")
+        if behaviour == "crowded" and not self.evidence().ready:
+            raise OverloadedError("memory holds one of them only")
         if behaviour == "dies":
             self.deaths += 1
             raise WorkerDiedError("died")

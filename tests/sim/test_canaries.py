@@ -104,6 +104,20 @@ def test_without_enough_comparisons_a_version_is_given_up_but_not_held_to_blame(
     run(story())
 
 
+def test_where_memory_holds_one_version_only_there_is_no_canary(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        box.behaviour["1.0.0"] = "crowded"
+        record = await box.run_until_final(asked("2.0.0", "b"), "b")
+        assert (record.state, record.code) == (State.FAILED, "canary_impossible")
+        assert not box.host.shares
+        assert (await deploy(box, "2.0.0", "c")).state is State.CONFIRMED
+        await box.journal.close()
+
+    run(story())
+
+
 def test_the_first_version_of_a_model_and_a_rollback_meet_everybody_at_once(tmp_path: Path) -> None:
     async def story() -> None:
         box = Box(tmp_path, ["1.0.0", "2.0.0"])
