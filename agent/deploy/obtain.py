@@ -75,6 +75,7 @@ class Obtainer:
         """Another deployment begins: what the one before waited for is over."""
         self._waiting_since = None
         self._not_before = 0.0
+        self._medium = ""
         self._retry.reset()
         self._steps.defer_progress()
 
@@ -99,7 +100,7 @@ class Obtainer:
         try:
             return await self._from_disk(record, pointer)
         except BundleError as error:
-            return await self._failed(record, error), None
+            return await self._failed(record, error, record.medium), None
 
     async def wait(self, record: Record) -> Record:
         """Do the work of FETCH_WAIT: ask again and again until the store answers; one transition however long."""
@@ -112,16 +113,13 @@ class Obtainer:
         await self._until_medium(0.1 + self._retry.next())
         if self._superseded(record):
             return record
+        medium = record.medium or self._medium
         try:
             await self._store.resolve(
-                team=record.team,
-                name=record.slot,
-                version=record.wanted,
-                channel=record.channel,
-                medium=record.medium or self._medium,
+                team=record.team, name=record.slot, version=record.wanted, channel=record.channel, medium=medium
             )
         except AgentError as error:
-            return await self._failed(record, error)
+            return await self._failed(record, error, medium)
         return await self._again(record)
 
     async def _again(self, record: Record) -> Record:
@@ -147,8 +145,9 @@ class Obtainer:
     ) -> tuple[Record, Bundle | None]:
         confirmed = pointer.active.digest if pointer is not None and not pointer.trial and serves else ""
         progress: asyncio.Queue[Progress | None] = asyncio.Queue()
+        medium = record.medium or self._medium
         async with asyncio.TaskGroup() as group:
-            fetch = group.create_task(self._fetch(record, progress), name=f"fetch {self._slot}")
+            fetch = group.create_task(self._fetch(record, medium, progress), name=f"fetch {self._slot}")
             while (seen := await progress.get()) is not None:
                 record = await self._follow(record, seen, confirmed)
                 if record.state in FINAL or self._superseded(record):
@@ -156,7 +155,7 @@ class Obtainer:
                     return record, None
         outcome = fetch.result()
         if isinstance(outcome, AgentError):
-            return await self._failed(record, outcome), None
+            return await self._failed(record, outcome, medium), None
         return await self._staged(record, outcome), outcome
 
     async def _staged(self, record: Record, bundle: Bundle) -> Record:
@@ -164,7 +163,9 @@ class Obtainer:
             record = await self._steps.step(record, Event.DONE, version=bundle.version, digest=bundle.digest)
         return record
 
-    async def _fetch(self, record: Record, progress: asyncio.Queue[Progress | None]) -> Bundle | AgentError:
+    async def _fetch(
+        self, record: Record, medium: str, progress: asyncio.Queue[Progress | None]
+    ) -> Bundle | AgentError:
         """Return the bundle or why there is none; ``None`` ends the progress."""
         try:
             return await self._store.fetch(
@@ -173,7 +174,7 @@ class Obtainer:
                 version=record.wanted,
                 channel=record.channel,
                 on_progress=progress.put_nowait,
-                medium=record.medium or self._medium,
+                medium=medium,
             )
         except AgentError as error:
             return error
@@ -198,12 +199,14 @@ class Obtainer:
             return await self._steps.step(record, Event.DONE)
         return record
 
-    async def _failed(self, record: Record, error: AgentError) -> Record:
+    async def _failed(self, record: Record, error: AgentError, medium: str) -> Record:
+        """``medium``: what was asked. One that was offered meanwhile is still to be asked."""
         cause = {"code": error.code, "message": str(error)}
-        medium, self._medium = self._medium, ""
+        if medium == self._medium:
+            self._medium = ""
         if isinstance(error, BundleError):
-            version, source = record.version or record.wanted, record.medium or medium
-            self._refusals.bundle(error, team=record.team, name=self._slot, version=version, source=source)
+            version = record.version or record.wanted
+            self._refusals.bundle(error, team=record.team, name=self._slot, version=version, source=medium)
         if medium and not record.medium:  # it was only offered: the store is waited for again
             _log.warning("medium is of no use", slot=self._slot, medium=medium, **cause)
             return record if record.state is State.FETCH_WAIT else await self._offline(record, cause)

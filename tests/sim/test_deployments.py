@@ -176,7 +176,8 @@ async def deploy(box: Box, version: str, wish_id: str, **more: bool) -> Record:
 
 
 def run(work: Any) -> Any:
-    return asyncio.run(work)
+    """Run a story; one that turns in circles fails instead of hanging."""
+    return asyncio.run(asyncio.wait_for(work, 120))
 
 
 def test_a_good_version_is_confirmed_and_survives_a_restart(tmp_path: Path) -> None:
