@@ -104,6 +104,11 @@ class SpecMaker:
             ),
         )
 
+    def _latency_ms_max(self, model: str, declared_ms: int) -> float:
+        """Return how long a golden input may take: what the publisher grants, or less where this box wants less."""
+        own_ms = self._engine.of(model).selftest_ms_max
+        return min(declared_ms, own_ms) if own_ms else declared_ms
+
     def _variant_spec(self, manifest: Manifest, variant: Variant, path: Path) -> VariantSpec:
         batching = manifest.batching
         pinned = self._engine.device_of(manifest.name) if variant.device.kind == "cuda" else ""
@@ -128,10 +133,11 @@ class SpecMaker:
                     **_plain(golden),
                     "compare": _plain(golden.per_variant.get(variant.id, golden.compare)),
                     "per_variant": {},
+                    "timeout_ms": self._latency_ms_max(manifest.name, golden.timeout_ms),
                 }
                 for golden in manifest.golden
             ],
-            "warmup": {"runs": manifest.warmup.runs, "max_ms": manifest.warmup.max_ms},
+            "warmup": _plain(manifest.warmup),
             "batching": {"max_batch": batching.max_batch, "max_delay_ms": batching.max_delay_ms, "axis": batching.axis},
             "session": _plain(variant.session),
             "threads": {
@@ -425,7 +431,9 @@ class ReportedState:
         serving = {
             row["model"]: {
                 **{name: row.get(name) for name in ("version", "digest", "variant", "ready", "fallbacks")},
-                "reason": "" if row["ready"] else row["reason"],  # models that come and go are no news to the fleet
+                # Models that come and go are no news to the fleet, nor are the seconds to the next try.
+                "reason": "" if row["ready"] else row.get("lasting", row["reason"]),
+                "selftest": _test_failure(row.get("selftest")),
             }
             for row in self._engine.status()
         }
@@ -474,6 +482,11 @@ def measured_device(hardware: Hardware) -> str:
         for folder in packages.glob(f"{name}-*.dist-info")
     )
     return "/".join((hardware.fingerprint(), *runtimes, __version__))
+
+
+def _test_failure(row: Mapping[str, Any] | None) -> str:
+    """Return why the last self-test of what serves was not passed, empty if it was: its figures are no news."""
+    return "" if row is None or row["ok"] else f"{row['variant']}: {row['message']}"
 
 
 def _version(loaded: Loaded) -> Version:

@@ -19,6 +19,7 @@ from rich.console import Console
 from agent import __version__, cli_store
 from agent.cli_probe import probe_command
 from agent.cli_progress import POLL_S, follow
+from agent.cli_selftest import selftest_command
 from agent.cli_session import FINAL_GOOD, change, connected, end_text, json_option, print_json
 from agent.cli_text import (
     deployments_text,
@@ -60,6 +61,7 @@ def main(context: click.Context, socket_path: str) -> None:
 
 
 main.add_command(probe_command)
+main.add_command(selftest_command)
 
 
 @main.command()
@@ -311,28 +313,6 @@ def inspect(socket_path: str, target: str, as_json: bool) -> None:
         print_json(value)
     else:
         click.echo("\n".join(version_lines(value)))
-
-
-@main.command()
-@click.argument("model")
-@json_option
-@click.pass_obj
-def selftest(socket_path: str, model: str, as_json: bool) -> None:
-    """Run MODEL's golden inputs now, in the worker that serves.
-
-    \b
-    Example:
-      inferctl selftest magika
-    """
-    with connected(socket_path) as client:
-        value = client.call("selftest", {"model": model})
-    if as_json:
-        print_json(value)
-    else:
-        for golden in value.get("golden", []):
-            end = "ok" if golden.get("ok") else golden.get("reason", "failed")
-            click.echo(f"{shown(golden.get('id'))}: {shown(end)}")
-    sys.exit(0 if value.get("ok") else 1)
 
 
 @main.command()

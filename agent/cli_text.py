@@ -265,8 +265,18 @@ def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
         Text(f"  {facts}"),
         *_confinement_lines(row),
         *_worker_lines(row),
+        *_test_lines(row.get("selftest")),
         *(Text(f"  not {shown(skip['variant'])}: {shown(skip['reason'])}") for skip in row["fallbacks"]),
         *(Text(f"  {shown(line)}") for one in row.get("variants", ()) for line in variant_lines(one)),
+    ]
+
+
+def _test_lines(test: Mapping[str, Any] | None) -> list[Text]:
+    """Return why the last self-test of what serves was not passed."""
+    if test is None or test["ok"]:
+        return []
+    return [
+        Text(f"  self-test of {shown(test['variant'])} failed {duration(test['age_s'])} ago: {shown(test['message'])}")
     ]
 
 

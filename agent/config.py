@@ -270,8 +270,10 @@ class ModelEngineConfig(Section, frozen=True):
     load: LoadWhen | None = None  # "eager" or "lazy", instead of ``load`` in ``[engine]``
     keep_alive_s: float | KeepAlive | None = None  # instead of ``keep_alive_s`` in ``[engine]``
     pin: bool = False  # never unloaded for another model, nor for idleness
+    selftest_ms_max: float = 0.0  # a golden input that takes longer fails; 0: than the publisher grants
 
     def __post_init__(self) -> None:
+        _require(0 <= self.selftest_ms_max <= 3_600_000, "selftest_ms_max: 0..3600000")
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
         _require(not self.device or bool(_GPU.fullmatch(self.device)), "device: cuda:NUMBER")
         if self.workers is not None:
@@ -331,6 +333,7 @@ class EngineConfig(Section, frozen=True):
     memory_budget_bytes: int = 0  # instead of that share; 0: the share holds
     device_memory_share: float = 0.8  # of each GPU's memory, for models together
     memory_wait_s: float = 10.0  # a load waits so long for models in use; then its requests are told to come back
+    selftest_interval_s: float = 300.0  # a loaded model's golden inputs run again so often while it is idle; 0: never
 
     def __post_init__(self) -> None:
         _require_workers(self.workers)
@@ -352,6 +355,7 @@ class EngineConfig(Section, frozen=True):
         _require(self.memory_budget_bytes >= 0, "memory_budget_bytes: not negative")
         _require(0 < self.device_memory_share <= 1, "device_memory_share: above 0, at most 1")
         _require(0 <= self.memory_wait_s <= 3600, "memory_wait_s: 0..3600")
+        _require(0 <= self.selftest_interval_s <= 366 * 86_400, "selftest_interval_s: 0..a year")
 
     def of(self, model: str) -> ModelEngineConfig:
         """Return the entry of ``model``, an empty one if it has none."""

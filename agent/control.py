@@ -28,7 +28,6 @@ from agent.errors import (
     CommandError,
     ForbiddenError,
     NotFoundError,
-    UnavailableError,
     by_code,
 )
 from agent.events import EventBus, Severity, Stream
@@ -262,10 +261,7 @@ class Control:
         return await self._inspector.inspect(team, model, version or str(active))
 
     async def _self_test(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
-        version = self._engine.active(text_of(args, "model"))
-        if version is None:
-            raise UnavailableError(f"{args['model']!r} serves nothing")
-        return await version.self_test(timeout_s=30.0)
+        return await self._engine.self_test(text_of(args, "model"), wake=bool(args.get("wake", True)))
 
     async def _deploy(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         model = text_of(args, "model")

@@ -15,7 +15,7 @@ import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,31 +74,13 @@ from agent.telemetry.reporter import Reporter
 from agent.telemetry.status import TelemetryStatus
 from agent.telemetry.timesource import KernelClock, boot_id
 from agent.telemetry.topics import Topics
+from agent.watchdog import Watchdog
 from agent.wire import Limits
 
 _log = get_logger("daemon")
 _PROGRESS_TIMEOUT_S: Final = 10.0
 _BOOT_GRACE_S: Final = 10.0
 _NOTIFY_PATIENCE_S: Final = 2.0  # for a service manager that is busy
-
-
-class Watchdog:
-    """Tell systemd that we are alive as long as the loop turns and the journal answers; a model is no part of it."""
-
-    name = "daemon.watchdog"
-
-    def __init__(self, interval_s: float, journal: Journal) -> None:
-        self._interval_s = interval_s
-        self._journal = journal
-
-    async def run(self) -> None:
-        """Feed until cancelled; raise when the journal's disk does not answer. A refusal is an answer."""
-        while True:
-            async with asyncio.timeout(_PROGRESS_TIMEOUT_S):
-                with suppress(AgentError):
-                    await self._journal.wanted()
-            sdnotify.notify("WATCHDOG=1")
-            await asyncio.sleep(self._interval_s)
 
 
 def check(config: Config) -> None:
@@ -326,7 +308,15 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
                 )
                 components += [inbox, reported]
         if watchdog_s is not None:
-            components.append(Watchdog(watchdog_s, journal))
+            parts = {"journal": journal.wanted, "engine": engine.progress}
+            components.append(
+                Watchdog(
+                    parts,
+                    feed=lambda: sdnotify.notify("WATCHDOG=1"),
+                    interval_s=watchdog_s,
+                    patience_s=_PROGRESS_TIMEOUT_S,
+                )
+            )
         await stack.enter_async_context(supervisor.running(*components))
         # Listeners: innermost, so that intake stops first.
         # What is on disk is served before anybody may ask, unless a model takes its time.

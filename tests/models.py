@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from agent.engine.growth import Bounds
 from agent.engine.types import VariantSpec, VersionSpec
-from tests.fakes import hostile
+from tests.fakes import fickle, hostile
 
 FEATURES = 4
 
@@ -33,6 +33,8 @@ def write_scale_model(path: Path, *, factor: float = 2.0) -> None:
 HANDLERS: dict[str, str] = {
     # Runs what it is sent.
     "hostile": hostile.SOURCE,
+    # Goes wrong when files in its bundle say so.
+    "fickle": fickle.SOURCE,
     # Takes its time: the body says how many seconds. Once its bundle holds a file "refuse" no further one starts.
     "slow": '''
 import time

@@ -21,6 +21,8 @@ CHUNKS_MAX: Final = 200_000
 CHUNK_BYTES_MAX: Final = 16 * 1024 * 1024
 VARIANTS_MAX: Final = 64
 GOLDEN_MAX: Final = 256
+WARMUP_SHAPES_MAX: Final = 64
+DIM_MAX: Final = 1 << 24  # of one dimension of an input to warm up with
 LABELS_MAX: Final = 64
 VERSIONS_MAX: Final = 10_000
 BATCH_MAX: Final = 4096
@@ -202,10 +204,25 @@ def _check_optional(manifest: Manifest, files: Mapping[str, File]) -> None:
         _refers(manifest.license.file, files, "license.file")
     _bounded(manifest.warmup.runs, 0, 10_000, "warmup.runs")
     _bounded(manifest.warmup.max_ms, 1, 3_600_000, "warmup.max_ms")
+    _check_warmup_shapes(manifest)
     _bounded(manifest.batching.max_batch, 1, BATCH_MAX, "batching.max_batch")
     _require(0 <= manifest.batching.max_delay_ms <= 60_000, "batching.max_delay_ms: 0 to 60000")
     features = manifest.requires.features
     _require(len(features) <= 64, "requires.features: more than 64")
+
+
+def _check_warmup_shapes(manifest: Manifest) -> None:
+    _require(len(manifest.warmup.shapes) <= WARMUP_SHAPES_MAX, f"warmup.shapes: more than {WARMUP_SHAPES_MAX}")
+    inputs = {tensor.name: tensor.shape for tensor in manifest.signature.inputs}
+    for shapes in manifest.warmup.shapes:
+        for name, shape in shapes.items():
+            _require(name in inputs, f"warmup.shapes: {name!r} is not an input of the signature")
+            declared = inputs[name]
+            fits = len(shape) == len(declared) and all(
+                1 <= size <= DIM_MAX and (not isinstance(wanted, int) or size == wanted)
+                for size, wanted in zip(shape, declared, strict=True)
+            )
+            _require(fits, f"warmup.shapes: {name!r} has the shape {list(declared)}, not {list(shape)}")
 
 
 def _refers(path: str, files: Mapping[str, File], where: str, *, roles: Collection[str] = ()) -> None:

@@ -34,6 +34,7 @@ from agent.engine.orphans import kill_left
 from agent.engine.placement import needs_gpu, placed
 from agent.engine.pool import Pool
 from agent.engine.residency import Residency, Seat
+from agent.engine.selftest import SelfTests
 from agent.engine.spawn import Spawned
 from agent.engine.streams import StreamCounts
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
@@ -111,6 +112,7 @@ class Engine:
         self._expected: dict[str, str] = {}  # slots that are known and have nothing to serve yet: why
         self._numbers = itertools.count(FIRST_ID)
         self._work = asyncio.Event()
+        self._awaited: set[asyncio.Event] = set()  # set once the sweeper has been round
         self._group: asyncio.TaskGroup | None = None
         self._now: Callable[[], float] = time.monotonic  # the loop's once it runs; to find the loop costs a system call
         self._tasks: set[asyncio.Task[None]] = set()
@@ -125,6 +127,15 @@ class Engine:
             "inferd_request_duration_seconds", "Arrival to answer of successful requests", ("model", "version")
         )
         self._answers = metrics.counter("inferd_requests", "Answers by code", ("model", "version", "code"))
+        self._tested = metrics.counter(
+            "inferd_selftests", "Self-tests of what serves, by how they ended", ("model", "version", "result")
+        )
+        self._tests = SelfTests(
+            lambda: self._loaded,
+            interval_s=config.selftest_interval_s,
+            idle_s=config.variants.idle_s,
+            timeout_s=config.hang_timeout_s,
+        )
         metrics.gauge("inferd_queue_requests", "Requests admitted and not answered", ("model",), self._outstanding)
         metrics.gauge("inferd_lanes", "Direct lanes that are open", ("model",), self._lanes)
         metrics.gauge("inferd_model_ready", "1 while requests are answered", ("model", "version"), self._readiness)
@@ -169,6 +180,7 @@ class Engine:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep(), name="sweep")
             group.create_task(self._residency.run(), name="residency")
+            group.create_task(self._tests.run(), name="self-tests")
 
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
@@ -179,12 +191,24 @@ class Engine:
             for version in self._loaded:
                 one_busy, one_watched = version.sweep(now)
                 busy, watched = busy or one_busy, watched or one_watched
+            for turn in self._awaited:
+                turn.set()
             if not busy:
                 self._work.clear()
                 if watched:
                     loop.call_later(self._config.hang_timeout_s / 4, self._work.set)
                 continue
             await asyncio.sleep(_SWEEP_S)
+
+    async def progress(self) -> None:
+        """Return once every model has been looked after anew; if that has stopped, never."""
+        turn = asyncio.Event()
+        self._awaited.add(turn)
+        self._work.set()
+        try:
+            await turn.wait()
+        finally:
+            self._awaited.discard(turn)
 
     # Requests
 
@@ -344,6 +368,23 @@ class Engine:
             raise UnavailableError(f"{version.name}: {version.reason or 'its worker is restarting'}")
         await version.unload("operator", "unloaded by an operator")
 
+    async def self_test(self, model: str, *, wake: bool = True) -> dict[str, Any]:
+        """Run a model's golden inputs again in all its workers, and do what follows if they do not pass.
+
+        One that sleeps is loaded for it, or not tested unless ``wake`` is set.
+
+        Raises:
+            UnknownModelError: no such model.
+            UnavailableError: it does not serve.
+            AgentError: it cannot be loaded now; the class says why.
+        """
+        version = self._route_to(model)
+        named = {"model": model, "version": version.version}
+        if version.asleep and not wake:
+            return {**named, "ok": version.on_demand, "message": version.reason}
+        report = await version.examine(timeout_s=self._config.hang_timeout_s)
+        return {**named, **report.plain()}
+
     def warm(self, runtime: str) -> None:
         """Start a runtime's zygote now, so that the first load need not wait for it; failures show at that load."""
         self._spawn(self._warm(self._zygote(runtime)), f"warm {runtime}")
@@ -473,6 +514,7 @@ class Engine:
             events=self._events,
             latency=self._latency.series((spec.model, spec.version)),
             answers=self._answers,
+            tested=self._tested,
             streams=StreamCounts(self._metrics, (spec.model, spec.version)),
             now=self._now,
             config=self._config.variants,
