@@ -44,6 +44,7 @@ from agent.deploy.ports import (
     Survey,
 )
 from agent.deploy.reconciler import Reconciler
+from agent.deploy.slots import model_of, version_beside
 from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
 from agent.engine.learned import Learned
@@ -277,7 +278,7 @@ class BundleStore:
         loop = asyncio.get_running_loop()
 
         def collect() -> list[Collected]:
-            with _held(self._layout.lock):  # perhaps after half a minute, in which deployments began and ended
+            with _locked(self._layout.lock):  # perhaps after half a minute, in which deployments began and ended
                 known = asyncio.run_coroutine_threadsafe(needed(), loop).result(_LOCK_WAIT_S)
                 return self._collect_held(known, room, dry_run)
 
@@ -314,18 +315,26 @@ class VersionInspector:
 
 
 class LoadedVersion:
-    """deploy's ``Loaded`` over the engine's ``Version``."""
+    """deploy's ``Loaded`` over the engine's ``Version``, which another slot may hold, too.
 
-    def __init__(self, version: Version) -> None:
+    Args:
+        version: What is loaded.
+        beside: It is held by a slot beside its model's default.
+        anew: What it did before now is no evidence.
+    """
+
+    def __init__(self, version: Version, *, beside: bool, anew: bool = False) -> None:
         self.version = version
+        self.beside = beside
+        self._before = (version.good, version.faults, version.deaths) if anew else (0, 0, 0)
 
     def evidence(self) -> Evidence:
-        version = self.version
+        version, (good, faults, deaths) = self.version, self._before
         variant = version.pool.spec.id if version.pool is not None else ""
         return Evidence(
-            good=version.good,
-            faults=version.faults,
-            deaths=version.deaths,
+            good=version.good - good,
+            faults=version.faults - faults,
+            deaths=version.deaths - deaths,
             ready=version.ready,
             reason=version.reason,
             variant=variant,
@@ -344,24 +353,31 @@ class EngineHost:
         self._engine = engine
         self._specs = specs
 
-    async def load(self, bundle: Bundle) -> LoadedVersion:
-        return LoadedVersion(await self._engine.load(self._specs(bundle)))
+    async def load(self, slot: str, bundle: Bundle) -> LoadedVersion:
+        beside = bool(version_beside(slot))
+        return LoadedVersion(await self._engine.load(self._specs(bundle), beside=beside), beside=beside, anew=True)
 
-    async def restore(self, bundle: Bundle) -> LoadedVersion:
-        return LoadedVersion(await self._engine.restore(self._specs(bundle)))
+    async def restore(self, slot: str, bundle: Bundle) -> LoadedVersion:
+        beside = bool(version_beside(slot))
+        return LoadedVersion(await self._engine.restore(self._specs(bundle), beside=beside), beside=beside)
 
     def confirm(self, loaded: Loaded) -> None:
-        self._engine.confirm(_version(loaded))
+        self._engine.confirm(_held(loaded).version)
 
     def activate(self, slot: str, loaded: Loaded) -> LoadedVersion | None:
-        previous = self._engine.activate(_version(loaded))
-        return LoadedVersion(previous) if previous is not None else None
+        beside, version = bool(version_beside(slot)), _held(loaded).version
+        previous = self._engine.activate_beside(version) if beside else self._engine.activate(version)
+        return LoadedVersion(previous, beside=beside) if previous is not None else None
 
     async def retire(self, loaded: Loaded) -> None:
-        await self._engine.retire(_version(loaded), timeout_s=_RETIRE_TIMEOUT_S)
+        held = _held(loaded)
+        await self._engine.retire(held.version, beside=held.beside, timeout_s=_RETIRE_TIMEOUT_S)
 
     def expect(self, slot: str, reason: str) -> None:
-        self._engine.expect(slot, reason)
+        self._engine.expect(model_of(slot), reason, version=version_beside(slot))
+
+    def forget(self, slot: str) -> None:
+        self._engine.forget(model_of(slot), version=version_beside(slot))
 
 
 class SignedTime:
@@ -429,7 +445,7 @@ class ReportedState:
 
     def _document(self) -> dict[str, Any]:
         serving = {
-            row["model"]: {
+            row["slot"]: {
                 **{name: row.get(name) for name in ("version", "digest", "variant", "ready", "fallbacks")},
                 # Models that come and go are no news to the fleet, nor are the seconds to the next try.
                 "reason": "" if row["ready"] else row.get("lasting", row["reason"]),
@@ -441,7 +457,7 @@ class ReportedState:
 
 
 @contextlib.contextmanager
-def _held(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     """Keep trust children and other collections away; ``TransientError`` if one does not end."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + _LOCK_WAIT_S
@@ -489,9 +505,9 @@ def _test_failure(row: Mapping[str, Any] | None) -> str:
     return "" if row is None or row["ok"] else f"{row['variant']}: {row['message']}"
 
 
-def _version(loaded: Loaded) -> Version:
+def _held(loaded: Loaded) -> LoadedVersion:
     assert isinstance(loaded, LoadedVersion)
-    return loaded.version
+    return loaded
 
 
 def _bundle(stored: StoredBundle) -> Bundle:

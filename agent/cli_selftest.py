@@ -20,11 +20,11 @@ _ACTS: Final[Mapping[str, str]] = {
 
 
 @click.command("selftest")
-@click.argument("model", default="")
+@click.argument("target", metavar="[MODEL[@VERSION]]", default="")
 @click.option("--all", "everything", is_flag=True, help="Every model in memory; what sleeps is left alone.")
 @json_option
 @click.pass_obj
-def selftest_command(socket_path: str, model: str, everything: bool, as_json: bool) -> None:
+def selftest_command(socket_path: str, target: str, everything: bool, as_json: bool) -> None:
     """Run MODEL's golden inputs now, in each worker that serves it, and show what was measured.
 
     A model that sleeps is loaded for it. A worker that does not pass is replaced; a variant that does not pass again is
@@ -35,11 +35,11 @@ def selftest_command(socket_path: str, model: str, everything: bool, as_json: bo
       inferctl selftest magika
       inferctl selftest --all --json
     """
-    if bool(model) == everything:
+    if bool(target) == everything:
         raise click.UsageError("name a MODEL, or --all")
     values = []
     with connected(socket_path) as client:
-        for value in _all(client) if everything else (client.call("selftest", {"model": model}),):
+        for value in _all(client) if everything else (_one(client, target),):
             values.append(value)
             if not as_json:
                 click.echo("\n".join(report_lines(value)))
@@ -64,12 +64,19 @@ def report_lines(value: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _one(client: Client, target: str) -> dict[str, Any]:
+    model, _, version = target.partition("@")
+    value: dict[str, Any] = client.call("selftest", {"model": model, "version": version})
+    return value
+
+
 def _all(client: Client) -> Iterator[dict[str, Any]]:
     """Test every model that has something to serve; one that cannot be tested has not passed."""
     for row in client.call("models"):
         if row["active"]:
             try:
-                yield client.call("selftest", {"model": row["slot"], "wake": False})
+                model, _, version = row["slot"].partition("@")
+                yield client.call("selftest", {"model": model, "version": version, "wake": False})
             except AgentError as error:
                 yield {"model": row["slot"], "ok": False, "code": error.code, "message": str(error)}
 

@@ -24,6 +24,7 @@ MIB: Final = 1024 * KIB
 _BUDGET_BYTES_MIN: Final = 16 * MIB  # the largest chunk a bundle may have
 EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG, of the process: systemd need not try again at once
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}(-[0-9A-Za-z.-]{1,32})?")
 _GPU: Final = re.compile(r"cuda:(0|[1-9][0-9]?)")
 _UNKNOWN_KEY: Final = re.compile(r"unknown field `(.+)`")
 _STORE_SCHEMES: Final = ("file://", "http://", "https://", "s3://")
@@ -497,10 +498,14 @@ class ModelConfig(Section, frozen=True):
     team: str  # whose signature its bundles need
     version: str = ""  # exact version; empty: follow ``channel``
     channel: str = "stable"  # followed when no version is named
+    beside: tuple[str, ...] = ()  # versions kept beside it, each answering the requests that name it
 
     def __post_init__(self) -> None:
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
         _require(bool(_NAME.fullmatch(self.team)), "team: lower-case letters, digits, '.', '_', '-', at most 64")
+        for version in self.beside:
+            _require(bool(_VERSION.fullmatch(version)), f"beside: {version!r} is no exact version such as 1.4.0")
+        _require(len(set(self.beside)) == len(self.beside), "beside: a version is named twice")
 
 
 class LogConfig(Section, frozen=True):

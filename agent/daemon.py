@@ -37,7 +37,7 @@ from agent.adapters import (
 from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
-from agent.config import EXIT_BAD_CONFIG, Config, ServingConfig
+from agent.config import EXIT_BAD_CONFIG, Config, ModelConfig, ServingConfig
 from agent.control import Box, Control
 from agent.control_store import StoreVerbs
 from agent.deploy.desired import Desired
@@ -45,6 +45,7 @@ from agent.deploy.journal import Journal
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.refusals import Refusals
 from agent.deploy.sideload import KnownMedia, MediumWatch, Sideload
+from agent.deploy.slots import slot_of
 from agent.deploy.watch import Watch
 from agent.engine.book import VariantBook
 from agent.engine.engine import Engine
@@ -215,7 +216,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             events=events,
             clock=clock,
             state_dir=state_dir,
-            configured=[_configured(model) for model in config.models],
+            configured=[wish for model in config.models for wish in _configured(model)],
             poll_interval_s=config.store.poll_interval_s,
             refusals=refusals,
             on_revoked=config.policy.on_revoked,
@@ -412,21 +413,26 @@ def _binds(config: Config, profile: Profile) -> bool:
     return config.engine.pin_cores == "always" or (config.engine.pin_cores == "profile" and profile.pin_cores)
 
 
-def _configured(model: Any) -> Desired:
-    wanted = model.version or model.channel
-    return Desired(
-        id=f"file:{model.team}/{model.name}:{wanted}",
+def _configured(model: ModelConfig) -> list[Desired]:
+    """Return the wishes of one entry: for its default, and for each version beside it."""
+    entry = f"{model.team}/{model.name}"
+    default = Desired(
+        id=f"file:{entry}:{model.version or model.channel}",
         slot=model.name,
         team=model.team,
         version=model.version,
         channel=model.channel,
     )
+    return [default] + [
+        Desired(id=f"beside:{entry}:{version}", slot=slot_of(model.name, version), team=model.team, version=version)
+        for version in model.beside
+    ]
 
 
 def _birth(engine: Engine) -> dict[str, Any]:
     active = [
         {
-            "slot": row["model"],
+            "slot": row["slot"],
             "version": row.get("version"),
             "digest": row.get("digest"),
             "variant": row.get("variant"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -275,4 +276,5 @@ def scale_version(
                 bounds=bounds or Bounds(),
             )
         )
-    return VersionSpec(model="scale", version=version, digest=f"{version:0<64}"[:64], variants=tuple(variants))
+    digest = sha256(f"{folder} {version}".encode()).hexdigest()
+    return VersionSpec(model="scale", version=version, digest=digest, variants=tuple(variants))

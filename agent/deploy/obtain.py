@@ -20,6 +20,7 @@ from agent.deploy.pointer import Pointer, target_of
 from agent.deploy.ports import Bundle, Progress, Store
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
+from agent.deploy.slots import model_of
 from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State
 from agent.deploy.steps import Steps
 from agent.errors import AgentError, BudgetError, BundleError, DiskFullError, PolicyError, StoreError
@@ -55,6 +56,7 @@ class Obtainer:
         make_room: Callable[[frozenset[str]], Awaitable[bool]],
     ) -> None:
         self._slot = slot
+        self._model = model_of(slot)
         self._config = config
         self._store = store
         self._journal = journal
@@ -116,7 +118,7 @@ class Obtainer:
         medium = record.medium or self._medium
         try:
             await self._store.resolve(
-                team=record.team, name=record.slot, version=record.wanted, channel=record.channel, medium=medium
+                team=record.team, name=record.model, version=record.wanted, channel=record.channel, medium=medium
             )
         except AgentError as error:
             return await self._failed(record, error, medium)
@@ -128,7 +130,7 @@ class Obtainer:
     async def _from_disk(self, record: Record, pointer: Pointer | None) -> tuple[Record, Bundle | None]:
         known = [target for target in (pointer and pointer.previous, pointer and pointer.active) if target]
         known += [target_of(kept, self._state_dir) for kept in (await self._store.inventory()).versions]
-        model = (record.team, self._slot, record.wanted)
+        model = (record.team, self._model, record.wanted)
         target = next((item for item in known if (item.team, item.name, item.version) == model), None)
         if target is None:
             raise BundleError(f"version {record.wanted} is not kept on this box")
@@ -170,7 +172,7 @@ class Obtainer:
         try:
             return await self._store.fetch(
                 team=record.team,
-                name=record.slot,
+                name=record.model,
                 version=record.wanted,
                 channel=record.channel,
                 on_progress=progress.put_nowait,
@@ -187,7 +189,7 @@ class Obtainer:
             found = {"version": seen.version, "digest": seen.digest}
             if confirmed == seen.digest:
                 return await self._steps.step(record, Event.ALREADY, **found)
-            refused = await self._journal.refused(self._slot, seen.digest)
+            refused = await self._journal.refused(self._model, seen.digest)
             if refused and not record.force:
                 message = f"version {seen.version} failed here before: {refused}; deploy it with force to try again"
                 return await self._steps.step(record, Event.REJECT, code="refused_before", message=message, **found)
@@ -206,7 +208,7 @@ class Obtainer:
             self._medium = ""
         if isinstance(error, BundleError):
             version = record.version or record.wanted
-            self._refusals.bundle(error, team=record.team, name=self._slot, version=version, source=medium)
+            self._refusals.bundle(error, team=record.team, name=self._model, version=version, source=medium)
         if medium and not record.medium:  # it was only offered: the store is waited for again
             _log.warning("medium is of no use", slot=self._slot, medium=medium, **cause)
             return record if record.state is State.FETCH_WAIT else await self._offline(record, cause)
@@ -231,7 +233,7 @@ class Obtainer:
         """Let go what nothing needs, but nothing of this deployment."""
         try:
             offered = await self._store.resolve(
-                team=record.team, name=self._slot, version=record.wanted, channel=record.channel, medium=record.medium
+                team=record.team, name=self._model, version=record.wanted, channel=record.channel, medium=record.medium
             )
             digest = offered.digest
         except AgentError:

@@ -23,6 +23,7 @@ from agent.deploy.ports import Bundle, Host, Loaded, Store
 from agent.deploy.probation import Verdict, judge
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
+from agent.deploy.slots import model_of
 from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State
 from agent.deploy.steps import Steps
 from agent.errors import (
@@ -64,10 +65,12 @@ class Performer:
         changed: Callable[[Record], None],
     ) -> None:
         self.slot = slot
+        self.leaving = False  # nobody wants the slot any more: a trial ends, whatever comes after it
         self.pointer: Pointer | None = None
         self.active: Loaded | None = None
         self.busy = False  # a deployment is under way
         self.held_until: float | None = None  # monotonic; on trial, not loaded, and nothing else could be
+        self._model = model_of(slot)  # what failed or served anywhere on this box is remembered by model
         self._config = config
         self._store = store
         self._host = host
@@ -185,7 +188,7 @@ class Performer:
             else:
                 self.pointer = Pointer(slot=self.slot, active=pointer.previous)
                 if pointer.trial and not isinstance(error, StoreError):
-                    await self._journal.refuse(self.slot, pointer.active.digest, str(error))
+                    await self._journal.refuse(self._model, pointer.active.digest, str(error))
                 self._point(self.pointer)
                 return
         if isinstance(error, BundleError):  # damaged on disk: whoever wants it fetches it again
@@ -216,6 +219,17 @@ class Performer:
             await self._host.retire(loaded)
         self._host.expect(self.slot, reason)
 
+    async def remove(self) -> None:
+        """Forget what the slot serves: the pointer first, then requests, then memory. No deployment is under way."""
+        self._pointers.remove(self.slot)
+        self.pointer, self.held_until = None, None
+        before, self._before = self._before, None
+        active, self.active = self.active, None
+        self._host.forget(self.slot)
+        for loaded in (before, active):
+            if loaded is not None:
+                await self._host.retire(loaded)
+
     def offer(self, medium: str) -> None:
         """Let a deployment that waits for its store be taken from the folder ``medium``."""
         self._obtainer.offer(medium)
@@ -228,7 +242,7 @@ class Performer:
             raise UntrustedError(f"{target.path} holds another manifest than the pointer names")
         pointer = self.pointer
         on_trial = pointer is not None and pointer.trial and target == pointer.active
-        loaded = await (self._host.load(bundle) if on_trial else self._host.restore(bundle))
+        loaded = await (self._host.load(self.slot, bundle) if on_trial else self._host.restore(self.slot, bundle))
         self._host.activate(self.slot, loaded)
         return loaded
 
@@ -296,6 +310,10 @@ class Performer:
         """End an interrupted deployment because another wish won."""
         if (record.state, Event.SUPERSEDE) in _SUPERSEDABLE:
             await self._give_up(record)
+        elif self.leaving and record.state is State.PROBATION:
+            await self.perform(
+                await self._steps.step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=self._superseded(record))
+            )
         elif self.held_until is not None and record.state is State.PROBATION:
             message = "another version was asked for while it was held back"
             await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=message))
@@ -328,10 +346,10 @@ class Performer:
             message = revoked_text(record.version, reason)
             return await self._steps.step(record, Event.REJECT, code=PolicyError.code, message=message)
         try:
-            self._candidate = await self._host.load(self._bundle)
+            self._candidate = await self._host.load(self.slot, self._bundle)
         except AgentError as error:
             if isinstance(error, SelfTestError):  # what else fails may be the box's fault, and may pass
-                await self._journal.refuse(self.slot, record.digest, str(error))
+                await self._journal.refuse(self._model, record.digest, str(error))
             event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
             return await self._steps.step(record, event, code=error.code, message=str(error))
         return await self._steps.step(record, Event.DONE, variant=self._candidate.evidence().variant)
@@ -379,9 +397,10 @@ class Performer:
             if reason := self._revoked(record.digest):
                 message = revoked_text(record.version, reason)
                 return await self._steps.step(record, Event.FAIL, code=PolicyError.code, message=message)
-            if self._superseded(record) and self.pointer is not None and self.pointer.previous is not None:
+            previous = self.pointer.previous if self.pointer is not None else None
+            if self._superseded(record) and (previous is not None or self.leaving):
                 return await self._steps.step(
-                    record, Event.SUPERSEDE, code=_SUPERSEDED, message="another version was asked for while on trial"
+                    record, Event.SUPERSEDE, code=_SUPERSEDED, message=f"{self._superseded(record)} while on trial"
                 )
             await self._clock.sleep(probe_s)
             try:
@@ -392,8 +411,8 @@ class Performer:
     async def _confirm(self, record: Record, reason: str) -> Record:
         if self.pointer is not None and self.pointer.trial:
             self._point(replace(self.pointer, trial=False, starts_in_trial=0, running=False))
-        await self._journal.forgive(self.slot, record.digest)
-        await self._journal.note_served(self.slot, record.digest)
+        await self._journal.forgive(self._model, record.digest)
+        await self._journal.note_served(self._model, record.digest)
         if self.active is not None:
             self._host.confirm(self.active)
         record = await self._steps.step(record, Event.DONE, message=reason)
@@ -406,7 +425,7 @@ class Performer:
         """Pointer first, then requests, then memory."""
         failed, pointer = self.active, self.pointer
         if record.code != _SUPERSEDED:
-            await self._journal.refuse(self.slot, record.digest, record.message)
+            await self._journal.refuse(self._model, record.digest, record.message)
         previous = pointer.previous if pointer is not None and pointer.trial else None
         try:
             if pointer is None or not pointer.trial:

@@ -192,13 +192,14 @@ class Loaded(Protocol):
 class Host(Protocol):
     """Loads versions and routes slots to them."""
 
-    async def load(self, bundle: Bundle) -> Loaded:
+    async def load(self, slot: str, bundle: Bundle) -> Loaded:
         """Start the version beside what serves; raise ``AgentError`` if no variant works.
 
-        It stays in memory until it is confirmed, and so does what it replaces until that is retired.
+        It stays in memory until it is confirmed, and so does what it replaces until that is retired. One that another
+        slot has loaded is not loaded again; the two then end apart.
         """
 
-    async def restore(self, bundle: Bundle) -> Loaded:
+    async def restore(self, slot: str, bundle: Bundle) -> Loaded:
         """Bring back a version that was confirmed, maybe to be started by its first request only.
 
         Raises:
@@ -216,3 +217,6 @@ class Host(Protocol):
 
     def expect(self, slot: str, reason: str) -> None:
         """Say why a known slot does not serve yet."""
+
+    def forget(self, slot: str) -> None:
+        """Let a slot be unknown once nothing of it is loaded."""

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from agent.deploy.plan import ORDINARY, Plan
+from agent.deploy.slots import model_of
 from agent.errors import IllegalTransitionError
 
 TRANSITIONS_MAX: Final = 64  # catches loops that individual counters miss
@@ -128,6 +129,11 @@ class Record:
     message: str = ""
     created: float = 0.0  # Unix seconds
     updated: float = 0.0
+
+    @property
+    def model(self) -> str:
+        """Of which the slot is."""
+        return model_of(self.slot)
 
     @property
     def eta_s(self) -> int | None:

@@ -118,6 +118,8 @@ class Version:
         self._reason = "loading"  # see ``reason``
         self._retried = False  # whether when it is tried again belongs to the reason
         self.tests = Tests()
+        self.holders = 0  # slots that hold it
+        self.beside = 0  # of them those beside the default
         self.routed = False  # whether requests come: otherwise nothing better is looked for
         self.deaths = 0
         self.good = 0
@@ -189,6 +191,11 @@ class Version:
         return self.stage.value if self.stage in _HELD else ""
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes no more work."""
+        return self._closing.is_set()
+
+    @property
     def on_demand(self) -> bool:
         """Whether it sleeps, and nothing is known that would keep a request from waking it."""
         return self.asleep and self._trouble is None
@@ -251,6 +258,16 @@ class Version:
     def skipped(self) -> list[dict[str, str]]:
         """The variants that do not serve because something is wrong, with the reason."""
         return self._standing.skipped
+
+    def hold(self, *, beside: bool) -> None:
+        """Let one slot more hold it."""
+        self.holders += 1
+        self.beside += beside
+
+    def let_go(self, *, beside: bool) -> None:
+        """Let one slot hold it no longer."""
+        self.holders -= 1
+        self.beside -= beside
 
     # Into memory and out of it
 

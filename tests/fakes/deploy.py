@@ -168,7 +168,7 @@ class FakeHost:
     expected: dict[str, str] = field(default_factory=dict)
     loaded: list[FakeLoaded] = field(default_factory=list)
 
-    async def load(self, bundle: Bundle) -> FakeLoaded:
+    async def load(self, slot: str, bundle: Bundle) -> FakeLoaded:
         await asyncio.sleep(0)
         if self.behaviour.get(bundle.version) == "unloadable":
             raise LoadError("no variant loads")
@@ -176,8 +176,8 @@ class FakeHost:
         self.loaded.append(loaded)
         return loaded
 
-    async def restore(self, bundle: Bundle) -> FakeLoaded:
-        restored = await self.load(bundle)
+    async def restore(self, slot: str, bundle: Bundle) -> FakeLoaded:
+        restored = await self.load(slot, bundle)
         restored.confirmed = True
         return restored
 
@@ -200,3 +200,6 @@ class FakeHost:
 
     def expect(self, slot: str, reason: str) -> None:
         self.expected[slot] = reason
+
+    def forget(self, slot: str) -> None:
+        self.expected.pop(slot, None)
