@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from agent.deploy.plan import ORDINARY, Plan
 from agent.deploy.pointer import Pointer
 from agent.deploy.state import FINAL, TRIAL, Record, State
 
@@ -36,6 +37,7 @@ class Desired:
     local: bool = False  # take it from disk, without network
     force: bool = False  # although it failed here before
     medium: str = ""  # the folder to take it from, instead of the configured stores
+    plan: Plan = ORDINARY
 
 
 class Action(StrEnum):

@@ -7,28 +7,27 @@ when a trial fails. Leaves out: which deployment to perform (``reconciler.py``).
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
 from agent.deploy import trial
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
-from agent.deploy.pointer import Pointer, Pointers, Target
-from agent.deploy.ports import Bundle, Host, Kept, Loaded, Progress, Store
+from agent.deploy.obtain import Obtainer
+from agent.deploy.pointer import Pointer, Pointers, Target, target_of
+from agent.deploy.ports import Bundle, Host, Loaded, Store
 from agent.deploy.probation import Verdict, judge
 from agent.deploy.refusals import Refusals
-from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State, advance
+from agent.deploy.revocation import revoked_text
+from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State
+from agent.deploy.steps import Steps
 from agent.errors import (
     AgentError,
-    BudgetError,
     BundleError,
-    DiskFullError,
     PolicyError,
     SelfTestError,
     StateError,
@@ -40,13 +39,7 @@ from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
-_LOOK_S: Final = 5.0  # while a long wait could be ended by another wish
-_PROGRESS_EVENT_S: Final = 10.0  # between two events about one download
-_BUDGET_STEPS: Final = 8  # before the last transition, a deployment that waits for bytes begins anew
 _SUPERSEDED: Final = "superseded"
-_BAD: Final = frozenset(
-    {State.REJECTED, State.FAILED, State.ROLLED_BACK, State.INCONSISTENT, State.ROLLING_BACK, State.FETCH_WAIT}
-)
 
 
 class Performer:
@@ -86,23 +79,29 @@ class Performer:
         self._state_dir = state_dir
         self._superseded = superseded  # why the deployment is to be given up; empty: it is not
         self._revoked = revoked  # why a digest was revoked, and policy keeps it from being loaded; else empty
-        self._make_room = make_room  # leaving the versions of these digests; whether anything went
-        self._changed = changed
-        self._medium = ""  # a folder that a waiting deployment may be taken from
-        self._medium_came = asyncio.Event()
+        self._steps = Steps(journal, events, clock, changed)
+        self._obtainer = Obtainer(
+            slot,
+            config=config,
+            store=store,
+            journal=journal,
+            steps=self._steps,
+            refusals=refusals,
+            clock=clock,
+            state_dir=state_dir,
+            superseded=superseded,
+            revoked=revoked,
+            make_room=make_room,
+        )
         self._before: Loaded | None = None  # what served before the trial, still loaded
         self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
-        self._retry = Backoff(first_s=1.0, cap_s=config.fetch_retry_cap_s)
-        self._waiting_since: float | None = None
-        self._not_before = 0.0  # monotonic; the store is not asked earlier
-        self._progress_due = 0.0  # monotonic
         self._work: Mapping[State, Callable[[Record], Awaitable[Record]]] = {
             State.RECEIVED: self._received,
             State.VALIDATING: self._obtain,
             State.FETCHING: self._obtain,
             State.VERIFYING: self._obtain,
-            State.FETCH_WAIT: self._wait_for_store,
+            State.FETCH_WAIT: self._obtainer.wait,
             State.STAGED: self._staged,
             State.LOADING: self._load,
             State.CUTOVER: self._cut_over,
@@ -116,7 +115,7 @@ class Performer:
         """Load what the pointer names; fall back to the previous version when that does not work."""
         self.pointer = pointer
         if reason := self._revoked(pointer.active.digest):
-            self._host.expect(self.slot, _revoked_text(pointer.active.version, reason))
+            self._host.expect(self.slot, revoked_text(pointer.active.version, reason))
             return  # what serves instead is for the reconciler to say
         try:
             if pointer.trial:
@@ -219,12 +218,11 @@ class Performer:
 
     def offer(self, medium: str) -> None:
         """Let a deployment that waits for its store be taken from the folder ``medium``."""
-        self._medium = medium
-        self._medium_came.set()
+        self._obtainer.offer(medium)
 
     async def _bring_up(self, target: Target) -> Loaded:
         if reason := self._revoked(target.digest):
-            raise PolicyError(_revoked_text(target.version, reason))
+            raise PolicyError(revoked_text(target.version, reason))
         bundle = await self._store.check(self._state_dir / target.path)
         if bundle.digest != target.digest:
             raise UntrustedError(f"{target.path} holds another manifest than the pointer names")
@@ -249,12 +247,12 @@ class Performer:
             local=wish.local,
             force=wish.force,
             medium=wish.medium,
+            plan=wish.plan,
             previous=self.pointer.active.version if self.pointer is not None else "",
             created=now,
             updated=now,
         )
-        await self._journal.begin(record)
-        self._tell(record)
+        await self._steps.begin(record)
         begun()
         await self.perform(record)
 
@@ -262,14 +260,16 @@ class Performer:
         """Go on with a deployment that a restart interrupted."""
         ours = self.pointer is not None and self.pointer.active.digest == record.digest
         if record.state is State.CUTOVER and ours and self.held_until is not None:
-            await self._step(record, Event.DONE)  # its probation begins once it is started again
+            await self._steps.step(record, Event.DONE)  # its probation begins once it is started again
             return
         if record.state in (State.PROBATION, State.CUTOVER) and ours and self.active is not None:
             pass  # boot() loaded it
         elif record.state is State.PROBATION or (record.state is State.CUTOVER and ours):
-            record = await self._step(record, Event.FAIL, code="boot_failed", message="it did not survive a restart")
+            record = await self._steps.step(
+                record, Event.FAIL, code="boot_failed", message="it did not survive a restart"
+            )
         elif record.state is not State.ROLLING_BACK and record.state is not State.RECEIVED:
-            record = await self._step(record, Event.RESUME)
+            record = await self._steps.step(record, Event.RESUME)
         await self.perform(record)
 
     async def perform(self, record: Record) -> None:
@@ -284,7 +284,7 @@ class Performer:
     async def _perform(self, record: Record) -> None:
         while record.state not in FINAL:
             if record.step >= TRANSITIONS_MAX and (record.state, Event.FAIL) in _FAILABLE:
-                record = await self._step(
+                record = await self._steps.step(
                     record, Event.FAIL, code="too_many_steps", message="the deployment went in circles"
                 )
             elif (record.state, Event.SUPERSEDE) in _SUPERSEDABLE and self._superseded(record):
@@ -298,210 +298,48 @@ class Performer:
             await self._give_up(record)
         elif self.held_until is not None and record.state is State.PROBATION:
             message = "another version was asked for while it was held back"
-            await self.perform(await self._step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=message))
+            await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=message))
         else:
             await self.resume(record)
 
     async def _give_up(self, record: Record) -> Record:
-        return await self._step(record, Event.SUPERSEDE, message=self._superseded(record) or "another version won")
+        return await self._steps.step(
+            record, Event.SUPERSEDE, message=self._superseded(record) or "another version won"
+        )
 
     # The work of each state
 
     async def _received(self, record: Record) -> Record:
-        self._waiting_since = None
-        self._not_before = 0.0
-        self._progress_due = self._clock.monotonic() + _PROGRESS_EVENT_S
-        self._retry.reset()
-        return await self._step(record, Event.DONE)
+        self._obtainer.reset()
+        return await self._steps.step(record, Event.DONE)
 
     async def _obtain(self, record: Record) -> Record:
-        """VALIDATING, FETCHING and VERIFYING: one run of the trust child, followed by its progress."""
-        if not record.local:
-            return await self._obtain_remote(record)
-        try:
-            return await self._obtain_local(record)
-        except BundleError as error:
-            return await self._obtain_failed(record, error)
-
-    async def _obtain_local(self, record: Record) -> Record:
-        pointer = self.pointer
-        known = [target for target in (pointer and pointer.previous, pointer and pointer.active) if target]
-        known += [self._kept_target(kept) for kept in (await self._store.inventory()).versions]
-        model = (record.team, self.slot, record.wanted)
-        target = next((item for item in known if (item.team, item.name, item.version) == model), None)
-        if target is None:
-            raise BundleError(f"version {record.wanted} is not kept on this box")
-        if pointer is not None and target is pointer.active and not pointer.trial:
-            return await self._step(record, Event.ALREADY, version=target.version, digest=target.digest)
-        bundle = await self._store.check(self._state_dir / target.path)
-        if reason := self._revoked(bundle.digest):
-            raise PolicyError(_revoked_text(target.version, reason))
+        record, bundle = await self._obtainer.obtain(record, self.pointer, serves=self.active is not None)
         self._bundle = bundle
-        while record.state is not State.STAGED:
-            record = await self._step(record, Event.DONE, version=target.version, digest=bundle.digest)
         return record
-
-    async def _obtain_remote(self, record: Record) -> Record:
-        progress: asyncio.Queue[Progress | None] = asyncio.Queue()
-        async with asyncio.TaskGroup() as group:
-            fetch = group.create_task(self._fetch(record, progress), name=f"fetch {self.slot}")
-            while (seen := await progress.get()) is not None:
-                record = await self._follow(record, seen)
-                if record.state not in FINAL and self._superseded(record):
-                    record = await self._give_up(record)
-                if record.state in FINAL:
-                    fetch.cancel()
-                    return record
-        outcome = fetch.result()
-        if isinstance(outcome, AgentError):
-            return await self._obtain_failed(record, outcome)
-        self._bundle = outcome
-        while record.state is not State.STAGED:
-            record = await self._step(record, Event.DONE, version=outcome.version, digest=outcome.digest)
-        return record
-
-    async def _fetch(self, record: Record, progress: asyncio.Queue[Progress | None]) -> Bundle | AgentError:
-        """Return the bundle or why there is none; ``None`` ends the progress."""
-        try:
-            return await self._store.fetch(
-                team=record.team,
-                name=record.slot,
-                version=record.wanted,
-                channel=record.channel,
-                on_progress=progress.put_nowait,
-                medium=record.medium or self._medium,
-            )
-        except AgentError as error:
-            return error
-        finally:
-            progress.put_nowait(None)
-
-    async def _follow(self, record: Record, seen: Progress) -> Record:
-        if seen.phase == "resolved" and record.state is State.VALIDATING:
-            pointer = self.pointer
-            if pointer is not None and not pointer.trial and pointer.active.digest == seen.digest and self.active:
-                return await self._step(record, Event.ALREADY, version=seen.version, digest=seen.digest)
-            refused = await self._journal.refused(self.slot, seen.digest)
-            if refused and not record.force:
-                message = f"version {seen.version} failed here before: {refused}; deploy it with force to try again"
-                return await self._step(
-                    record,
-                    Event.REJECT,
-                    code="refused_before",
-                    message=message,
-                    version=seen.version,
-                    digest=seen.digest,
-                )
-            return await self._step(
-                record, Event.DONE, version=seen.version, digest=seen.digest, bytes_total=seen.bytes_total
-            )
-        if seen.phase == "progress":
-            record = replace(record, bytes_done=seen.bytes_done, bytes_total=seen.bytes_total, rate_bps=seen.rate_bps)
-            self._changed(record)
-            self._tell_progress(record)
-        elif seen.phase == "verifying" and record.state is State.FETCHING:
-            return await self._step(record, Event.DONE)
-        return record
-
-    async def _obtain_failed(self, record: Record, error: AgentError) -> Record:
-        cause = {"code": error.code, "message": str(error)}
-        medium, self._medium = self._medium, ""
-        if isinstance(error, BundleError):
-            version, source = record.version or record.wanted, record.medium or medium
-            self._refusals.bundle(error, team=record.team, name=self.slot, version=version, source=source)
-        if medium and not record.medium:  # it was only offered: the store is waited for again
-            _log.warning("medium is of no use", slot=self.slot, medium=medium, **cause)
-            return record if record.state is State.FETCH_WAIT else await self._step(record, Event.OFFLINE, **cause)
-        if isinstance(error, BundleError):
-            return await self._step(record, Event.REJECT, **cause)
-        if not isinstance(error, StoreError) or not error.retryable:
-            return await self._step(record, Event.FAIL, **cause)
-        if isinstance(error, DiskFullError) and not await self._room_was_made(record):
-            return await self._step(record, Event.FAIL, **cause)
-        if record.state is State.FETCH_WAIT:
-            return record
-        if isinstance(error, BudgetError):
-            if record.step > TRANSITIONS_MAX - _BUDGET_STEPS:
-                return await self._step(record, Event.FAIL, **cause)
-            self._not_before = self._clock.monotonic() + error.retry_after_s
-        return await self._step(record, Event.OFFLINE, **cause)
-
-    async def _room_was_made(self, record: Record) -> bool:
-        """Let go what nothing needs, but nothing of this deployment."""
-        try:
-            offered = await self._store.resolve(
-                team=record.team, name=self.slot, version=record.wanted, channel=record.channel, medium=record.medium
-            )
-            digest = offered.digest
-        except AgentError:
-            digest = record.digest
-        return bool(digest) and await self._make_room(frozenset({digest}))
-
-    async def _wait_for_store(self, record: Record) -> Record:
-        """Ask again and again until the store answers; one transition however long it takes."""
-        if await self._waited_for_budget(record):
-            return record if self._superseded(record) else await self._step(record, Event.DONE, code="", message="")
-        now = self._clock.monotonic()
-        self._waiting_since = self._waiting_since or now
-        if now - self._waiting_since > self._config.fetch_limit_s:
-            return await self._step(record, Event.FAIL, code="offline", message="the store stayed out of reach")
-        await self._until_medium(0.1 + self._retry.next())
-        if self._superseded(record):
-            return record
-        try:
-            await self._store.resolve(
-                team=record.team,
-                name=record.slot,
-                version=record.wanted,
-                channel=record.channel,
-                medium=record.medium or self._medium,
-            )
-        except AgentError as error:
-            return await self._obtain_failed(record, error)
-        return await self._step(record, Event.DONE, code="", message="")
-
-    async def _until_medium(self, wait_s: float) -> bool:
-        """Wait so long, or until a medium is offered; return whether one was."""
-        async with asyncio.TaskGroup() as group:
-            waits = [group.create_task(self._medium_came.wait()), group.create_task(self._clock.sleep(wait_s))]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
-        came = self._medium_came.is_set()
-        self._medium_came.clear()
-        return came
-
-    async def _waited_for_budget(self, record: Record) -> bool:
-        """Wait until more bytes may be fetched, a medium comes, or another wish won; ``False``: nothing to wait for."""
-        waits = self._clock.monotonic() < self._not_before
-        while (left_s := self._not_before - self._clock.monotonic()) > 0 and not self._superseded(record):
-            if await self._until_medium(min(left_s, _LOOK_S)):
-                break
-        self._not_before = 0.0
-        return waits
 
     async def _staged(self, record: Record) -> Record:
-        return await self._step(record, Event.DONE)
+        return await self._steps.step(record, Event.DONE)
 
     async def _load(self, record: Record) -> Record:
         if self._bundle is None:
-            return await self._step(record, Event.RESUME)
+            return await self._steps.step(record, Event.RESUME)
         if reason := self._revoked(record.digest):
-            message = _revoked_text(record.version, reason)
-            return await self._step(record, Event.REJECT, code=PolicyError.code, message=message)
+            message = revoked_text(record.version, reason)
+            return await self._steps.step(record, Event.REJECT, code=PolicyError.code, message=message)
         try:
             self._candidate = await self._host.load(self._bundle)
         except AgentError as error:
             if isinstance(error, SelfTestError):  # what else fails may be the box's fault, and may pass
                 await self._journal.refuse(self.slot, record.digest, str(error))
             event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
-            return await self._step(record, event, code=error.code, message=str(error))
-        return await self._step(record, Event.DONE, variant=self._candidate.evidence().variant)
+            return await self._steps.step(record, event, code=error.code, message=str(error))
+        return await self._steps.step(record, Event.DONE, variant=self._candidate.evidence().variant)
 
     async def _cut_over(self, record: Record) -> Record:
         if self._candidate is not None and self._bundle is not None:
             confirmed = self.pointer.confirmed if self.pointer is not None else None
-            active = self._target(self._bundle)
+            active = target_of(self._bundle, self._state_dir)
             if record.local and self.pointer is not None:
                 confirmed = None if self.pointer.trial else self.pointer.active
             try:
@@ -510,21 +348,21 @@ class Performer:
                     Pointer(slot=self.slot, active=active, previous=confirmed, trial=on_trial, running=on_trial)
                 )
             except (AgentError, OSError) as error:
-                return await self._step(record, Event.FAIL, code="pointer_failed", message=str(error))
+                return await self._steps.step(record, Event.FAIL, code="pointer_failed", message=str(error))
             replaced = self._host.activate(self.slot, self._candidate)
             self.active, self._candidate, self.held_until = self._candidate, None, None
             if self._before is None:
                 self._before = replaced
             elif replaced is not None:
                 await self._host.retire(replaced)  # a version that was itself on trial
-        return await self._step(record, Event.DONE)
+        return await self._steps.step(record, Event.DONE)
 
     async def _probation(self, record: Record) -> Record:
         """Watch the version serve; probe an idle one with its own golden inputs."""
         if record.local:
             return await self._confirm(record, "it was confirmed before")
         if self.active is None:
-            return await self._step(record, Event.FAIL, code="boot_failed", message="it is not loaded")
+            return await self._steps.step(record, Event.FAIL, code="boot_failed", message="it is not loaded")
         base = self._before.evidence() if self._before is not None else None
         answered = base.good + base.faults if base is not None else 0
         baseline = base.faults / answered if base is not None and answered else 0.0
@@ -537,12 +375,12 @@ class Performer:
             if judgement.verdict is Verdict.CONFIRM:
                 return await self._confirm(record, judgement.reason)
             if judgement.verdict is Verdict.ROLL_BACK:
-                return await self._step(record, Event.FAIL, code="probation_failed", message=judgement.reason)
+                return await self._steps.step(record, Event.FAIL, code="probation_failed", message=judgement.reason)
             if reason := self._revoked(record.digest):
-                message = _revoked_text(record.version, reason)
-                return await self._step(record, Event.FAIL, code=PolicyError.code, message=message)
+                message = revoked_text(record.version, reason)
+                return await self._steps.step(record, Event.FAIL, code=PolicyError.code, message=message)
             if self._superseded(record) and self.pointer is not None and self.pointer.previous is not None:
-                return await self._step(
+                return await self._steps.step(
                     record, Event.SUPERSEDE, code=_SUPERSEDED, message="another version was asked for while on trial"
                 )
             await self._clock.sleep(probe_s)
@@ -558,7 +396,7 @@ class Performer:
         await self._journal.note_served(self.slot, record.digest)
         if self.active is not None:
             self._host.confirm(self.active)
-        record = await self._step(record, Event.DONE, message=reason)
+        record = await self._steps.step(record, Event.DONE, message=reason)
         before, self._before = self._before, None
         if before is not None:
             await self._host.retire(before)
@@ -572,7 +410,7 @@ class Performer:
         previous = pointer.previous if pointer is not None and pointer.trial else None
         try:
             if pointer is None or not pointer.trial:
-                return await self._step(record, Event.DONE)  # done before a restart
+                return await self._steps.step(record, Event.DONE)  # done before a restart
             if previous is None:
                 self._pointers.remove(self.slot)
                 self.pointer, self.active, self.held_until = None, None, None
@@ -584,66 +422,26 @@ class Performer:
                 else:
                     self.active = await self._bring_up(previous)
         except (AgentError, OSError) as error:
-            return await self._step(record, Event.FAIL, message=f"{record.message}; the rollback failed too: {error}")
+            return await self._steps.step(
+                record, Event.FAIL, message=f"{record.message}; the rollback failed too: {error}"
+            )
         if failed is not None and failed is not self.active:
             await self._host.retire(failed)
         if previous is None:
             self._host.expect(self.slot, f"version {record.version} was rolled back: {record.message}")
-        return await self._step(record, Event.DONE)
+        return await self._steps.step(record, Event.DONE)
 
     # Inside
-
-    async def _step(self, record: Record, event: Event, **changes: Any) -> Record:
-        """Advance, journal, tell."""
-        after = advance(record, event, updated=self._clock.wall(), **changes)
-        await self._journal.save(after)
-        self._tell(after)
-        return after
-
-    def _tell(self, record: Record) -> None:
-        severity = Severity.ERROR if record.state in _BAD - {State.FETCH_WAIT} else Severity.INFO
-        plain = {name: value for name, value in record.plain().items() if name not in ("created", "updated")}
-        fields = {name: value for name, value in plain.items() if value not in ("", 0, False, None)}
-        _log.info(
-            "deployment",
-            **{name: fields[name] for name in ("slot", "id", "state", "version", "message") if name in fields},
-        )
-        self._events.emit(
-            Stream.DEPLOY, f"deployment.{record.state}", severity, key=f"{record.id}:{record.step}", **fields
-        )
-        self._changed(record)
-
-    def _tell_progress(self, record: Record) -> None:
-        """Tell the fleet how far a long download is, not more often than somebody could read it."""
-        now = self._clock.monotonic()
-        if now < self._progress_due:
-            return
-        self._progress_due = now + _PROGRESS_EVENT_S
-        names = ("id", "slot", "version", "state", "bytes_done", "bytes_total", "rate_bps", "eta_s")
-        fields = {name: value for name, value in record.plain().items() if name in names}
-        self._events.emit(Stream.DEPLOY, "deployment.progress", key=f"{record.id}:{record.step}:{now:.0f}", **fields)
 
     def _point(self, pointer: Pointer) -> Pointer:
         self._pointers.write(pointer)
         self.pointer = pointer
         return pointer
 
-    def _kept_target(self, kept: Kept) -> Target:
-        path = kept.path.relative_to(self._state_dir)
-        return Target(team=kept.team, name=kept.name, version=kept.version, digest=kept.digest, path=str(path))
-
-    def _target(self, bundle: Bundle) -> Target:
-        path = bundle.path.relative_to(self._state_dir)
-        return Target(team=bundle.team, name=bundle.name, version=bundle.version, digest=bundle.digest, path=str(path))
-
     async def _discard_candidate(self) -> None:
         candidate, self._candidate, self._bundle = self._candidate, None, None
         if candidate is not None:
             await self._host.retire(candidate)
-
-
-def _revoked_text(version: str, reason: str) -> str:
-    return f"version {version} was revoked: {reason}"
 
 
 _FAILABLE: Final = frozenset((state, Event.FAIL) for state in State if state not in FINAL)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
+from agent.deploy.ports import Bundle, Kept
 from agent.durable import read_json, set_aside, write_json
 from agent.errors import StateError, StoreError
 
@@ -100,6 +101,12 @@ class Pointers:
 
     def _copy(self, slot: str) -> Path:
         return self._folder / f"{slot}{_FILE}{_COPY}"
+
+
+def target_of(item: Bundle | Kept, state_dir: Path) -> Target:
+    """Return what a pointer would say of a version on disk."""
+    path = item.path.relative_to(state_dir)
+    return Target(team=item.team, name=item.name, version=item.version, digest=item.digest, path=str(path))
 
 
 def _parse(raw: Any, slot: str) -> Pointer:

@@ -66,3 +66,8 @@ def decide(
     fit = [item for item in kept if (item.team, item.name) == model and item.digest in good - bad]
     newest = max(fit, key=lambda item: item.seq, default=None)
     return (Measure.FALL_BACK if newest is not None else Measure.STOP), newest
+
+
+def revoked_text(version: str, reason: str) -> str:
+    """Return what people are told of a version that may not be loaded."""
+    return f"version {version} was revoked: {reason}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
+from agent.deploy.plan import ORDINARY, Plan
 from agent.errors import IllegalTransitionError
 
 TRANSITIONS_MAX: Final = 64  # catches loops that individual counters miss
@@ -113,6 +114,7 @@ class Record:
     local: bool = False  # from disk only: a rollback
     force: bool = False
     medium: str = ""  # the folder it is taken from, instead of the configured stores
+    plan: Plan = ORDINARY
     state: State = State.RECEIVED
     step: int = 0
     version: str = ""  # resolved
@@ -136,7 +138,8 @@ class Record:
 
     def plain(self) -> dict[str, Any]:
         """Return JSON-able fields, for people and telemetry."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"eta_s": self.eta_s}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return values | {"plan": self.plan.plain(), "eta_s": self.eta_s}
 
 
 def advance(record: Record, event: Event, **changes: Any) -> Record:

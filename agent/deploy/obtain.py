@@ -1,0 +1,256 @@
+"""Getting a deployment's bytes: from VALIDATING to STAGED, or to the wait for a store that cannot be reached.
+
+One run of the trust child validates, fetches and verifies; its progress is followed here, state by state. A local
+deployment finds its version on the box and checks every byte again. Nothing here changes what serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from agent.backoff import Backoff
+from agent.clock import Clock
+from agent.config import DeployConfig
+from agent.deploy.journal import Journal
+from agent.deploy.pointer import Pointer, target_of
+from agent.deploy.ports import Bundle, Progress, Store
+from agent.deploy.refusals import Refusals
+from agent.deploy.revocation import revoked_text
+from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State
+from agent.deploy.steps import Steps
+from agent.errors import AgentError, BudgetError, BundleError, DiskFullError, PolicyError, StoreError
+from agent.log import get_logger
+
+_log = get_logger("deploy")
+_LOOK_S: Final = 5.0  # while a long wait could be ended by another wish
+_BUDGET_STEPS: Final = 8  # before the last transition, a deployment that waits for bytes begins anew
+
+
+class Obtainer:
+    """Gets one slot's bundles.
+
+    Args:
+        superseded: Why a deployment is to be given up, empty if it is not; whoever calls then ends it.
+        revoked: Why a digest was revoked, and policy keeps it from being loaded; else empty.
+        make_room: Lets go what nothing needs, but the versions of these digests; whether anything went.
+    """
+
+    def __init__(
+        self,
+        slot: str,
+        *,
+        config: DeployConfig,
+        store: Store,
+        journal: Journal,
+        steps: Steps,
+        refusals: Refusals,
+        clock: Clock,
+        state_dir: Path,
+        superseded: Callable[[Record], str],
+        revoked: Callable[[str], str],
+        make_room: Callable[[frozenset[str]], Awaitable[bool]],
+    ) -> None:
+        self._slot = slot
+        self._config = config
+        self._store = store
+        self._journal = journal
+        self._steps = steps
+        self._refusals = refusals
+        self._clock = clock
+        self._state_dir = state_dir
+        self._superseded = superseded
+        self._revoked = revoked
+        self._make_room = make_room
+        self._medium = ""  # a folder that a waiting deployment may be taken from
+        self._medium_came = asyncio.Event()
+        self._retry = Backoff(first_s=1.0, cap_s=config.fetch_retry_cap_s)
+        self._waiting_since: float | None = None
+        self._not_before = 0.0  # monotonic; the store is not asked earlier
+
+    def reset(self) -> None:
+        """Another deployment begins: what the one before waited for is over."""
+        self._waiting_since = None
+        self._not_before = 0.0
+        self._retry.reset()
+        self._steps.defer_progress()
+
+    def offer(self, medium: str) -> None:
+        """Let a deployment that waits for its store be taken from the folder ``medium``."""
+        self._medium = medium
+        self._medium_came.set()
+
+    async def obtain(self, record: Record, pointer: Pointer | None, *, serves: bool) -> tuple[Record, Bundle | None]:
+        """Do the work of VALIDATING, FETCHING and VERIFYING.
+
+        Args:
+            record: The deployment.
+            pointer: What is active now.
+            serves: It is also loaded.
+
+        Returns:
+            The record where it went, and the bundle if that is STAGED.
+        """
+        if not record.local:
+            return await self._from_store(record, pointer, serves=serves)
+        try:
+            return await self._from_disk(record, pointer)
+        except BundleError as error:
+            return await self._failed(record, error), None
+
+    async def wait(self, record: Record) -> Record:
+        """Do the work of FETCH_WAIT: ask again and again until the store answers; one transition however long."""
+        if await self._waited_for_budget(record):
+            return record if self._superseded(record) else await self._again(record)
+        now = self._clock.monotonic()
+        self._waiting_since = self._waiting_since or now
+        if now - self._waiting_since > self._config.fetch_limit_s:
+            return await self._steps.step(record, Event.FAIL, code="offline", message="the store stayed out of reach")
+        await self._until_medium(0.1 + self._retry.next())
+        if self._superseded(record):
+            return record
+        try:
+            await self._store.resolve(
+                team=record.team,
+                name=record.slot,
+                version=record.wanted,
+                channel=record.channel,
+                medium=record.medium or self._medium,
+            )
+        except AgentError as error:
+            return await self._failed(record, error)
+        return await self._again(record)
+
+    async def _again(self, record: Record) -> Record:
+        return await self._steps.step(record, Event.DONE, code="", message="")
+
+    async def _from_disk(self, record: Record, pointer: Pointer | None) -> tuple[Record, Bundle | None]:
+        known = [target for target in (pointer and pointer.previous, pointer and pointer.active) if target]
+        known += [target_of(kept, self._state_dir) for kept in (await self._store.inventory()).versions]
+        model = (record.team, self._slot, record.wanted)
+        target = next((item for item in known if (item.team, item.name, item.version) == model), None)
+        if target is None:
+            raise BundleError(f"version {record.wanted} is not kept on this box")
+        found = {"version": target.version, "digest": target.digest}
+        if pointer is not None and target is pointer.active and not pointer.trial:
+            return await self._steps.step(record, Event.ALREADY, **found), None
+        bundle = await self._store.check(self._state_dir / target.path)
+        if reason := self._revoked(bundle.digest):
+            raise PolicyError(revoked_text(target.version, reason))
+        return await self._staged(record, bundle), bundle
+
+    async def _from_store(
+        self, record: Record, pointer: Pointer | None, *, serves: bool
+    ) -> tuple[Record, Bundle | None]:
+        confirmed = pointer.active.digest if pointer is not None and not pointer.trial and serves else ""
+        progress: asyncio.Queue[Progress | None] = asyncio.Queue()
+        async with asyncio.TaskGroup() as group:
+            fetch = group.create_task(self._fetch(record, progress), name=f"fetch {self._slot}")
+            while (seen := await progress.get()) is not None:
+                record = await self._follow(record, seen, confirmed)
+                if record.state in FINAL or self._superseded(record):
+                    fetch.cancel()
+                    return record, None
+        outcome = fetch.result()
+        if isinstance(outcome, AgentError):
+            return await self._failed(record, outcome), None
+        return await self._staged(record, outcome), outcome
+
+    async def _staged(self, record: Record, bundle: Bundle) -> Record:
+        while record.state is not State.STAGED:
+            record = await self._steps.step(record, Event.DONE, version=bundle.version, digest=bundle.digest)
+        return record
+
+    async def _fetch(self, record: Record, progress: asyncio.Queue[Progress | None]) -> Bundle | AgentError:
+        """Return the bundle or why there is none; ``None`` ends the progress."""
+        try:
+            return await self._store.fetch(
+                team=record.team,
+                name=record.slot,
+                version=record.wanted,
+                channel=record.channel,
+                on_progress=progress.put_nowait,
+                medium=record.medium or self._medium,
+            )
+        except AgentError as error:
+            return error
+        finally:
+            progress.put_nowait(None)
+
+    async def _follow(self, record: Record, seen: Progress, confirmed: str) -> Record:
+        """``confirmed``: the digest that serves, empty if none does or it is on trial."""
+        if seen.phase == "resolved" and record.state is State.VALIDATING:
+            found = {"version": seen.version, "digest": seen.digest}
+            if confirmed == seen.digest:
+                return await self._steps.step(record, Event.ALREADY, **found)
+            refused = await self._journal.refused(self._slot, seen.digest)
+            if refused and not record.force:
+                message = f"version {seen.version} failed here before: {refused}; deploy it with force to try again"
+                return await self._steps.step(record, Event.REJECT, code="refused_before", message=message, **found)
+            return await self._steps.step(record, Event.DONE, **found, bytes_total=seen.bytes_total)
+        if seen.phase == "progress":
+            record = replace(record, bytes_done=seen.bytes_done, bytes_total=seen.bytes_total, rate_bps=seen.rate_bps)
+            self._steps.progress(record)
+        elif seen.phase == "verifying" and record.state is State.FETCHING:
+            return await self._steps.step(record, Event.DONE)
+        return record
+
+    async def _failed(self, record: Record, error: AgentError) -> Record:
+        cause = {"code": error.code, "message": str(error)}
+        medium, self._medium = self._medium, ""
+        if isinstance(error, BundleError):
+            version, source = record.version or record.wanted, record.medium or medium
+            self._refusals.bundle(error, team=record.team, name=self._slot, version=version, source=source)
+        if medium and not record.medium:  # it was only offered: the store is waited for again
+            _log.warning("medium is of no use", slot=self._slot, medium=medium, **cause)
+            return record if record.state is State.FETCH_WAIT else await self._offline(record, cause)
+        if isinstance(error, BundleError):
+            return await self._steps.step(record, Event.REJECT, **cause)
+        if not isinstance(error, StoreError) or not error.retryable:
+            return await self._steps.step(record, Event.FAIL, **cause)
+        if isinstance(error, DiskFullError) and not await self._room_was_made(record):
+            return await self._steps.step(record, Event.FAIL, **cause)
+        if record.state is State.FETCH_WAIT:
+            return record
+        if isinstance(error, BudgetError):
+            if record.step > TRANSITIONS_MAX - _BUDGET_STEPS:
+                return await self._steps.step(record, Event.FAIL, **cause)
+            self._not_before = self._clock.monotonic() + error.retry_after_s
+        return await self._offline(record, cause)
+
+    async def _offline(self, record: Record, cause: dict[str, str]) -> Record:
+        return await self._steps.step(record, Event.OFFLINE, **cause)
+
+    async def _room_was_made(self, record: Record) -> bool:
+        """Let go what nothing needs, but nothing of this deployment."""
+        try:
+            offered = await self._store.resolve(
+                team=record.team, name=self._slot, version=record.wanted, channel=record.channel, medium=record.medium
+            )
+            digest = offered.digest
+        except AgentError:
+            digest = record.digest
+        return bool(digest) and await self._make_room(frozenset({digest}))
+
+    async def _until_medium(self, wait_s: float) -> bool:
+        """Wait so long, or until a medium is offered; return whether one was."""
+        async with asyncio.TaskGroup() as group:
+            waits = [group.create_task(self._medium_came.wait()), group.create_task(self._clock.sleep(wait_s))]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        came = self._medium_came.is_set()
+        self._medium_came.clear()
+        return came
+
+    async def _waited_for_budget(self, record: Record) -> bool:
+        """Wait until more bytes may be fetched, a medium comes, or another wish won; ``False``: nothing to wait for."""
+        waits = self._clock.monotonic() < self._not_before
+        while (left_s := self._not_before - self._clock.monotonic()) > 0 and not self._superseded(record):
+            if await self._until_medium(min(left_s, _LOOK_S)):
+                break
+        self._not_before = 0.0
+        return waits
