@@ -6,6 +6,7 @@ import re
 from typing import Any, Final
 
 from agent.deploy.desired import Desired
+from agent.deploy.plan import Plan
 from agent.errors import InvalidInputError
 
 _WAIT_S_MAX: Final = 60.0
@@ -40,7 +41,13 @@ def wish_of(wish_id: str, args: dict[str, Any], source: str, *, medium: str = ""
         source=source,
         force=bool(args.get("force")),
         medium=medium,
+        plan=plan_of(args),
     )
+
+
+def plan_of(args: dict[str, Any]) -> Plan:
+    """Return how a wish is to be carried out."""
+    return Plan(allow_incompatible=bool(args.get("allow_incompatible")))
 
 
 def text_of(args: dict[str, Any], name: str) -> str:

@@ -135,24 +135,41 @@ def infer(
 @click.option("--team", help="Who publishes it; only needed for a model that is new on this box.")
 @click.option("--channel", default="stable", show_default=True, help="Followed when no version is named.")
 @click.option("--force", is_flag=True, help="Also a version that failed on this box before.")
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @click.option("--no-wait", is_flag=True, help="Return at once instead of following the deployment.")
 @json_option
 @click.pass_obj
 def deploy(
-    socket_path: str, target: str, team: str | None, channel: str, force: bool, no_wait: bool, as_json: bool
+    socket_path: str,
+    target: str,
+    team: str | None,
+    channel: str,
+    force: bool,
+    allow_incompatible: bool,
+    no_wait: bool,
+    as_json: bool,
 ) -> None:
     """Pin MODEL to a version on this box: fetch, verify, self-test, switch over, watch, confirm or roll back.
 
-    The pin stands against fleet commands until ``inferctl unpin MODEL``. With --json each step and each progress of the
-    download is one line; the last one has ``"final": true``.
+    A version with other inputs, outputs, class labels or another handler than the one that serves is refused before it
+    is loaded; --allow-incompatible lets it through. The pin stands against fleet commands until ``inferctl unpin
+    MODEL``. With --json each step and each progress of the download is one line; the last one has ``"final": true``.
 
     \b
     Examples:
       inferctl deploy magika@2.0.0
       inferctl deploy detector --team vision --channel canary
+      inferctl deploy detector@3.0.0 --allow-incompatible
     """
     model, _, version = target.partition("@")
-    args = {"model": model, "version": version, "team": team, "channel": channel, "force": force}
+    args = {
+        "model": model,
+        "version": version,
+        "team": team,
+        "channel": channel,
+        "force": force,
+        "allow_incompatible": allow_incompatible,
+    }
     change(socket_path, "deploy", args, no_wait=no_wait, as_json=as_json)
 
 

@@ -493,6 +493,7 @@ class ModelConfig(Section, frozen=True):
     team: str  # whose signature its bundles need
     version: str = ""  # exact version; empty: follow ``channel``
     channel: str = "stable"  # followed when no version is named
+    allow_incompatible: bool = False  # also a version that callers of the one before would notice: docs/deployment.md
 
     def __post_init__(self) -> None:
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")

@@ -42,6 +42,7 @@ from agent.control import Box, Control
 from agent.control_store import StoreVerbs
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
+from agent.deploy.plan import Plan
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.refusals import Refusals
 from agent.deploy.sideload import KnownMedia, MediumWatch, Sideload
@@ -424,12 +425,14 @@ def _binds(config: Config, profile: Profile) -> bool:
 
 def _configured(model: Any) -> Desired:
     wanted = model.version or model.channel
+    agreed = ":incompatible" if model.allow_incompatible else ""  # another wish: one that was refused is tried again
     return Desired(
-        id=f"file:{model.team}/{model.name}:{wanted}",
+        id=f"file:{model.team}/{model.name}:{wanted}{agreed}",
         slot=model.name,
         team=model.team,
         version=model.version,
         channel=model.channel,
+        plan=Plan(allow_incompatible=model.allow_incompatible),
     )
 
 

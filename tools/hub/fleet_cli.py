@@ -59,8 +59,9 @@ def _delivery_options(verb: Verb) -> Verb:
 @click.option("--team", required=True, help="Whose model it is; the team signs its bundles.")
 @click.option("--channel", default="stable", show_default=True, help="Followed when no VERSION is given.")
 @click.option("--force", is_flag=True, help="Although this version failed on the box before.")
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @_delivery_options
-def deploy(model: str, team: str, channel: str, force: bool, **delivery: Any) -> None:
+def deploy(model: str, team: str, channel: str, force: bool, allow_incompatible: bool, **delivery: Any) -> None:
     """Make a box serve MODEL.
 
     \b
@@ -69,7 +70,8 @@ def deploy(model: str, team: str, channel: str, force: bool, **delivery: Any) ->
     """
     name, _, version = model.partition("@")
     args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel}
-    _carry_out("deploy", args | ({"force": True} if force else {}), **delivery)
+    flags = {"force": force, "allow_incompatible": allow_incompatible}
+    _carry_out("deploy", args | {name: True for name, given in flags.items() if given}, **delivery)
 
 
 @click.command()
