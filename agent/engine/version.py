@@ -109,6 +109,8 @@ class Version:
         self.load_until = 0.0
         self.pool: Pool | None = None
         self.reason = "loading"  # why it cannot serve; empty while it can
+        self.holders = 0  # slots that hold it
+        self.beside = 0  # of them those beside the default
         self.routed = False  # whether requests come: otherwise nothing better is looked for
         self.deaths = 0
         self.good = 0
@@ -180,6 +182,11 @@ class Version:
         return self.stage.value if self.stage in _HELD else ""
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes no more work."""
+        return self._closing.is_set()
+
+    @property
     def on_demand(self) -> bool:
         """Whether it sleeps, and nothing is known that would keep a request from waking it."""
         return self.asleep and self._trouble is None
@@ -219,6 +226,16 @@ class Version:
     def skipped(self) -> list[dict[str, str]]:
         """The variants that do not serve because something is wrong, with the reason."""
         return self._standing.skipped
+
+    def hold(self, *, beside: bool) -> None:
+        """Let one slot more hold it."""
+        self.holders += 1
+        self.beside += beside
+
+    def let_go(self, *, beside: bool) -> None:
+        """Let one slot hold it no longer."""
+        self.holders -= 1
+        self.beside -= beside
 
     # Into memory and out of it
 
