@@ -19,17 +19,20 @@ from enum import StrEnum
 from typing import Any, Final, Protocol
 
 from agent.config import VariantsConfig
+from agent.engine import views
 from agent.engine.book import VariantBook
 from agent.engine.claims import answer_of
+from agent.engine.climb import Climb
 from agent.engine.contest import contest
 from agent.engine.job import Job, error_of
 from agent.engine.ladder import Purpose, Try, Verdict
 from agent.engine.lanes import LaneCounts
+from agent.engine.memory import Need
 from agent.engine.pool import Pool
 from agent.engine.residency import Residency
 from agent.engine.standing import Standing
 from agent.engine.streams import StreamCounts
-from agent.engine.types import OIP_DATATYPES, Keeping, VariantSpec, VersionSpec
+from agent.engine.types import Keeping, VariantSpec, VersionSpec
 from agent.errors import (
     AgentError,
     DeviceLostError,
@@ -146,8 +149,7 @@ class Version:
         self._wake_from = 0.0  # loop seconds
         self._hello: dict[str, Any] = {}  # the last worker's
         self._walking = False  # down the ladder, or about to: nobody else may
-        self._climbing = False
-        self._wake = asyncio.Event()
+        self._climb = Climb(self, self._standing, config, spawn=spawn, now=now)
         for name, reason in spec.dropped:
             self._tell_skipped(name, "no_variant", reason)
 
@@ -326,7 +328,7 @@ class Version:
     def sleep(self) -> None:
         """Be without workers until a request comes."""
         self.asleep, self.reason = True, ON_DEMAND
-        self._wake.set()  # nothing better is looked for
+        self._climb.look()  # nothing better is looked for
 
     def wake(self, cause: str) -> None:
         """Begin to load, if it sleeps; requests wait in its pool from now on."""
@@ -476,7 +478,7 @@ class Version:
     def route(self, *, here: bool) -> None:
         """Note whether requests come to this version."""
         self.routed = here
-        self._look_up()
+        self._climb.up()
 
     def device_lost(self, device: str) -> None:
         """Leave a device that is gone: a variant that is not pinned to it finds another, if there is one."""
@@ -491,12 +493,12 @@ class Version:
         self._standing.device_back(device)
         if self.asleep and self._standing.descent():
             self._trouble, self.reason = None, ON_DEMAND
-        self._look_up()
+        self._climb.up()
 
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then end the workers."""
         self._closing.set()
-        self._wake.set()
+        self._climb.look()
         async with asyncio.TaskGroup() as group:
             for pool in list(self.pools):
                 group.create_task(pool.close(timeout_s=timeout_s))
@@ -523,69 +525,42 @@ class Version:
 
     def describe(self) -> dict[str, Any]:
         """Return the model's metadata in the Open Inference Protocol's terms, plus what serves it."""
-        hello = self._last_hello()
-        told = self.spec.variants[0].worker if self.spec.variants else {}
-        signature = hello.get("signature") or told.get("signature", {})
-        return {
-            "name": self.spec.model,
-            "versions": [self.spec.version],
-            "platform": hello.get("runtime", self.spec.platform),
-            "inputs": [_oip_tensor(tensor) for tensor in signature.get("inputs", [])],
-            "outputs": [_oip_tensor(tensor) for tensor in signature.get("outputs", [])],
-            "variant": hello.get("variant"),
-            "device": hello.get("device"),
-            "max_batch": hello.get("max_batch", told.get("batching", {}).get("max_batch", 1)),
-            "streams": hello.get("streams", False),
-        }
+        return views.metadata(self)
 
     def status(self) -> dict[str, Any]:
         """Return what an operator wants to see."""
-        pool = self.pool
-        hello = self._last_hello()
-        return {
-            "version": self.spec.version,
-            "digest": self.spec.digest,
-            "ready": self.ready or self.on_demand,
-            "reason": self.why_not,
-            "residency": self.residency(),
-            "variant": hello.get("variant"),
-            "precision": hello.get("precision"),
-            "device": hello.get("device"),
-            "provider": hello.get("provider"),
-            "sandbox": hello.get("sandbox"),
-            "golden": hello.get("golden"),
-            "load_ms": hello.get("load_ms"),
-            "placement": hello.get("placement"),
-            "memory": hello.get("memory"),
-            "resident_bytes_max": pool.resident_bytes_max if pool is not None else 0,
-            "fallbacks": self.skipped,
-            "variants": self._standing.rows(pool.spec.id if pool is not None else None),
-            "max_batch": hello.get("max_batch"),
-            "workers": [link.process.pid for link in pool.links] if pool is not None else [],
-            "scaling": _scaling(pool) if pool is not None else None,
-            "outstanding": pool.outstanding if pool is not None else 0,
-            "lanes": pool.lanes if pool is not None else 0,
-            "restarts": pool.restarts if pool is not None else 0,
-            "deaths": self.deaths,
-            "answers": {"good": self.good, "faults": self.faults},
-            "latency_s": {"p50": self._latency.quantile(0.5), "p99": self._latency.quantile(0.99)},
-        }
+        return views.status(self)
 
     def residency(self) -> dict[str, Any]:
         """Return whether it is in memory and why, and what it takes there."""
-        keeping, pool = self.spec.keeping, self.pool
+        return views.residency(self)
+
+    @property
+    def hello(self) -> Mapping[str, Any]:
+        """What its worker has said of itself, or the last one it had."""
+        return self.pool.hello if self.pool is not None and self.pool.hello else self._hello
+
+    @property
+    def need(self) -> Need | None:
+        """What a worker of the variant that serves takes of memory, or of the first; ``None``: it has no variant."""
         variants = self.spec.variants
-        need = self._residency.need_of(self.spec.digest, pool.spec if pool else variants[0]) if variants else None
-        return {
-            "loaded": self.ready,
-            "load": "lazy" if keeping.lazy else "eager",
-            "keep_alive_s": keeping.keep_alive_s if keeping.keep_alive_s < math.inf else None,
-            "pinned": keeping.pinned,
-            "held_by": self.held_by,
-            "worker_bytes": dict(need.sizes) if need is not None else {},
-            "source": need.source.value if need is not None else None,
-            "held_bytes": self._residency.holding(self),
-        }
+        if not variants:
+            return None
+        return self._residency.need_of(self.spec.digest, self.pool.spec if self.pool is not None else variants[0])
+
+    @property
+    def holding(self) -> dict[str, int]:
+        """What it holds of memory now, by place (bytes)."""
+        return self._residency.holding(self)
+
+    @property
+    def variant_rows(self) -> list[dict[str, Any]]:
+        """Each variant with its state."""
+        return self._standing.rows(self.pool.spec.id if self.pool is not None else None)
+
+    def latency_s(self, quantile: float) -> float:
+        """Return how long successful requests took from arrival to answer."""
+        return self._latency.quantile(quantile)
 
     # PoolOwner
 
@@ -680,7 +655,7 @@ class Version:
         else:
             self._tell_change(lost, "the variant before was lost")
         await self._drop(lost)
-        self._look_up()
+        self._climb.up()
 
     def _rescued(self, pool: Pool, job: Job) -> bool:
         """Let the next variant answer a request that this one had no memory for; ``False``: nobody else can.
@@ -766,56 +741,26 @@ class Version:
         if pool.spec.device in self._lost:
             raise DeviceLostError(f"{pool.spec.device} is lost: {self._lost[pool.spec.device]}")
 
-    # Up
+    # Up, see ``climb.py``
 
-    def _look_up(self) -> None:
-        """See to it that what is better is tried in time."""
-        self._wake.set()
-        if not self._climbing and not self._closing.is_set():
-            self._climbing = True
-            self._spawn(self._climb(), f"better variants of {self.spec.model}")
+    @property
+    def moving(self) -> bool:
+        """Whether it walks down, or about to; or sleeps: nobody else may change what serves."""
+        return self._walking or self.asleep
 
-    async def _climb(self) -> None:
-        try:
-            while not self._closing.is_set() and (step := self._next()) is not None:
-                self._wake.clear()
-                if await self._time_for(step):
-                    await self._attempt(step)
-        finally:
-            self._climbing = False
+    @property
+    def closing(self) -> bool:
+        """Whether it is being ended."""
+        return self._closing.is_set()
 
-    def _next(self) -> Try | None:
-        pool = self.pool
-        if self._walking or self.asleep:
-            return None  # whoever walks looks up in the end
-        return self._standing.next_try(pool.spec.id if pool is not None else None)
-
-    async def _time_for(self, step: Try) -> bool:
-        """Wait until ``step`` may be done; ``False``: something changed before."""
-        first = max(step.at, self._now())
-        while True:
-            now = self._now()
-            if self.pool is None or not self.routed:
-                wait_s = step.at - now if self.pool is None else 3600.0
-            else:
-                quiet_from = self.used_at + self._config.idle_s if self.pool.quiet(now) else now + self._config.idle_s
-                wait_s = max(step.at, min(quiet_from, first + self._config.patience_s)) - now
-            if wait_s <= 0:
-                return True
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), wait_s)
-                return False
-
-    async def _attempt(self, step: Try) -> None:
-        current, variant = self.pool, self._variants[step.rung.id]
-        if current is None:
-            await self._revive()
-            return
+    async def challenge(self, step: Try, current: Pool) -> None:
+        """Let a better variant take over if it loads, passes its self-test and, to be compared, is better."""
+        variant = self._variants[step.rung.id]
         self._allow(may_unload=False)  # no other model leaves for a better variant of this one
         pool = self._make_pool(variant, self, size_before=current.size)
         self._beside.add(pool)
         try:
-            await self._challenge(pool, current, step.purpose)
+            await self._let_compete(pool, current, step.purpose)
         except OverloadedError as error:
             self._standing.fell(variant.id, error.code, str(error))  # no news: memory is short now and then
         except WorkerError as error:
@@ -824,13 +769,7 @@ class Version:
         if pool in self._beside:
             await self._drop(pool)
 
-    async def _challenge(self, pool: Pool, current: Pool, purpose: Purpose) -> None:
-        """Let ``pool`` take over from ``current`` if it loads, passes its self-test and, to be compared, is better.
-
-        Raises:
-            WorkerError: it does not load, or one of them did not answer.
-            OverloadedError: memory does not hold both now.
-        """
+    async def _let_compete(self, pool: Pool, current: Pool, purpose: Purpose) -> None:
         why = "it loads again and passed its self-test"
         await self._start(pool)
         if purpose is Purpose.COMPARE:
@@ -843,7 +782,8 @@ class Version:
         if self.pool is current and not self._closing.is_set():
             self._take_over(pool, why)
 
-    async def _revive(self) -> None:
+    async def revive(self) -> None:
+        """Try again to load what could not be loaded."""
         try:
             await self.load(cause="revival")
         except (WorkerError, OverloadedError) as error:
@@ -873,7 +813,7 @@ class Version:
         self.reason, self._hello = "", pool.hello
         if self._standing.serves(variant):
             self._spawn(self._forgive(pool), f"forgive {variant}")
-        self._look_up()
+        self._climb.up()
 
     async def _forgive(self, pool: Pool) -> None:
         """Forget earlier failures once the variant has served well for long enough."""
@@ -916,10 +856,6 @@ class Version:
         log(event.replace(".", " "), **data)
         self._events.emit(Stream.HEALTH, event, severity, **data)
 
-    def _last_hello(self) -> dict[str, Any]:
-        """Return what its worker has said of itself, or the last one it had."""
-        return self.pool.hello if self.pool is not None and self.pool.hello else self._hello
-
     def _named(self, header: Header, pool: Pool) -> Header:
         """Return what a worker may say in its answer, and whose it is."""
         answer = answer_of(header)
@@ -952,22 +888,3 @@ def _told(refusal: AgentError) -> AgentError:
     told = kind(str(refusal))
     told.retry_after_s = refusal.retry_after_s
     return told
-
-
-def _scaling(pool: Pool) -> dict[str, Any]:
-    return {
-        "wanted": pool.size,
-        "min": pool.spec.bounds.least,
-        "max": pool.spec.bounds.most,
-        "held": pool.held,
-        "cores": [link.hello.get("cores", []) for link in pool.links],
-    }
-
-
-def _oip_tensor(tensor: dict[str, Any]) -> dict[str, Any]:
-    shape = [size if isinstance(size, int) else -1 for size in tensor.get("shape", [])]
-    return {
-        "name": tensor.get("name"),
-        "datatype": OIP_DATATYPES.get(str(tensor.get("dtype")), "BYTES"),
-        "shape": shape,
-    }
