@@ -127,6 +127,11 @@ class Engine:
             "inferd_request_duration_seconds", "Arrival to answer of successful requests", ("model", "version")
         )
         self._answers = metrics.counter("inferd_requests", "Answers by code", ("model", "version", "code"))
+        self._passed = metrics.counter(
+            "inferd_requests_passed_on",
+            "What a version on trial failed at, for the one before it to answer",
+            ("model", "version", "code"),
+        )
         self._add_gauges(metrics)
 
     def _add_gauges(self, metrics: Metrics) -> None:
@@ -338,6 +343,7 @@ class Engine:
     def confirm(self, version: Version) -> None:
         """It has earned trust: from now on its own configuration says how long it stays in memory."""
         version.stage = Stage.SERVING
+        version.understudy = None
         self._residency.look_again()
 
     async def load_now(self, model: str, version: str | None = None) -> None:
@@ -387,6 +393,8 @@ class Engine:
             self._residency.look_again()
         if previous is version or previous is None:
             return None
+        if version.stage is Stage.TRYING:
+            version.understudy = previous
         route.kept.append(previous)
         previous.route(here=route.beside.get(previous.version) is previous)
         previous.stage = Stage.LEFT if back else Stage.BEFORE
@@ -544,6 +552,7 @@ class Engine:
             events=self._events,
             latency=self._latency.series((spec.model, spec.version)),
             answers=self._answers,
+            passed=self._passed,
             streams=StreamCounts(self._metrics, (spec.model, spec.version)),
             now=self._now,
             config=self._config.variants,
