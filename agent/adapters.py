@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,12 +22,13 @@ from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.freshness import judge
 from agent.bundles.layout import Layout
-from agent.bundles.manifest import Index, Manifest, Variant, parse_index
+from agent.bundles.manifest import Index, Manifest, Tensor, Variant, parse_index
 from agent.bundles.puller import IndexedVersion, Puller, StoredBundle, SurveyedModel
 from agent.bundles.structure import NATIVE_FORMATS
 from agent.bundles.versions import list_versions
 from agent.clock import Clock
 from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
+from agent.deploy.interface import CODE, Extent, Interface, Labels, Port
 from agent.deploy.ports import (
     Bundle,
     Collected,
@@ -518,7 +519,37 @@ def _bundle(stored: StoredBundle) -> Bundle:
         version=manifest.version,
         digest=stored.manifest_sha256,
         path=stored.path,
+        interface=_interface(manifest),
         content=stored,
+    )
+
+
+def _interface(manifest: Manifest) -> Interface:
+    signature, axis = manifest.signature, manifest.batching.axis
+    stacked = all(tensor.shape and tensor.shape[0] == axis for tensor in (*signature.inputs, *signature.outputs))
+
+    def extent(size: int | str | None) -> Extent:
+        if not isinstance(size, str):
+            return Extent() if size is None else Extent(low=size, high=size)
+        bounds = signature.dims.get(size)
+        low, high = (bounds.min, bounds.max) if bounds is not None else (0, None)
+        if stacked and size == axis:  # a request's rows are one batch at most
+            rows_max = manifest.batching.max_batch
+            low, high = max(low, 1), rows_max if high is None else min(high, rows_max)
+        return Extent(low=low, high=high, name=size)
+
+    def ports(tensors: Iterable[Tensor]) -> dict[str, Port]:
+        return {
+            tensor.name: Port(dtype=tensor.dtype, shape=tuple(map(extent, tensor.shape)), layout=tensor.layout)
+            for tensor in tensors
+        }
+
+    classes = manifest.classes
+    return Interface(
+        inputs=ports(signature.inputs),
+        outputs=ports(signature.outputs),
+        handler=manifest.handler.id or CODE,
+        labels=Labels(count=classes.count, digest=manifest.file(classes.file).sha256) if classes is not None else None,
     )
 
 

@@ -6,6 +6,7 @@ import re
 from typing import Any, Final
 
 from agent.deploy.desired import Desired
+from agent.deploy.plan import Plan
 from agent.deploy.slots import slot_of
 from agent.errors import InvalidInputError
 
@@ -40,6 +41,7 @@ def wish_of(wish_id: str, args: dict[str, Any], source: str, *, medium: str = ""
         source=source,
         force=bool(args.get("force")),
         medium=medium,
+        plan=plan_of(args),
     )
 
 
@@ -54,6 +56,11 @@ def version_of(args: dict[str, Any]) -> str:
     if not isinstance(version, str) or (version and not _VERSION.fullmatch(version)):
         raise InvalidInputError(f"version {version!r}: three numbers such as 1.4.0, or 1.4.0-rc.1")
     return version
+
+
+def plan_of(args: dict[str, Any]) -> Plan:
+    """Return how a wish is to be carried out."""
+    return Plan(allow_incompatible=bool(args.get("allow_incompatible")))
 
 
 def text_of(args: dict[str, Any], name: str) -> str:

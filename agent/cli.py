@@ -148,6 +148,7 @@ def infer(
 @click.option("--channel", default="stable", show_default=True, help="Followed when no version is named.")
 @click.option("--beside", is_flag=True, help="Keep the default; VERSION answers the requests that name it.")
 @click.option("--force", is_flag=True, help="Also a version that failed on this box before.")
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @click.option("--no-wait", is_flag=True, help="Return at once instead of following the deployment.")
 @json_option
 @click.pass_obj
@@ -158,13 +159,15 @@ def deploy(
     channel: str,
     beside: bool,
     force: bool,
+    allow_incompatible: bool,
     no_wait: bool,
     as_json: bool,
 ) -> None:
     """Pin MODEL to a version on this box: fetch, verify, self-test, switch over, watch, confirm or roll back.
 
-    The pin stands against fleet commands until ``inferctl unpin MODEL``. With --json each step and each progress of the
-    download is one line; the last one has ``"final": true``.
+    A version with other inputs, outputs, class labels or another handler than the one that serves is refused before it
+    is loaded; --allow-incompatible lets it through. The pin stands against fleet commands until ``inferctl unpin
+    MODEL``. With --json each step and each progress of the download is one line; the last one has ``"final": true``.
 
     With --beside the version is brought here and tried in the same way, and then kept for those who name it, until
     ``inferctl remove MODEL@VERSION``; ``inferctl default MODEL VERSION`` lets it answer everybody.
@@ -174,9 +177,17 @@ def deploy(
       inferctl deploy magika@2.0.0
       inferctl deploy magika@2.1.0 --beside
       inferctl deploy detector --team vision --channel canary
+      inferctl deploy detector@3.0.0 --allow-incompatible
     """
     model, _, version = target.partition("@")
-    args: dict[str, Any] = {"model": model, "version": version, "team": team, "channel": channel, "force": force}
+    args: dict[str, Any] = {
+        "model": model,
+        "version": version,
+        "team": team,
+        "channel": channel,
+        "force": force,
+        "allow_incompatible": allow_incompatible,
+    }
     if beside:
         args["beside"] = True
     change(socket_path, "deploy", args, no_wait=no_wait, as_json=as_json)

@@ -499,6 +499,7 @@ class ModelConfig(Section, frozen=True):
     version: str = ""  # exact version; empty: follow ``channel``
     channel: str = "stable"  # followed when no version is named
     beside: tuple[str, ...] = ()  # versions kept beside it, each answering the requests that name it
+    allow_incompatible: bool = False  # also a version that callers of the one before would notice: docs/deployment.md
 
     def __post_init__(self) -> None:
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")

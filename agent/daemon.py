@@ -42,6 +42,7 @@ from agent.control import Box, Control
 from agent.control_store import StoreVerbs
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
+from agent.deploy.plan import Plan
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.refusals import Refusals
 from agent.deploy.sideload import KnownMedia, MediumWatch, Sideload
@@ -416,12 +417,14 @@ def _binds(config: Config, profile: Profile) -> bool:
 def _configured(model: ModelConfig) -> list[Desired]:
     """Return the wishes of one entry: for its default, and for each version beside it."""
     entry = f"{model.team}/{model.name}"
+    agreed = ":incompatible" if model.allow_incompatible else ""  # another wish: one that was refused is tried again
     default = Desired(
-        id=f"file:{entry}:{model.version or model.channel}",
+        id=f"file:{entry}:{model.version or model.channel}{agreed}",
         slot=model.name,
         team=model.team,
         version=model.version,
         channel=model.channel,
+        plan=Plan(allow_incompatible=model.allow_incompatible),
     )
     return [default] + [
         Desired(id=f"beside:{entry}:{version}", slot=slot_of(model.name, version), team=model.team, version=version)

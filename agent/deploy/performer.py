@@ -16,6 +16,7 @@ from agent.clock import Clock
 from agent.config import DeployConfig
 from agent.deploy import trial
 from agent.deploy.desired import Desired
+from agent.deploy.interface import Interface, differences
 from agent.deploy.journal import Journal
 from agent.deploy.obtain import Obtainer
 from agent.deploy.pointer import Pointer, Pointers, Target, target_of
@@ -29,6 +30,7 @@ from agent.deploy.steps import Steps
 from agent.errors import (
     AgentError,
     BundleError,
+    IncompatibleError,
     PolicyError,
     SelfTestError,
     StateError,
@@ -96,6 +98,7 @@ class Performer:
             revoked=revoked,
             make_room=make_room,
         )
+        self._interfaces: dict[str, Interface] = {}  # what callers count on, by digest, of what the pointer names
         self._before: Loaded | None = None  # what served before the trial, still loaded
         self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
@@ -240,6 +243,7 @@ class Performer:
         bundle = await self._store.check(self._state_dir / target.path)
         if bundle.digest != target.digest:
             raise UntrustedError(f"{target.path} holds another manifest than the pointer names")
+        self._interfaces[bundle.digest] = bundle.interface
         pointer = self.pointer
         on_trial = pointer is not None and pointer.trial and target == pointer.active
         loaded = await (self._host.load(self.slot, bundle) if on_trial else self._host.restore(self.slot, bundle))
@@ -337,7 +341,23 @@ class Performer:
         return record
 
     async def _staged(self, record: Record) -> Record:
+        if noticed := self._noticed(record):
+            return await self._steps.step(record, Event.REJECT, code=IncompatibleError.code, message=noticed)
         return await self._steps.step(record, Event.DONE)
+
+    def _noticed(self, record: Record) -> str:
+        """Return what callers of the confirmed version would notice, empty if nothing or if that is agreed to."""
+        confirmed = self.pointer.confirmed if self.pointer is not None else None
+        serving = self._interfaces.get(confirmed.digest) if confirmed is not None else None
+        if confirmed is None or serving is None or self._bundle is None:
+            return ""
+        found = differences(serving, self._bundle.interface)
+        if not found or record.local or record.plan.allow_incompatible:
+            return ""
+        return (
+            f"version {record.version} cannot take the place of {confirmed.version} unnoticed: {'; '.join(found)}; "
+            "deploy it with allow_incompatible once its callers are ready"
+        )
 
     async def _load(self, record: Record) -> Record:
         if self._bundle is None:
@@ -367,6 +387,9 @@ class Performer:
                 )
             except (AgentError, OSError) as error:
                 return await self._steps.step(record, Event.FAIL, code="pointer_failed", message=str(error))
+            named = {active.digest, confirmed.digest if confirmed is not None else ""}
+            self._interfaces[active.digest] = self._bundle.interface
+            self._interfaces = {digest: known for digest, known in self._interfaces.items() if digest in named}
             replaced = self._host.activate(self.slot, self._candidate)
             self.active, self._candidate, self.held_until = self._candidate, None, None
             if self._before is None:

@@ -18,6 +18,7 @@ class Plan:
     ignore_window: bool = False  # wait for no window and no lock
     force_after_s: float | None = None  # seconds of waiting for windows and locks after which nothing is waited for
     not_after: float | None = None  # Unix seconds; not loaded any more after that
+    allow_incompatible: bool = False  # although callers of what serves would notice (``interface.py``)
 
     def plain(self) -> dict[str, Any]:
         """Return JSON-able fields that differ from their defaults."""

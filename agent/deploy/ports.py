@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from agent.deploy.interface import Interface
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
@@ -17,6 +19,7 @@ class Bundle:
     version: str
     digest: str
     path: Path
+    interface: Interface
     content: Any
 
 

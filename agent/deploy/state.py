@@ -73,6 +73,7 @@ TABLE: Final[Mapping[tuple[State, Event], State]] = {
     (State.VERIFYING, Event.REJECT): State.REJECTED,
     (State.VERIFYING, Event.FAIL): State.FAILED,
     (State.STAGED, Event.DONE): State.LOADING,
+    (State.STAGED, Event.REJECT): State.REJECTED,  # not compatible with what serves
     (State.LOADING, Event.DONE): State.CUTOVER,
     (State.LOADING, Event.FAIL): State.FAILED,
     (State.LOADING, Event.REJECT): State.REJECTED,

@@ -138,6 +138,11 @@ class Engine:
             idle_s=config.variants.idle_s,
             timeout_s=config.hang_timeout_s,
         )
+        self._passed = metrics.counter(
+            "inferd_requests_passed_on",
+            "What a version on trial failed at, for the one before it to answer",
+            ("model", "version", "code"),
+        )
         self._add_gauges(metrics)
 
     def _add_gauges(self, metrics: Metrics) -> None:
@@ -363,6 +368,7 @@ class Engine:
     def confirm(self, version: Version) -> None:
         """It has earned trust: from now on its own configuration says how long it stays in memory."""
         version.stage = Stage.SERVING
+        version.understudy = None
         self._residency.look_again()
 
     async def load_now(self, model: str, version: str | None = None) -> None:
@@ -429,6 +435,8 @@ class Engine:
             self._residency.look_again()
         if previous is version or previous is None:
             return None
+        if version.stage is Stage.TRYING:
+            version.understudy = previous
         route.kept.append(previous)
         previous.route(here=route.beside.get(previous.version) is previous)
         previous.stage = Stage.LEFT if back else Stage.BEFORE
@@ -587,6 +595,7 @@ class Engine:
             latency=self._latency.series((spec.model, spec.version)),
             answers=self._answers,
             tested=self._tested,
+            passed=self._passed,
             streams=StreamCounts(self._metrics, (spec.model, spec.version)),
             now=self._now,
             config=self._config.variants,

@@ -100,6 +100,7 @@ class Version:
         latency: HistogramSeries,
         answers: Counter,
         tested: Counter,
+        passed: Counter,
         streams: StreamCounts,
         now: Callable[[], float],
         config: VariantsConfig,
@@ -121,6 +122,7 @@ class Version:
         self.holders = 0  # slots that hold it
         self.beside = 0  # of them those beside the default
         self.routed = False  # whether requests come: otherwise nothing better is looked for
+        self.understudy: Version | None = None  # while it is on trial: answers what it fails at
         self.deaths = 0
         self.good = 0
         self.faults = 0
@@ -131,6 +133,7 @@ class Version:
         self._latency = latency
         self._answers = answers
         self._tested = tested
+        self._passed = passed
         self._streams = streams
         self._now = now
         self._config = config
@@ -461,7 +464,13 @@ class Version:
         """
         pool = self.pool
         if pool is None or self._closing.is_set():
-            pool = self._awakened()
+            try:
+                pool = self._awakened()
+            except AgentError as error:
+                if not self._stands_in(job):
+                    raise
+                self._pass_on(job, error.code).submit(job)
+                return
         client = job.request.client
         self._shares.check(client, outstanding=pool.outstanding, bound=pool.queue_requests_max)
         pool.submit(job)
@@ -658,6 +667,9 @@ class Version:
                 return
             if code in _FAULTS:
                 self.faults += 1
+                if pool.idempotent and self._stands_in(job):
+                    self._pass_on(job, code).adopt(job)
+                    return
             self._answers.add((self.spec.model, self.spec.version, code))
         else:
             self.good += 1
@@ -718,6 +730,22 @@ class Version:
             self._leave(pool, reason="its variant kept failing; the next one is starting")
 
     # Down
+
+    def _stands_in(self, job: Job) -> bool:
+        """Whether the version that served before answers what this one, on trial, fails at.
+
+        Not what names this version, and not if the one before left memory for this one.
+        """
+        other = self.understudy
+        able = other is not None and other.ready and not other.closed
+        return able and not (job.settled or job.parts or job.request.version)
+
+    def _pass_on(self, job: Job, code: str) -> Version:
+        """Return who answers in our place, once that is counted."""
+        assert self.understudy is not None
+        self._passed.add((self.spec.model, self.spec.version, code))
+        job.version = self.understudy
+        return self.understudy
 
     def _leave(self, lost: Pool, jobs: Sequence[Job] = (), *, reason: str) -> None:
         """Let the next variant answer ``jobs`` and what waits in ``lost``."""
@@ -952,6 +980,9 @@ class Version:
         """Answer a job that no pool holds."""
         if error.code in _FAULTS:
             self.faults += 1
+        if self._stands_in(job):
+            self._pass_on(job, error.code).adopt(job)
+            return
         self._answers.add((self.spec.model, self.spec.version, error.code))
         job.answer(Header(error_of(error, None)), ())
 

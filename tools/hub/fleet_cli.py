@@ -60,8 +60,11 @@ def _delivery_options(verb: Verb) -> Verb:
 @click.option("--channel", default="stable", show_default=True, help="Followed when no VERSION is given.")
 @click.option("--beside", is_flag=True, help="Beside the default: for those who name the version.")
 @click.option("--force", is_flag=True, help="Although this version failed on the box before.")
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @_delivery_options
-def deploy(model: str, team: str, channel: str, beside: bool, force: bool, **delivery: Any) -> None:
+def deploy(
+    model: str, team: str, channel: str, beside: bool, force: bool, allow_incompatible: bool, **delivery: Any
+) -> None:
     """Make a box serve MODEL.
 
     \b
@@ -71,7 +74,7 @@ def deploy(model: str, team: str, channel: str, beside: bool, force: bool, **del
     """
     name, _, version = model.partition("@")
     args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel}
-    flags = {"force": force, "beside": beside}
+    flags = {"force": force, "beside": beside, "allow_incompatible": allow_incompatible}
     _carry_out("deploy", args | {flag: True for flag, given in flags.items() if given}, **delivery)
 
 
