@@ -18,6 +18,7 @@ import msgspec
 
 from agent import __version__
 from agent.bundles import collection
+from agent.bundles import manifest as manifests
 from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.freshness import judge
@@ -32,6 +33,7 @@ from agent.deploy.interface import CODE, Extent, Interface, Labels, Port
 from agent.deploy.ports import (
     Bundle,
     Collected,
+    Copies,
     Evidence,
     Inventory,
     Kept,
@@ -45,12 +47,14 @@ from agent.deploy.ports import (
     Survey,
 )
 from agent.deploy.reconciler import Reconciler
+from agent.deploy.rollout import Rollout
 from agent.deploy.slots import model_of, version_beside
 from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
 from agent.engine.learned import Learned
 from agent.engine.memory import HOST, estimate
 from agent.engine.meter import NvmlDevices, SystemMeter
+from agent.engine.shadow import Tally
 from agent.engine.types import Keeping, VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.errors import AgentError, NotFoundError, PolicyError, SelfTestError, StateError, TransientError
@@ -319,26 +323,36 @@ class LoadedVersion:
     """deploy's ``Loaded`` over the engine's ``Version``, which another slot may hold, too.
 
     Args:
+        engine: Whose it is.
         version: What is loaded.
         beside: It is held by a slot beside its model's default.
         anew: What it did before now is no evidence.
     """
 
-    def __init__(self, version: Version, *, beside: bool, anew: bool = False) -> None:
+    def __init__(self, engine: Engine, version: Version, *, beside: bool, anew: bool = False) -> None:
         self.version = version
         self.beside = beside
-        self._before = (version.good, version.faults, version.deaths) if anew else (0, 0, 0)
+        self._engine = engine
+        self._before = self._all() if anew else Evidence()
 
     def evidence(self) -> Evidence:
-        version, (good, faults, deaths) = self.version, self._before
+        return self._all().since(self._before)
+
+    def _all(self) -> Evidence:
+        version = self.version
         variant = version.pool.spec.id if version.pool is not None else ""
         return Evidence(
-            good=version.good - good,
-            faults=version.faults - faults,
-            deaths=version.deaths - deaths,
+            good=version.good,
+            faults=version.faults,
+            late=version.late,
+            short=version.short,
+            deaths=version.deaths,
             ready=version.ready,
             reason=version.reason,
             variant=variant,
+            latency=version.spread.counts(),
+            recent=version.recent(),
+            copies=_copies(self._engine.tried(version)),
         )
 
     async def self_test(self) -> None:
@@ -356,11 +370,20 @@ class EngineHost:
 
     async def load(self, slot: str, bundle: Bundle) -> LoadedVersion:
         beside = bool(version_beside(slot))
-        return LoadedVersion(await self._engine.load(self._specs(bundle), beside=beside), beside=beside, anew=True)
+        version = await self._engine.load(self._specs(bundle), beside=beside)
+        return LoadedVersion(self._engine, version, beside=beside, anew=True)
 
     async def restore(self, slot: str, bundle: Bundle) -> LoadedVersion:
         beside = bool(version_beside(slot))
-        return LoadedVersion(await self._engine.restore(self._specs(bundle), beside=beside), beside=beside)
+        version = await self._engine.restore(self._specs(bundle), beside=beside)
+        return LoadedVersion(self._engine, version, beside=beside)
+
+    def try_out(self, loaded: Loaded, *, canary_percent: float, shadow_percent: float) -> None:
+        version = _held(loaded).version
+        self._engine.try_out(version, canary_percent=canary_percent, shadow_percent=shadow_percent)
+
+    def end_try(self, loaded: Loaded) -> None:
+        self._engine.end_try(_held(loaded).version)
 
     def confirm(self, loaded: Loaded) -> None:
         self._engine.confirm(_held(loaded).version)
@@ -368,7 +391,7 @@ class EngineHost:
     def activate(self, slot: str, loaded: Loaded) -> LoadedVersion | None:
         beside, version = bool(version_beside(slot)), _held(loaded).version
         previous = self._engine.activate_beside(version) if beside else self._engine.activate(version)
-        return LoadedVersion(previous, beside=beside) if previous is not None else None
+        return LoadedVersion(self._engine, previous, beside=beside) if previous is not None else None
 
     async def retire(self, loaded: Loaded) -> None:
         held = _held(loaded)
@@ -521,6 +544,30 @@ def _bundle(stored: StoredBundle) -> Bundle:
         path=stored.path,
         interface=_interface(manifest),
         content=stored,
+        rollout=_rollout(manifest.rollout),
+    )
+
+
+def _rollout(asked: manifests.Rollout | None) -> Rollout | None:
+    if asked is None:
+        return None
+    return Rollout(
+        canary=asked.canary or None,
+        shadow=asked.shadow or None,
+        step_s=asked.step_s or None,
+        calls_min=asked.calls_min or None,
+        agreement_min=asked.min_agreement or None,
+    )
+
+
+def _copies(tally: Tally) -> Copies:
+    return Copies(
+        compared=tally.compared,
+        agreed=tally.agreed,
+        skipped=sum(tally.skipped.values()),
+        durations=tally.durations,
+        originals=tally.originals,
+        difference=tally.difference,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from agent.deploy.desired import Desired
 from agent.deploy.plan import Plan
+from agent.deploy.rollout import rollout_of
 from agent.deploy.slots import slot_of
 from agent.errors import InvalidInputError
 
@@ -21,7 +22,7 @@ def wish_of(wish_id: str, args: dict[str, Any], source: str, *, medium: str = ""
     ``medium``: a folder to take it from.
 
     Raises:
-        InvalidInputError: a name or version that no store can hold.
+        InvalidInputError: a name or version that no store can hold, or a rollout that makes no sense.
     """
     channel = args.get("channel") or "stable"
     if not args.get("team"):
@@ -32,6 +33,9 @@ def wish_of(wish_id: str, args: dict[str, Any], source: str, *, medium: str = ""
     version = version_of(args)
     if args.get("beside") and not version:
         raise InvalidInputError("which version is to be kept beside the default? name it: MODEL@VERSION")
+    plan = plan_of(args)
+    if args.get("beside") and plan.rollout is not None:
+        raise InvalidInputError("a version beside the default answers those who name it: it gets no share of others")
     return Desired(
         id=wish_id,
         slot=slot_of(names["model"], version if args.get("beside") else ""),
@@ -41,7 +45,7 @@ def wish_of(wish_id: str, args: dict[str, Any], source: str, *, medium: str = ""
         source=source,
         force=bool(args.get("force")),
         medium=medium,
-        plan=plan_of(args),
+        plan=plan,
     )
 
 
@@ -60,7 +64,10 @@ def version_of(args: dict[str, Any]) -> str:
 
 def plan_of(args: dict[str, Any]) -> Plan:
     """Return how a wish is to be carried out."""
-    return Plan(allow_incompatible=bool(args.get("allow_incompatible")))
+    return Plan(
+        allow_incompatible=bool(args.get("allow_incompatible")),
+        rollout=rollout_of(args.get("rollout")),
+    )
 
 
 def text_of(args: dict[str, Any], name: str) -> str:

@@ -19,6 +19,7 @@ from rich.console import Console
 from agent import __version__, cli_store, cli_versions
 from agent.cli_probe import probe_command
 from agent.cli_progress import POLL_S, follow
+from agent.cli_rollout import deployment, rollout_options
 from agent.cli_selftest import selftest_command
 from agent.cli_session import FINAL_GOOD, change, connected, end_text, json_option, print_json
 from agent.cli_text import (
@@ -64,6 +65,7 @@ def main(context: click.Context, socket_path: str) -> None:
 main.add_command(probe_command)
 main.add_command(selftest_command)
 main.add_command(cli_versions.default)
+main.add_command(deployment)
 main.add_command(cli_versions.remove)
 
 
@@ -147,6 +149,7 @@ def infer(
 @click.option("--team", help="Who publishes it; only needed for a model that is new on this box.")
 @click.option("--channel", default="stable", show_default=True, help="Followed when no version is named.")
 @click.option("--beside", is_flag=True, help="Keep the default; VERSION answers the requests that name it.")
+@rollout_options
 @click.option("--force", is_flag=True, help="Also a version that failed on this box before.")
 @click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @click.option("--no-wait", is_flag=True, help="Return at once instead of following the deployment.")
@@ -158,6 +161,7 @@ def deploy(
     team: str | None,
     channel: str,
     beside: bool,
+    rollout: dict[str, Any] | None,
     force: bool,
     allow_incompatible: bool,
     no_wait: bool,
@@ -172,9 +176,13 @@ def deploy(
     With --beside the version is brought here and tried in the same way, and then kept for those who name it, until
     ``inferctl remove MODEL@VERSION``; ``inferctl default MODEL VERSION`` lets it answer everybody.
 
+    With --canary and --shadow it first meets a share of the requests, or copies of some, beside what serves; what each
+    has shown is in ``inferctl deployment ID``. ``inferctl rollback MODEL`` and ``inferctl cancel MODEL`` end that.
+
     \b
     Examples:
       inferctl deploy magika@2.0.0
+      inferctl deploy magika@2.0.0 --shadow 20 --canary 5,25,50 --step-s 600
       inferctl deploy magika@2.1.0 --beside
       inferctl deploy detector --team vision --channel canary
       inferctl deploy detector@3.0.0 --allow-incompatible
@@ -190,6 +198,8 @@ def deploy(
     }
     if beside:
         args["beside"] = True
+    if rollout is not None:
+        args["rollout"] = rollout
     change(socket_path, "deploy", args, no_wait=no_wait, as_json=as_json)
 
 

@@ -255,7 +255,8 @@ class Control:
             if known is None:
                 raise NotFoundError(f"deployment {deployment_id!r} has not begun or is not known") from None
             record = known
-        return {**record.plain(), "final": record.state in FINAL}
+        trying = self._engine.canary(record.slot) if record.state is State.CANARY else None
+        return {**record.plain(), "final": record.state in FINAL, **({"trying": trying} if trying else {})}
 
     async def _inspect(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         """Return what the named version, or the active one, and its models say about themselves."""

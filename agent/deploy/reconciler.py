@@ -272,7 +272,7 @@ class Reconciler:
         return latest.id
 
     def previous_version(self, slot: str) -> tuple[str, str]:
-        """Return team and version a rollback of ``slot`` would go to.
+        """Return team and version a rollback of ``slot`` would go to; while a candidate is tried, what serves.
 
         Raises:
             NotFoundError: unknown slot, or no earlier version is kept.
@@ -282,6 +282,8 @@ class Reconciler:
         pointer = performer.pointer if performer is not None else None
         if pointer is None:
             raise NotFoundError(f"{slot!r} serves nothing that could be rolled back")
+        if performer is not None and performer.trying:
+            return pointer.active.team, pointer.active.version
         if pointer.previous is None:
             raise NotFoundError(f"{slot!r}: no earlier version is kept on this box")
         if reason := self.revocations.forbidden(pointer.previous.digest):

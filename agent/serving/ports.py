@@ -38,6 +38,7 @@ class InferRequest:
     serial: int = 0  # the edge's own, to tell requests with the same id apart
     handle: Any = None  # the engine's own
     part: PartAnswer | None = None
+    routing_key: str = ""  # what a canary's share goes by; empty: the header's parameter of that name, else the client
 
 
 class ModelState(Protocol):

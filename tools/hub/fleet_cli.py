@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 import click
 from rich.console import Console
 
+from agent.cli_rollout import rollout_options
 from agent.cli_text import human_bytes
 from tools.hub import commands
 from tools.hub.cli import Passwords, emit, json_option, key_option, password_option, wants_json
@@ -59,21 +60,31 @@ def _delivery_options(verb: Verb) -> Verb:
 @click.option("--team", required=True, help="Whose model it is; the team signs its bundles.")
 @click.option("--channel", default="stable", show_default=True, help="Followed when no VERSION is given.")
 @click.option("--beside", is_flag=True, help="Beside the default: for those who name the version.")
+@rollout_options
 @click.option("--force", is_flag=True, help="Although this version failed on the box before.")
 @click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @_delivery_options
 def deploy(
-    model: str, team: str, channel: str, beside: bool, force: bool, allow_incompatible: bool, **delivery: Any
+    model: str,
+    team: str,
+    channel: str,
+    beside: bool,
+    rollout: dict[str, Any] | None,
+    force: bool,
+    allow_incompatible: bool,
+    **delivery: Any,
 ) -> None:
     """Make a box serve MODEL.
 
     \b
     Examples:
       inferhub deploy magika@2.0.0 --team demo --device box-1 --broker mqtt.example:1883 --key keys/operator
+      inferhub deploy magika@2.0.0 --canary 5,25 --shadow 10 --wait 0 --team demo --device box-1 ...
       inferhub deploy magika@2.1.0 --team demo --beside --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
     name, _, version = model.partition("@")
     args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel}
+    args |= {"rollout": rollout} if rollout is not None else {}
     flags = {"force": force, "beside": beside, "allow_incompatible": allow_incompatible}
     _carry_out("deploy", args | {flag: True for flag, given in flags.items() if given}, **delivery)
 
