@@ -77,7 +77,7 @@ def deploy(
     """Make a box serve MODEL.
 
     \b
-    Examples:
+    Example:
       inferhub deploy magika@2.0.0 --team demo --device box-1 --broker mqtt.example:1883 --key keys/operator
       inferhub deploy magika@2.0.0 --canary 5,25 --shadow 10 --wait 0 --team demo --device box-1 ...
       inferhub deploy magika@2.1.0 --team demo --beside --device box-1 --broker mqtt.example:1883 --key keys/operator
