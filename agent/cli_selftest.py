@@ -33,13 +33,14 @@ def selftest_command(socket_path: str, target: str, everything: bool, as_json: b
     \b
     Examples:
       inferctl selftest magika
+      inferctl selftest magika@1.0.0
       inferctl selftest --all --json
     """
     if bool(target) == everything:
         raise click.UsageError("name a MODEL, or --all")
     values = []
     with connected(socket_path) as client:
-        for value in _all(client) if everything else (_one(client, target),):
+        for value in _all(client) if everything else (client.call("selftest", _named(target)),):
             values.append(value)
             if not as_json:
                 click.echo("\n".join(report_lines(value)))
@@ -64,21 +65,20 @@ def report_lines(value: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _one(client: Client, target: str) -> dict[str, Any]:
-    model, _, version = target.partition("@")
-    value: dict[str, Any] = client.call("selftest", {"model": model, "version": version})
-    return value
-
-
 def _all(client: Client) -> Iterator[dict[str, Any]]:
     """Test every model that has something to serve; one that cannot be tested has not passed."""
     for row in client.call("models"):
         if row["active"]:
+            named = _named(row["slot"])
             try:
-                model, _, version = row["slot"].partition("@")
-                yield client.call("selftest", {"model": model, "version": version, "wake": False})
+                yield client.call("selftest", {**named, "wake": False})
             except AgentError as error:
-                yield {"model": row["slot"], "ok": False, "code": error.code, "message": str(error)}
+                yield {**named, "ok": False, "code": error.code, "message": str(error)}
+
+
+def _named(target: str) -> dict[str, str]:
+    model, _, version = target.partition("@")
+    return {"model": model, "version": version}
 
 
 def _golden_lines(row: Mapping[str, Any]) -> list[str]:

@@ -268,8 +268,8 @@ class Control:
         return await self._inspector.inspect(team, model, version or str(active))
 
     async def _self_test(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
-        model, version = text_of(args, "model"), version_of(args)
-        return await self._engine.self_test(model, version, wake=bool(args.get("wake", True)))
+        model, named = text_of(args, "model"), version_of(args)
+        return await self._engine.self_test(model, named, wake=bool(args.get("wake", True)))
 
     async def _deploy(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         model = text_of(args, "model")

@@ -127,7 +127,7 @@ def measured_of(value: object) -> Measured | str:
     return Measured(p50_ms=found.p50_ms, cosine=found.cosine, top1=found.top1)
 
 
-def tested_of(value: object) -> Tested:
+def selftest_of(value: object) -> Tested:
     """Return what a worker says of its self-test; nonsense is a test that was not passed."""
     try:
         found = msgspec.convert(value, Tested)

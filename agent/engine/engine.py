@@ -481,7 +481,7 @@ class Engine:
             raise UnavailableError(f"{found.name}: {found.reason or 'its worker is restarting'}")
         await found.unload("operator", "unloaded by an operator")
 
-    async def self_test(self, model: str, version: str | None = None, *, wake: bool = True) -> dict[str, Any]:
+    async def self_test(self, model: str, version: str = "", *, wake: bool = True) -> dict[str, Any]:
         """Run a version's golden inputs again in all its workers, and do what follows if they do not pass.
 
         One that sleeps is loaded for it, or not tested unless ``wake`` is set.

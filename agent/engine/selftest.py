@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from agent.engine.claims import GoldenResult, Tested, tested_of
+from agent.engine.claims import GoldenResult, Tested, selftest_of
 from agent.engine.link import WorkerLink
 from agent.engine.pool import Pool
 from agent.errors import AgentError, WorkerDiedError
@@ -78,7 +78,7 @@ class Report:
 
 
 @dataclass(slots=True)
-class Tests:
+class SelfTestRecord:
     """What the tests of one version have shown."""
 
     due_at: float = 0.0  # loop seconds
@@ -111,7 +111,7 @@ class Tests:
 class Examined(Protocol):
     """What is asked of a version."""
 
-    tests: Tests
+    tests: SelfTestRecord
     pool: Pool | None
     used_at: float  # loop seconds
 
@@ -149,7 +149,7 @@ async def examine(version: Examined, pool: Pool, *, timeout_s: float, patient: b
             if link not in pool.links:
                 break  # it left, or died of something else: there is another one, tested by its load
             try:
-                found = tested_of(await pool.call("selftest", timeout_s=timeout_s, link=link, entry=entry))
+                found = selftest_of(await pool.call("selftest", timeout_s=timeout_s, link=link, entry=entry))
             except WorkerDiedError as error:
                 found = Tested(ok=False, code=error.code, message=str(error))
                 if pool.closed:

@@ -32,7 +32,7 @@ from agent.engine.link import WorkerLink
 from agent.engine.memory import Need
 from agent.engine.pool import Pool
 from agent.engine.residency import Residency
-from agent.engine.selftest import Act, Report, Tests, examine
+from agent.engine.selftest import Act, Report, SelfTestRecord, examine
 from agent.engine.standing import Standing
 from agent.engine.streams import StreamCounts
 from agent.engine.types import Keeping, VariantSpec, VersionSpec
@@ -122,7 +122,7 @@ class Version:
         self.pool: Pool | None = None
         self._reason = "loading"  # see ``reason``
         self._retried = False  # whether when it is tried again belongs to the reason
-        self.tests = Tests()
+        self.tests = SelfTestRecord()
         self.holders = 0  # slots that hold it
         self.beside = 0  # of them those beside the default
         self.routed = False  # whether requests come: otherwise nothing better is looked for
@@ -613,7 +613,7 @@ class Version:
     def examinable(self) -> bool:
         """Whether it serves on its own account: not asleep, not on trial, nothing else being tried."""
         quiet = not self._beside and self._aside is None
-        return self.stage is Stage.SERVING and quiet and not self.moving and not self.closing
+        return self.stage is Stage.SERVING and quiet and not self.moving and not self.closed
 
     def tested(self, pool: Pool, link: WorkerLink | None, report: Report) -> Report:
         """Note the end of a test and do what follows; return it with what was done. ``link`` did not pass."""
@@ -626,7 +626,7 @@ class Version:
                 self._tell("selftest.passed", variant=variant)
             return report
         act = None
-        if pool is self.pool and self.stage is not Stage.TRYING and not self.moving and not self.closing:
+        if pool is self.pool and self.stage is not Stage.TRYING and not self.moving and not self.closed:
             act = tests.fails(variant, now, healthy_s=self._config.healthy_s)
         report = tests.last = replace(report, act=act)
         what = {"variant": variant, "code": report.code, "reason": report.message, "act": act or "none"}
@@ -888,11 +888,6 @@ class Version:
     def moving(self) -> bool:
         """Whether it walks down, or about to; or sleeps: nobody else may change what serves."""
         return self._walking or self.asleep
-
-    @property
-    def closing(self) -> bool:
-        """Whether it is being ended."""
-        return self._closing.is_set()
 
     async def challenge(self, step: Try, current: Pool) -> None:
         """Let a better variant take over if it loads, passes its self-test and, to be compared, is better."""
