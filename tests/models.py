@@ -60,6 +60,25 @@ class SlowHandler(Handler):
     def postprocess(self, outputs, rows):
         return {"y": outputs["y"].tolist()}
 ''',
+    # As "slow", but a fifth of a second later.
+    "late": '''
+import time
+
+import numpy as np
+
+from handlers.base import Handler
+
+
+class LateHandler(Handler):
+    """Sleeps for too long, then answers."""
+
+    def preprocess(self, body, content_type):
+        time.sleep(float(bytes(body)) + 0.2)
+        return {"x": np.ones((1, 4), dtype=np.float32)}
+
+    def postprocess(self, outputs, rows):
+        return {"y": outputs["y"].tolist()}
+''',
     # Never finishes loading.
     "stuck": '''
 import time

@@ -456,7 +456,7 @@ class Performer:
         if self.active is None:
             return await self._steps.step(record, Event.FAIL, code="boot_failed", message="it is not loaded")
         before = self._before.evidence() if self._before is not None else None
-        if before is not None:
+        if before is not None:  # of all its answers the last minutes' tell how long they take
             before = replace(before, latency=before.recent)
         began, first = self._clock.monotonic(), self._trial_began or Evidence()
         probe_s = max(_TRIAL_POLL_S, self._config.probation_s / max(1, self._config.probation_calls_min) / 2)

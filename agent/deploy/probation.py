@@ -2,7 +2,7 @@
 
 Evidence, not start-up, speaks for a version: time, good answers, no death, no want of memory, no more faults than the
 version before, no answers much later than its, and agreement with it where requests were copied. Both versions are
-seen over the same time if both serve; after a cut-over the one before is seen over its last minutes.
+seen over the same time; where the one before was asked too little then, its last minutes count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from agent.deploy.rollout import Course
 from agent.spread import Counts
 
 _FAULTS_MIN: Final = 3  # fewer failed answers prove nothing
-_LATENCIES_MIN: Final = 20  # nor do fewer durations, or copies
+_SAMPLES: Final = (5, 20)  # nor do fewer durations or copies, by how many answers are asked for
 _Q: Final = 0.95
 
 
@@ -47,7 +47,7 @@ def judge(now: Evidence, elapsed_s: float, config: DeployConfig, *, before: Evid
         config: The gates.
         before: What the version before it has shown lately.
     """
-    if reason := fault_of(now, before, config):
+    if reason := fault_of(now, before, config, config.probation_calls_min):
         return Judgement(verdict=Verdict.ROLL_BACK, reason=reason)
     if elapsed_s >= config.probation_s and now.good >= config.probation_calls_min and now.ready:
         return Judgement(verdict=Verdict.CONFIRM, reason=f"{now.good} good answers in {elapsed_s:.1f} s")
@@ -73,8 +73,11 @@ def judge_share(
         before: What the version that serves has shown over the same time.
     """
     copies = now.copies
-    reason = fault_of(now, before, config) or _later(copies.durations, copies.originals, config, "copies")
-    if not reason and copies.compared >= _LATENCIES_MIN and copies.agreement < course.agreement_min:
+    least = _least(course.calls_min)
+    reason = fault_of(now, before, config, course.calls_min) or _later(
+        copies.durations, copies.originals, config, least, "copies"
+    )
+    if not reason and copies.compared >= least and copies.agreement < course.agreement_min:
         reason = (
             f"{copies.agreement:.1%} of {copies.compared} copies agree, {course.agreement_min:.1%} must"
             f" (last: {copies.difference or 'no reason'})"
@@ -92,8 +95,8 @@ def judge_share(
     )
 
 
-def fault_of(now: Evidence, before: Evidence | None, config: DeployConfig) -> str:
-    """Return what speaks against a version; empty if nothing does."""
+def fault_of(now: Evidence, before: Evidence | None, config: DeployConfig, calls_min: int) -> str:
+    """Return what speaks against a version that is to give ``calls_min`` good answers; empty if nothing does."""
     if now.deaths:
         return f"{now.deaths} worker death(s) on trial"
     if not now.ready and now.reason:
@@ -104,7 +107,11 @@ def fault_of(now: Evidence, before: Evidence | None, config: DeployConfig) -> st
     share, usual = failed / answered if answered else 0.0, before.fault_share if before is not None else 0.0
     if failed >= _FAULTS_MIN and share > usual + config.probation_errors_max:
         return f"{failed} of {answered} answers failed"
-    return _later(now.latency, before.latency, config, "answers") if before is not None else ""
+    if before is None:
+        return ""
+    least = _least(calls_min)
+    usual_latency = before.latency if before.latency.total >= least else before.recent
+    return _later(now.latency, usual_latency, config, least, "answers")
 
 
 def summary(now: Evidence, before: Evidence | None, elapsed_s: float, share: float) -> dict[str, Any]:
@@ -123,11 +130,17 @@ def summary(now: Evidence, before: Evidence | None, elapsed_s: float, share: flo
     return found
 
 
-def _later(now: Counts, before: Counts, config: DeployConfig, what: str) -> str:
+def _least(calls_min: int) -> int:
+    low, high = _SAMPLES
+    return max(low, min(high, calls_min))
+
+
+def _later(now: Counts, before: Counts, config: DeployConfig, least: int, what: str) -> str:
     """Return by how much these durations are too long, empty if they are not or too few to say."""
-    if min(now.total, before.total) < _LATENCIES_MIN:
+    if min(now.total, before.total) < least:
         return ""
-    ours_ms, theirs_ms = now.quantile_s(_Q) * 1000, before.quantile_s(_Q) * 1000
+    q = min(_Q, 1 - 1 / now.total)  # of few answers the last one alone says nothing
+    ours_ms, theirs_ms = now.quantile_s(q) * 1000, before.quantile_s(_Q) * 1000
     if ours_ms <= theirs_ms * config.latency_factor_max + config.latency_slack_ms:
         return ""
     return f"95 % of the {what} came within {ours_ms:.1f} ms, those of the version before within {theirs_ms:.1f} ms"

@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.adapters import LoadedVersion
+from agent.config import DeployConfig
+from agent.deploy.probation import Verdict, judge_share
+from agent.deploy.rollout import Course
 from agent.engine.split import place_of
 from agent.engine.version import Version
 from agent.errors import LaneRefusedError
@@ -241,5 +245,28 @@ def test_a_candidate_that_is_retired_leaves_no_copy_behind(tmp_path: Path) -> No
                 await it.engine.retire(candidate)
             assert it.engine.canary("scale") is None
             assert (await ask(it, KEYS[0]))["version"] == "1.0.0"
+
+    run(story)
+
+
+def test_a_candidate_that_answers_late_shows_in_the_evidence(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as it:
+            it.engine.activate(await it.engine.load(scale_version(tmp_path / "one", handler="slow")))
+            serving = it.engine.active("scale")
+            assert serving is not None
+            candidate = await it.engine.load(scale_version(tmp_path / "two", version="2.0.0", handler="late"))
+            ours = LoadedVersion(it.engine, candidate, beside=False, anew=True)
+            theirs = LoadedVersion(it.engine, serving, beside=False)
+            it.engine.try_out(candidate, canary_percent=50, shadow_percent=0)
+            first, before = ours.evidence(), theirs.evidence()
+            for key in KEYS[:30]:
+                assert (await ask(it, key, text="0.001"))["kind"] == "result"
+            shown, usual = ours.evidence().since(first), theirs.evidence().since(before)
+            assert shown.good + usual.good == 30
+            course = Course(shares=(50.0,), step_s=600, calls_min=5, limit_s=600)
+            judgement = judge_share(shown, 1.0, 50.0, course, DeployConfig(), before=usual)
+            assert judgement.verdict is Verdict.ROLL_BACK
+            assert judgement.reason.startswith("95 % of the answers")
 
     run(story)

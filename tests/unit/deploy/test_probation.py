@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from agent.config import DeployConfig
@@ -61,8 +63,21 @@ def test_a_version_much_slower_than_the_one_before_goes(ours_s: float, theirs_s:
 
 
 def test_few_answers_say_nothing_about_latency() -> None:
-    for ours, theirs in ((19, 40), (40, 19)):
-        assert judge(latencies(ours, 9.0), 10, GATES, before=latencies(theirs, 0.01)).verdict is Verdict.CONFIRM
+    for ours, theirs in ((4, 40), (40, 4)):
+        evidence = replace(latencies(ours, 9.0), good=40)
+        assert judge(evidence, 10, GATES, before=latencies(theirs, 0.01)).verdict is Verdict.CONFIRM
+
+
+def test_one_late_answer_of_few_says_nothing() -> None:
+    once = Evidence(good=6, latency=counts_of([0.01] * 5 + [9.0]))
+    assert judge(once, 10, GATES, before=latencies(40, 0.01)).verdict is Verdict.CONFIRM
+    twice = Evidence(good=6, latency=counts_of([0.01] * 4 + [9.0] * 2))
+    assert judge(twice, 10, GATES, before=latencies(40, 0.01)).verdict is Verdict.ROLL_BACK
+
+
+def test_a_version_before_that_is_asked_too_little_meanwhile_is_known_by_its_last_minutes() -> None:
+    before = replace(latencies(2, 0.01), recent=counts_of([0.01] * 40))
+    assert judge(latencies(40, 9.0), 10, GATES, before=before).verdict is Verdict.ROLL_BACK
 
 
 def test_want_of_memory_and_late_answers_speak_against_a_version() -> None:
@@ -93,7 +108,7 @@ def copied(compared: int, agreed: float, *, ours_s: float = 0.01, theirs_s: floa
         (0, Evidence(good=60), 10, Verdict.WAIT),
         (0, Evidence(good=60, copies=copied(30, 30)), 10, Verdict.CONFIRM),
         (0, Evidence(good=60, copies=copied(30, 20)), 1, Verdict.ROLL_BACK),
-        (0, Evidence(good=60, copies=copied(10, 0)), 1, Verdict.WAIT),
+        (0, Evidence(good=60, copies=copied(19, 0)), 1, Verdict.WAIT),
         (0, Evidence(good=60, copies=copied(30, 30, ours_s=1.0)), 1, Verdict.ROLL_BACK),
         (25, Evidence(good=60, copies=copied(30, 20)), 1, Verdict.ROLL_BACK),
         (25, Evidence(good=30, ready=False), 10, Verdict.WAIT),
