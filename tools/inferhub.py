@@ -35,6 +35,8 @@ VERBS: Final = {
     "show": "tools.hub.cli_store:show",
     "deploy": "tools.hub.fleet_cli:deploy",
     "rollback": "tools.hub.fleet_cli:rollback",
+    "default": "tools.hub.fleet_cli:default",
+    "remove": "tools.hub.fleet_cli:remove",
 }
 
 

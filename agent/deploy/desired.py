@@ -13,6 +13,7 @@ from typing import Final
 
 from agent.deploy.plan import ORDINARY, Plan
 from agent.deploy.pointer import Pointer
+from agent.deploy.slots import model_of
 from agent.deploy.state import FINAL, TRIAL, Record, State
 
 PRECEDENCE: Final = ("pin", "fleet", "file")  # strongest first
@@ -38,6 +39,11 @@ class Desired:
     force: bool = False  # although it failed here before
     medium: str = ""  # the folder to take it from, instead of the configured stores
     plan: Plan = ORDINARY
+
+    @property
+    def model(self) -> str:
+        """Of which the slot is."""
+        return model_of(self.slot)
 
 
 class Action(StrEnum):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS deployment (
 );
 CREATE INDEX IF NOT EXISTS deployment_slot ON deployment (slot, number);
 CREATE TABLE IF NOT EXISTS desired (slot TEXT, source TEXT, row TEXT NOT NULL, PRIMARY KEY (slot, source));
+CREATE TABLE IF NOT EXISTS leaving (slot TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS refused (slot TEXT, digest TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest));
 CREATE TABLE IF NOT EXISTS revoked (digest TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS served (slot TEXT, digest TEXT, PRIMARY KEY (slot, digest));
@@ -114,25 +115,37 @@ class Journal:
         rows = await self._do(lambda: self._query("SELECT row FROM desired"))
         return list(_decoded(rows, Desired))
 
-    async def refuse(self, slot: str, digest: str, reason: str) -> None:
+    async def leave(self, slots: Iterable[str]) -> None:
+        """Forget what anybody wants of these slots, and remember, until ``left``, that they are to be removed."""
+        await self._do(lambda: self._leave(list(slots)))
+
+    async def leaving(self) -> list[str]:
+        """Return the slots that are to be removed."""
+        return [slot for (slot,) in await self._do(lambda: self._query("SELECT slot FROM leaving"))]
+
+    async def left(self, slot: str) -> None:
+        """Note that the slot is removed."""
+        await self._do(lambda: self._execute("DELETE FROM leaving WHERE slot = ?", slot))
+
+    async def refuse(self, model: str, digest: str, reason: str) -> None:
         """Remember a version that failed here."""
-        await self._do(lambda: self._execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", slot, digest, reason))
+        await self._do(lambda: self._execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", model, digest, reason))
 
-    async def forgive(self, slot: str, digest: str) -> None:
+    async def forgive(self, model: str, digest: str) -> None:
         """Forget that a version failed here."""
-        await self._do(lambda: self._execute("DELETE FROM refused WHERE slot = ? AND digest = ?", slot, digest))
+        await self._do(lambda: self._execute("DELETE FROM refused WHERE slot = ? AND digest = ?", model, digest))
 
-    async def refused(self, slot: str, digest: str) -> str:
+    async def refused(self, model: str, digest: str) -> str:
         """Return why the version failed here, or an empty text."""
         rows = await self._do(
-            lambda: self._query("SELECT reason FROM refused WHERE slot = ? AND digest = ?", slot, digest)
+            lambda: self._query("SELECT reason FROM refused WHERE slot = ? AND digest = ?", model, digest)
         )
         return str(rows[0][0]) if rows else ""
 
     async def all_refused(self) -> list[tuple[str, str, str]]:
-        """Return slot, digest and reason of every version that failed here."""
+        """Return model, digest and reason of every version that failed here."""
         rows = await self._do(lambda: self._query("SELECT slot, digest, reason FROM refused ORDER BY slot, digest"))
-        return [(slot, digest, reason) for slot, digest, reason in rows]
+        return [(model, digest, reason) for model, digest, reason in rows]
 
     async def revoke(self, revoked: Revoked) -> None:
         """Remember, for good, that a version was revoked."""
@@ -143,13 +156,13 @@ class Journal:
         """Return every version that is known to be revoked."""
         return list(_decoded(await self._do(lambda: self._query("SELECT row FROM revoked")), Revoked))
 
-    async def note_served(self, slot: str, digest: str) -> None:
-        """Remember that a version earned trust in this slot."""
-        await self._do(lambda: self._execute("INSERT OR IGNORE INTO served VALUES (?, ?)", slot, digest))
+    async def note_served(self, model: str, digest: str) -> None:
+        """Remember that a version of the model earned trust here."""
+        await self._do(lambda: self._execute("INSERT OR IGNORE INTO served VALUES (?, ?)", model, digest))
 
-    async def served(self, slot: str) -> frozenset[str]:
-        """Return the digests of the versions that earned trust in this slot."""
-        rows = await self._do(lambda: self._query("SELECT digest FROM served WHERE slot = ?", slot))
+    async def served(self, model: str) -> frozenset[str]:
+        """Return the digests of the model's versions that earned trust here."""
+        rows = await self._do(lambda: self._query("SELECT digest FROM served WHERE slot = ?", model))
         return frozenset(digest for (digest,) in rows)
 
     async def _do(self, work: Callable[[], _T]) -> _T:
@@ -191,6 +204,13 @@ class Journal:
             database.execute(
                 "DELETE FROM deployment WHERE number <= (SELECT max(number) FROM deployment) - ?", (_KEEP_FINISHED,)
             )
+
+    def _leave(self, slots: list[str]) -> None:
+        database = self._open_database()
+        with database:
+            for slot in slots:
+                database.execute("INSERT OR IGNORE INTO leaving VALUES (?)", (slot,))
+                database.execute("DELETE FROM desired WHERE slot = ?", (slot,))
 
     def _execute(self, statement: str, *values: object) -> None:
         with self._open_database():

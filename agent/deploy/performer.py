@@ -15,15 +15,18 @@ from typing import Any, Final
 from agent.clock import Clock
 from agent.config import DeployConfig
 from agent.deploy import trial
+from agent.deploy.candidate import probe_if_idle, watch_share
 from agent.deploy.desired import Desired
 from agent.deploy.interface import Interface, differences
 from agent.deploy.journal import Journal
 from agent.deploy.obtain import Obtainer
 from agent.deploy.pointer import Pointer, Pointers, Target, target_of
-from agent.deploy.ports import Bundle, Host, Loaded, Store
-from agent.deploy.probation import Verdict, judge
+from agent.deploy.ports import Bundle, Evidence, Host, Loaded, Store
+from agent.deploy.probation import Verdict, judge, summary
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
+from agent.deploy.rollout import Course, course_of
+from agent.deploy.slots import model_of
 from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State
 from agent.deploy.steps import Steps
 from agent.errors import (
@@ -42,6 +45,7 @@ from agent.log import get_logger
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
 _SUPERSEDED: Final = "superseded"
+_UNDECIDED: Final = "canary_undecided"  # nothing speaks against the version, so it is not remembered as bad
 
 
 class Performer:
@@ -66,10 +70,13 @@ class Performer:
         changed: Callable[[Record], None],
     ) -> None:
         self.slot = slot
+        self.leaving = False  # nobody wants the slot any more: a trial ends, whatever comes after it
         self.pointer: Pointer | None = None
         self.active: Loaded | None = None
         self.busy = False  # a deployment is under way
         self.held_until: float | None = None  # monotonic; on trial, not loaded, and nothing else could be
+        self.trying = ""  # the version that is a candidate beside what serves
+        self._model = model_of(slot)  # what failed or served anywhere on this box is remembered by model
         self._config = config
         self._store = store
         self._host = host
@@ -99,6 +106,8 @@ class Performer:
         self._before: Loaded | None = None  # what served before the trial, still loaded
         self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
+        self._course = Course()
+        self._trial_began: Evidence | None = None  # what the version on trial had shown at its cut-over
         self._work: Mapping[State, Callable[[Record], Awaitable[Record]]] = {
             State.RECEIVED: self._received,
             State.VALIDATING: self._obtain,
@@ -107,6 +116,7 @@ class Performer:
             State.FETCH_WAIT: self._obtainer.wait,
             State.STAGED: self._staged,
             State.LOADING: self._load,
+            State.CANARY: self._canary,
             State.CUTOVER: self._cut_over,
             State.PROBATION: self._probation,
             State.ROLLING_BACK: self._roll_back,
@@ -188,7 +198,7 @@ class Performer:
             else:
                 self.pointer = Pointer(slot=self.slot, active=pointer.previous)
                 if pointer.trial and not isinstance(error, StoreError):
-                    await self._journal.refuse(self.slot, pointer.active.digest, str(error))
+                    await self._journal.refuse(self._model, pointer.active.digest, str(error))
                 self._point(self.pointer)
                 return
         if isinstance(error, BundleError):  # damaged on disk: whoever wants it fetches it again
@@ -219,6 +229,17 @@ class Performer:
             await self._host.retire(loaded)
         self._host.expect(self.slot, reason)
 
+    async def remove(self) -> None:
+        """Forget what the slot serves: the pointer first, then requests, then memory. No deployment is under way."""
+        self._pointers.remove(self.slot)
+        self.pointer, self.held_until = None, None
+        before, self._before = self._before, None
+        active, self.active = self.active, None
+        self._host.forget(self.slot)
+        for loaded in (before, active):
+            if loaded is not None:
+                await self._host.retire(loaded)
+
     def offer(self, medium: str) -> None:
         """Let a deployment that waits for its store be taken from the folder ``medium``."""
         self._obtainer.offer(medium)
@@ -232,7 +253,8 @@ class Performer:
         self._interfaces[bundle.digest] = bundle.interface
         pointer = self.pointer
         on_trial = pointer is not None and pointer.trial and target == pointer.active
-        loaded = await (self._host.load(bundle) if on_trial else self._host.restore(bundle))
+        self._trial_began = None
+        loaded = await (self._host.load(self.slot, bundle) if on_trial else self._host.restore(self.slot, bundle))
         self._host.activate(self.slot, loaded)
         return loaded
 
@@ -282,7 +304,7 @@ class Performer:
         try:
             await self._perform(record)
         finally:
-            self.busy = False
+            self.busy, self.trying = False, ""
             await self._discard_candidate()
 
     async def _perform(self, record: Record) -> None:
@@ -300,6 +322,10 @@ class Performer:
         """End an interrupted deployment because another wish won."""
         if (record.state, Event.SUPERSEDE) in _SUPERSEDABLE:
             await self._give_up(record)
+        elif self.leaving and record.state is State.PROBATION:
+            await self.perform(
+                await self._steps.step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=self._superseded(record))
+            )
         elif self.held_until is not None and record.state is State.PROBATION:
             message = "another version was asked for while it was held back"
             await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=message))
@@ -348,13 +374,55 @@ class Performer:
             message = revoked_text(record.version, reason)
             return await self._steps.step(record, Event.REJECT, code=PolicyError.code, message=message)
         try:
-            self._candidate = await self._host.load(self._bundle)
+            self._candidate = await self._host.load(self.slot, self._bundle)
         except AgentError as error:
             if isinstance(error, SelfTestError):  # what else fails may be the box's fault, and may pass
-                await self._journal.refuse(self.slot, record.digest, str(error))
+                await self._journal.refuse(self._model, record.digest, str(error))
             event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
             return await self._steps.step(record, event, code=error.code, message=str(error))
-        return await self._steps.step(record, Event.DONE, variant=self._candidate.evidence().variant)
+        variant = self._candidate.evidence().variant
+        self._course = course_of(record.plan.rollout, self._bundle.rollout, self._config)
+        if self._course.shares and self._may_share(record):
+            return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._course.shares[0])
+        return await self._steps.step(record, Event.DONE, variant=variant)
+
+    def _may_share(self, record: Record) -> bool:
+        """Whether a confirmed version serves beside which this one could be tried; a rollback is in a hurry."""
+        pointer = self.pointer
+        return self.active is not None and pointer is not None and not pointer.trial and not record.local
+
+    async def _canary(self, record: Record) -> Record:
+        """Watch the candidate at its share; then it gets the next, or everything."""
+        candidate, serving = self._candidate, self.active
+        if candidate is None or serving is None:
+            return await self._steps.step(record, Event.RESUME)
+        self.trying = record.version
+        outcome = await watch_share(
+            candidate,
+            serving,
+            record.percent,
+            self._course,
+            config=self._config,
+            host=self._host,
+            clock=self._clock,
+            interrupted=lambda: self._superseded(record) or self._revoked(record.digest),
+        )
+        evidence = (*record.evidence, outcome.evidence)
+        if reason := self._revoked(record.digest):
+            self._host.end_try(candidate)
+            message = revoked_text(record.version, reason)
+            return await self._steps.step(record, Event.FAIL, code=PolicyError.code, message=message, evidence=evidence)
+        if outcome.judgement is None:
+            return replace(record, evidence=evidence)  # given up by whoever goes by the states
+        if outcome.judgement.verdict is Verdict.ROLL_BACK:
+            code = _UNDECIDED if outcome.judgement.undecided else "canary_failed"
+            return await self._steps.step(
+                record, Event.FAIL, code=code, message=outcome.judgement.reason, evidence=evidence
+            )
+        following = next((share for share in self._course.shares if share > record.percent), None)
+        if following is None:
+            return await self._steps.step(record, Event.DONE, evidence=evidence)
+        return await self._steps.step(record, Event.SHARE, percent=following, evidence=evidence)
 
     async def _cut_over(self, record: Record) -> Record:
         if self._candidate is not None and self._bundle is not None:
@@ -372,6 +440,7 @@ class Performer:
             named = {active.digest, confirmed.digest if confirmed is not None else ""}
             self._interfaces[active.digest] = self._bundle.interface
             self._interfaces = {digest: known for digest, known in self._interfaces.items() if digest in named}
+            self._trial_began, self.trying = self._candidate.evidence(), ""
             replaced = self._host.activate(self.slot, self._candidate)
             self.active, self._candidate, self.held_until = self._candidate, None, None
             if self._before is None:
@@ -386,15 +455,17 @@ class Performer:
             return await self._confirm(record, "it was confirmed before")
         if self.active is None:
             return await self._steps.step(record, Event.FAIL, code="boot_failed", message="it is not loaded")
-        base = self._before.evidence() if self._before is not None else None
-        answered = base.good + base.faults if base is not None else 0
-        baseline = base.faults / answered if base is not None and answered else 0.0
-        started = self._clock.monotonic()
+        before = self._before.evidence() if self._before is not None else None
+        if before is not None:  # of all its answers the last minutes' tell how long they take
+            before = replace(before, latency=before.recent)
+        began, first = self._clock.monotonic(), self._trial_began or Evidence()
         probe_s = max(_TRIAL_POLL_S, self._config.probation_s / max(1, self._config.probation_calls_min) / 2)
         while True:
-            judgement = judge(
-                self.active.evidence(), self._clock.monotonic() - started, self._config, baseline_faults=baseline
-            )
+            elapsed_s, shown = self._clock.monotonic() - began, self.active.evidence().since(first)
+            judgement = judge(shown, elapsed_s, self._config, before=before)
+            if judgement.verdict is not Verdict.WAIT:
+                found = {**summary(shown, before, elapsed_s, 100.0), "verdict": judgement.reason}
+                record = replace(record, evidence=(*record.evidence, found))
             if judgement.verdict is Verdict.CONFIRM:
                 return await self._confirm(record, judgement.reason)
             if judgement.verdict is Verdict.ROLL_BACK:
@@ -402,21 +473,18 @@ class Performer:
             if reason := self._revoked(record.digest):
                 message = revoked_text(record.version, reason)
                 return await self._steps.step(record, Event.FAIL, code=PolicyError.code, message=message)
-            if self._superseded(record) and self.pointer is not None and self.pointer.previous is not None:
+            previous = self.pointer.previous if self.pointer is not None else None
+            if self._superseded(record) and (previous is not None or self.leaving):
                 return await self._steps.step(
-                    record, Event.SUPERSEDE, code=_SUPERSEDED, message="another version was asked for while on trial"
+                    record, Event.SUPERSEDE, code=_SUPERSEDED, message=f"{self._superseded(record)} while on trial"
                 )
-            await self._clock.sleep(probe_s)
-            try:
-                await self.active.self_test()
-            except AgentError as error:
-                _log.warning("self-test on trial failed", slot=self.slot, error=str(error))
+            await probe_if_idle(self.active, self._clock, probe_s)
 
     async def _confirm(self, record: Record, reason: str) -> Record:
         if self.pointer is not None and self.pointer.trial:
             self._point(replace(self.pointer, trial=False, starts_in_trial=0, running=False))
-        await self._journal.forgive(self.slot, record.digest)
-        await self._journal.note_served(self.slot, record.digest)
+        await self._journal.forgive(self._model, record.digest)
+        await self._journal.note_served(self._model, record.digest)
         if self.active is not None:
             self._host.confirm(self.active)
         record = await self._steps.step(record, Event.DONE, message=reason)
@@ -428,8 +496,8 @@ class Performer:
     async def _roll_back(self, record: Record) -> Record:
         """Pointer first, then requests, then memory."""
         failed, pointer = self.active, self.pointer
-        if record.code != _SUPERSEDED:
-            await self._journal.refuse(self.slot, record.digest, record.message)
+        if record.code not in (_SUPERSEDED, _UNDECIDED):
+            await self._journal.refuse(self._model, record.digest, record.message)
         previous = pointer.previous if pointer is not None and pointer.trial else None
         try:
             if pointer is None or not pointer.trial:
@@ -472,6 +540,6 @@ _SUPERSEDABLE: Final = frozenset(
     (state, Event.SUPERSEDE)
     for state in (
         *(State.RECEIVED, State.VALIDATING, State.FETCH_WAIT, State.FETCHING, State.VERIFYING),
-        *(State.STAGED, State.LOADING),
+        *(State.STAGED, State.LOADING, State.CANARY),
     )
 )

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from agent.deploy.plan import ORDINARY, Plan
+from agent.deploy.slots import model_of
 from agent.errors import IllegalTransitionError
 
 TRANSITIONS_MAX: Final = 64  # catches loops that individual counters miss
@@ -29,6 +30,7 @@ class State(StrEnum):
     VERIFYING = "verifying"
     STAGED = "staged"  # complete and verified on disk
     LOADING = "loading"  # beside what serves, golden self-test included
+    CANARY = "canary"  # a share of the requests, or copies of them, go to the new version; the pointer is untouched
     CUTOVER = "cutover"  # pointer written, requests go to the new version
     PROBATION = "probation"
     CONFIRMED = "confirmed"
@@ -48,6 +50,7 @@ class Event(StrEnum):
     REJECT = "reject"
     OFFLINE = "offline"
     ALREADY = "already"  # what is asked for serves already
+    SHARE = "share"  # the new version gets its first share of the requests, or the next
     RESUME = "resume"  # a restart found it in the middle
     SUPERSEDE = "supersede"
 
@@ -74,8 +77,12 @@ TABLE: Final[Mapping[tuple[State, Event], State]] = {
     (State.STAGED, Event.DONE): State.LOADING,
     (State.STAGED, Event.REJECT): State.REJECTED,  # not compatible with what serves
     (State.LOADING, Event.DONE): State.CUTOVER,
+    (State.LOADING, Event.SHARE): State.CANARY,
     (State.LOADING, Event.FAIL): State.FAILED,
     (State.LOADING, Event.REJECT): State.REJECTED,
+    (State.CANARY, Event.SHARE): State.CANARY,
+    (State.CANARY, Event.DONE): State.CUTOVER,
+    (State.CANARY, Event.FAIL): State.ROLLING_BACK,
     (State.CUTOVER, Event.DONE): State.PROBATION,
     (State.CUTOVER, Event.RESUME): State.RECEIVED,  # the pointer was not written yet
     (State.CUTOVER, Event.FAIL): State.ROLLING_BACK,
@@ -89,7 +96,7 @@ TABLE: Final[Mapping[tuple[State, Event], State]] = {
         (state, event): target
         for state in (
             State.RECEIVED, State.VALIDATING, State.FETCH_WAIT, State.FETCHING, State.VERIFYING, State.STAGED,
-            State.LOADING,
+            State.LOADING, State.CANARY,
         )
         for event, target in (
             (Event.SUPERSEDE, State.SUPERSEDED),
@@ -121,6 +128,8 @@ class Record:
     version: str = ""  # resolved
     digest: str = ""  # sha256 of the manifest, lower-case hex
     variant: str = ""  # that serves
+    percent: float = 0.0  # of the routing keys that it answers in CANARY
+    evidence: tuple[dict[str, Any], ...] = ()  # of each share it has had, then of its probation
     previous: str = ""  # version that served when it was created
     bytes_done: int = 0
     bytes_total: int = 0
@@ -129,6 +138,11 @@ class Record:
     message: str = ""
     created: float = 0.0  # Unix seconds
     updated: float = 0.0
+
+    @property
+    def model(self) -> str:
+        """Of which the slot is."""
+        return model_of(self.slot)
 
     @property
     def eta_s(self) -> int | None:

@@ -32,7 +32,7 @@ class Climber(Protocol):
         """Whether something else changes what serves, or it sleeps."""
 
     @property
-    def closing(self) -> bool: ...
+    def closed(self) -> bool: ...
 
     async def challenge(self, step: Try, current: Pool) -> None:
         """Try a rung beside ``current``, which serves."""
@@ -68,14 +68,14 @@ class Climb:
     def up(self) -> None:
         """See to it that what is better is tried in time."""
         self._news.set()
-        if not self._climbing and not self._version.closing:
+        if not self._climbing and not self._version.closed:
             self._climbing = True
             self._spawn(self._climb(), f"better variants of {self._version.spec.model}")
 
     async def _climb(self) -> None:
         version = self._version
         try:
-            while not version.closing and (step := self._next()) is not None:
+            while not version.closed and (step := self._next()) is not None:
                 self._news.clear()
                 if await self._time_for(step):
                     if version.pool is None:

@@ -39,6 +39,7 @@ from agent.errors import (
     LoadError,
     OutOfMemoryError,
     OverloadedError,
+    SelfTestError,
     UnloadableError,
     WorkerDiedError,
     WorkerError,
@@ -407,18 +408,18 @@ class Pool:
                 link.kill()
         self._sizing.sweep(now)
 
-    async def call(self, method: str, *, timeout_s: float, **arguments: Any) -> Any:
-        """Call ``selftest``, ``measure`` or ``ping`` on a worker and return its value.
+    async def call(self, method: str, *, timeout_s: float, link: WorkerLink | None = None, **arguments: Any) -> Any:
+        """Call ``selftest``, ``measure`` or ``ping`` on a worker, ``link`` if given, and return its value.
 
         A worker that does not answer in time hangs in native code, which nothing else could end: it is killed.
 
         Raises:
             WorkerDiedError: no worker, it died, or it did not answer in time.
         """
-        if not self.links:
+        if not self.links or (link is not None and link not in self.links):
             raise WorkerDiedError("no worker is running")
         number, future = next(self._numbers), self._loop.create_future()
-        link = self.links[number % len(self.links)]
+        link = link or self.links[number % len(self.links)]
         self._calls[number] = (link, future)
         link.post({"kind": "call", "id": number, "method": method, **arguments})
         try:
@@ -702,7 +703,8 @@ class Pool:
                     return
                 _log.error("worker does not start", variant=self.spec.id, code=error.code, error=str(error))
                 self.cause = str(error)
-                hopeless = isinstance(error, UnloadableError)  # what fails the same way each time is not tried again
+                # What fails the same way each time is not tried again, nor are wrong answers of a fresh worker.
+                hopeless = isinstance(error, UnloadableError | SelfTestError)
                 if (self._count_death(self._loop.time()) or hopeless) and not self.links:
                     self._lose(error)
                     return

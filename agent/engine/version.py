@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
@@ -27,19 +28,23 @@ from agent.engine.contest import contest
 from agent.engine.job import Job, error_of
 from agent.engine.ladder import Purpose, Try, Verdict
 from agent.engine.lanes import LaneCounts
+from agent.engine.link import WorkerLink
 from agent.engine.memory import Need
 from agent.engine.pool import Pool
 from agent.engine.residency import Residency
+from agent.engine.selftest import Act, Report, SelfTestRecord, examine
 from agent.engine.standing import Standing
 from agent.engine.streams import StreamCounts
 from agent.engine.types import Keeping, VariantSpec, VersionSpec
 from agent.errors import (
     AgentError,
+    DeadlineError,
     DeviceLostError,
     LoadError,
     OutOfMemoryError,
     OverloadedError,
     UnavailableError,
+    WorkerDiedError,
     WorkerError,
     by_code,
 )
@@ -47,6 +52,7 @@ from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 from agent.metrics import Counter, HistogramSeries
 from agent.shares import Shares
+from agent.spread import Counts, Spread
 from agent.wire import Buffer, Header
 
 _log = get_logger("version")
@@ -54,6 +60,7 @@ _log = get_logger("version")
 _FAULTS = frozenset(
     {"worker_died", "handler_failed", "inference_failed", "out_of_memory", "device_lost", "worker_failed", "internal"}
 )
+_OWN_FAILURES = _FAULTS | {UnavailableError.code}  # another version might do better
 _DRAIN_TIMEOUT_S: Final = 30.0
 _RESCUES_MAX: Final = 3  # variants that one request may run out of memory on
 _SHORT: Final = "memory did not suffice for a request"
@@ -96,7 +103,8 @@ class Version:
         events: EventBus,
         latency: HistogramSeries,
         answers: Counter,
-        passed: Counter,
+        tested: Counter,
+        handed: Counter,
         streams: StreamCounts,
         now: Callable[[], float],
         config: VariantsConfig,
@@ -112,21 +120,27 @@ class Version:
         self.may_unload = True
         self.load_until = 0.0
         self.pool: Pool | None = None
-        self.reason = "loading"  # why it cannot serve; empty while it can
+        self._reason = "loading"  # see ``reason``
+        self._retried = False  # whether when it is tried again belongs to the reason
+        self.tests = SelfTestRecord()
         self.holders = 0  # slots that hold it
         self.beside = 0  # of them those beside the default
         self.routed = False  # whether requests come: otherwise nothing better is looked for
-        self.understudy: Version | None = None  # while it is on trial: answers what it fails at
         self.deaths = 0
         self.good = 0
         self.faults = 0
+        self.late = 0  # requests whose deadline passed while they were its own
+        self.short = 0  # answers that memory did not suffice for
+        self.spread = Spread(now())
+        self.stand_in: Version | None = None  # answers what this one fails at, while it is on trial
         self._closing = asyncio.Event()
         self._make_pool = make_pool
         self._spawn = spawn
         self._events = events
         self._latency = latency
         self._answers = answers
-        self._passed = passed
+        self._tested = tested
+        self._handed = handed
         self._streams = streams
         self._now = now
         self._config = config
@@ -211,16 +225,39 @@ class Version:
 
     @property
     def why_not(self) -> str:
-        """Why it is not ready; empty if it is."""
+        """Why it is not ready, and when it is tried again; empty if it is."""
+        return self._why_not(self.reason)
+
+    @property
+    def lasting(self) -> str:
+        """The same without what changes by the second."""
+        return self._why_not(self._reason)
+
+    def _why_not(self, reason: str) -> str:
         if self.ready:
             return ""
-        if self.reason:
-            return self.reason
+        if reason:
+            return reason
         if self._walking:
             return "the next variant is starting"
         if self.pool is None:
             return "unloaded"
         return f"its worker is restarting: {self.pool.cause or 'it died'}"
+
+    @property
+    def reason(self) -> str:
+        """Why it cannot serve, and where nothing loads what follows from that; empty while it can serve."""
+        return f"{self._reason}{self._next_text()}" if self._retried else self._reason
+
+    @reason.setter
+    def reason(self, reason: str) -> None:
+        self._reason, self._retried = reason, False
+
+    def _say_nothing_loads(self) -> str:
+        """Keep and return why nothing can be loaded."""
+        reasons = "; ".join(f"{skip['variant']}: {skip['reason']}" for skip in self.skipped)
+        self._reason, self._retried = f"no variant loads: {reasons}", True
+        return self._reason
 
     @property
     def fallen(self) -> int:
@@ -241,6 +278,10 @@ class Version:
         """Let one slot hold it no longer."""
         self.holders -= 1
         self.beside -= beside
+
+    def recent(self) -> Counts:
+        """Return how long its answers of the last minutes took."""
+        return self.spread.recent(self._now())
 
     # Into memory and out of it
 
@@ -316,16 +357,19 @@ class Version:
     def _fail_load(self, waiting: Iterable[Job], last: WorkerError | None, short: OverloadedError | None) -> AgentError:
         """Note that no variant is left, tell those who wait, and return the error to raise."""
         self.pool = None
-        self.reason = "unloaded" if self._closing.is_set() else self._nothing_loads()
-        refusal = self._refusal = short or type(last or LoadError(""))(self.reason)
+        why = self.reason = "unloaded"
+        if not self._closing.is_set():
+            why = self._say_nothing_loads()
+        refusal = self._refusal = short or type(last or LoadError(""))(why)
         if self.stage is not Stage.TRYING and (self._woken or self.spec.keeping.lazy or short is not None):
             self.sleep()
             if short is None:
                 step = self._standing.next_try(None)
-                self._trouble, self.reason = refusal, str(refusal)
+                self._trouble = refusal
+                self._say_nothing_loads()
                 self._wake_from = step.at if step is not None else math.inf
         for job in waiting:
-            self._fail(job, _told(refusal))
+            self._fail(job, _told(refusal, self.reason if short is None else str(short)))
         return refusal
 
     def sleep(self) -> None:
@@ -348,7 +392,7 @@ class Version:
         if descent:
             self._opened = self.pool = self._make_pool(self._variants[descent[0]], self)
         else:
-            self.reason = self._nothing_loads()
+            self._say_nothing_loads()
         self._spawn(self._load_again(cause), f"load {self.spec.model}")
 
     async def _load_again(self, cause: str) -> None:
@@ -369,7 +413,7 @@ class Version:
         if self.asleep and not self._closing.is_set():
             wait_s = self._wake_from - self._now()
             if wait_s > 0 and self._trouble is not None:
-                error = _told(self._trouble)
+                error = _told(self._trouble, self.reason)
                 error.retry_after_s = wait_s if wait_s < math.inf else 0.0
                 raise error
             self.wake("request")
@@ -390,7 +434,8 @@ class Version:
         finally:
             self._calls -= 1
         if not self.ready:
-            raise _told(self._refusal or UnavailableError(self.why_not))
+            refusal = self._refusal or UnavailableError(self.why_not)
+            raise _told(refusal, self.reason if self._retried else str(refusal))
 
     def wanted(self) -> bool:
         """Whether anybody still waits for what it loads."""
@@ -428,15 +473,13 @@ class Version:
             OutOfMemoryError: it could not be loaded a moment ago, for want of memory.
             OverloadedError: the queue is full, or crowded and this client holds its part.
         """
+        if self.stand_in is not None and not self.ready and (other := self._stand_in_for(job)) is not None:
+            job.version = other
+            other.submit(job)
+            return
         pool = self.pool
         if pool is None or self._closing.is_set():
-            try:
-                pool = self._awakened()
-            except AgentError as error:
-                if not self._stands_in(job):
-                    raise
-                self._pass_on(job, error.code).submit(job)
-                return
+            pool = self._awakened()
         client = job.request.client
         self._shares.check(client, outstanding=pool.outstanding, bound=pool.queue_requests_max)
         pool.submit(job)
@@ -444,6 +487,26 @@ class Version:
         if not job.settled:
             self._shares.add(client)
             job.shares = self._shares
+
+    def _stand_in_for(self, job: Job) -> Version | None:
+        """Return who may answer a request instead of this version, which is on trial."""
+        other = self.stand_in
+        if other is None or other.closed or not other.ready or job.copied or job.settled or job.parts:
+            return None
+        tried_twice_is_wrong = job.attempts > 0 and self.pool is not None and not self.pool.idempotent
+        return None if job.request.version or tried_twice_is_wrong else other
+
+    def _pass_waiting(self, pool: Pool) -> None:
+        """Let the version before answer what would wait until this one, on trial, has a worker again."""
+        if self.stand_in is None or pool.links or pool is not self.pool:
+            return
+        for job in pool.take_waiting():
+            other = self._stand_in_for(job)
+            if other is not None:
+                self._handed.add((self.spec.model, self.spec.version, WorkerDiedError.code))
+                other.adopt(job)
+            else:
+                pool.adopt(job)
 
     def adopt(self, job: Job) -> None:
         """Take a job that is already admitted."""
@@ -532,6 +595,49 @@ class Version:
             self.faults += 1
         return value
 
+    async def examine(self, *, timeout_s: float) -> Report:
+        """Run the golden inputs again in every worker, because somebody asks, and do what follows.
+
+        Raises:
+            UnavailableError: it does not serve.
+            AgentError: it cannot be loaded now; the class says why.
+        """
+        if self.asleep:
+            await self.ensure("selftest")
+            self.used_at = self._now()
+        if self.pool is None or not self.ready:
+            raise UnavailableError(f"{self.name}: {self.why_not}")
+        return await examine(self, self.pool, timeout_s=timeout_s, patient=False)
+
+    @property
+    def examinable(self) -> bool:
+        """Whether it serves on its own account: not asleep, not on trial, nothing else being tried."""
+        quiet = not self._beside and self._aside is None
+        return self.stage is Stage.SERVING and quiet and not self.moving and not self.closed
+
+    def tested(self, pool: Pool, link: WorkerLink | None, report: Report) -> Report:
+        """Note the end of a test and do what follows; return it with what was done. ``link`` did not pass."""
+        now, tests, variant = self._now(), self.tests, pool.spec.id
+        before, tests.tested_at = tests.last, now
+        self._tested.add((self.spec.model, self.spec.version, report.code or "ok"))
+        tests.last = report
+        if link is None:
+            if before is not None and not before.ok:
+                self._tell("selftest.passed", variant=variant)
+            return report
+        act = None
+        if pool is self.pool and self.stage is not Stage.TRYING and not self.moving and not self.closed:
+            act = tests.fails(variant, now, healthy_s=self._config.healthy_s)
+        report = tests.last = replace(report, act=act)
+        what = {"variant": variant, "code": report.code, "reason": report.message, "act": act or "none"}
+        self._tell("selftest.failed", Severity.WARNING, **what)
+        if act is Act.RESTART:
+            link.kill()
+        elif act is Act.LEAVE:
+            self._fell(variant, by_code(report.code, report.message))
+            self._leave(pool, pool.evacuate(), reason="its variant failed its self-test; the next one is starting")
+        return report
+
     def describe(self) -> dict[str, Any]:
         """Return the model's metadata in the Open Inference Protocol's terms, plus what serves it."""
         return views.metadata(self)
@@ -563,6 +669,11 @@ class Version:
         return self._residency.holding(self)
 
     @property
+    def test_row(self) -> dict[str, Any] | None:
+        """How its last self-test ended; ``None``: there was none but that of its load."""
+        return self.tests.row(self._now())
+
+    @property
     def variant_rows(self) -> list[dict[str, Any]]:
         """Each variant with its state."""
         return self._standing.rows(self.pool.spec.id if self.pool is not None else None)
@@ -581,20 +692,37 @@ class Version:
             answer = header.digest = self._named(header, pool)
         if answer["kind"] == "error":
             code = answer["code"]
-            if code == OutOfMemoryError.code and self._rescued(pool, job):
-                return
-            if code in _FAULTS:
-                self.faults += 1
-                if pool.idempotent and self._stands_in(job):
-                    self._pass_on(job, code).adopt(job)
+            if code == OutOfMemoryError.code:
+                self.short += 1
+                if self._rescued(pool, job):
                     return
-            self._answers.add((self.spec.model, self.spec.version, code))
+            if self._failed(job, code):
+                return
         else:
             self.good += 1
-            if not job.parts:  # a stream's duration says nothing about how fast the model answers
-                self._latency.observe(now - job.arrived)
-            self._answers.add(self._ok)
+            if not job.copied:
+                self._count_good(job, now)
         job.answer(answer, body)
+
+    def _count_good(self, job: Job, now: float) -> None:
+        if not job.parts:  # a stream's duration says nothing about how fast the model answers
+            self._latency.observe(now - job.arrived)
+            self.spread.observe(now - job.arrived, now)
+        self._answers.add(self._ok)
+
+    def _failed(self, job: Job, code: str) -> bool:
+        """Count an error; return whether another version answers the request instead."""
+        if code in _FAULTS:
+            self.faults += 1
+        elif code == DeadlineError.code:
+            self.late += 1
+        if code in _OWN_FAILURES and (other := self._stand_in_for(job)) is not None:
+            self._handed.add((self.spec.model, self.spec.version, code))
+            other.adopt(job)
+            return True
+        if not job.copied:
+            self._answers.add((self.spec.model, self.spec.version, code))
+        return False
 
     def lanes_counted(self, counts: LaneCounts) -> None:
         """Count what was answered without us."""
@@ -622,6 +750,7 @@ class Version:
         """Report a death the pool is already repairing."""
         if pool not in self._beside:  # what is only tried is no evidence against what serves
             self.deaths += 1
+        self._pass_waiting(pool)
         self._tell("worker.died", Severity.WARNING, variant=pool.spec.id, pid=pid, cause=cause, retried=retried)
 
     def worker_ready(self, pool: Pool, pid: int) -> None:
@@ -648,22 +777,6 @@ class Version:
             self._leave(pool, reason="its variant kept failing; the next one is starting")
 
     # Down
-
-    def _stands_in(self, job: Job) -> bool:
-        """Whether the version that served before answers what this one, on trial, fails at.
-
-        Not what names this version, and not if the one before left memory for this one.
-        """
-        other = self.understudy
-        able = other is not None and other.ready and not other.closed
-        return able and not (job.settled or job.parts or job.request.version)
-
-    def _pass_on(self, job: Job, code: str) -> Version:
-        """Return who answers in our place, once that is counted."""
-        assert self.understudy is not None
-        self._passed.add((self.spec.model, self.spec.version, code))
-        job.version = self.understudy
-        return self.understudy
 
     def _leave(self, lost: Pool, jobs: Sequence[Job] = (), *, reason: str) -> None:
         """Let the next variant answer ``jobs`` and what waits in ``lost``."""
@@ -776,11 +889,6 @@ class Version:
         """Whether it walks down, or about to; or sleeps: nobody else may change what serves."""
         return self._walking or self.asleep
 
-    @property
-    def closing(self) -> bool:
-        """Whether it is being ended."""
-        return self._closing.is_set()
-
     async def challenge(self, step: Try, current: Pool) -> None:
         """Let a better variant take over if it loads, passes its self-test and, to be compared, is better."""
         variant = self._variants[step.rung.id]
@@ -863,15 +971,14 @@ class Version:
 
     # Telling
 
-    def _nothing_loads(self) -> str:
-        reasons = "; ".join(f"{skip['variant']}: {skip['reason']}" for skip in self.skipped)
-        return f"no variant loads: {reasons}{self._next_text()}"
-
     def _next_text(self) -> str:
         step = self._standing.next_try(None)
         if step is None:
             return "; it is not tried again by itself, because each try would fail the same way"
-        return f"; tried again in {max(0.0, step.at - self._now()):.0f} s"
+        wait_s = max(0.0, step.at - self._now())
+        if not self.asleep:
+            return f"; tried again in {wait_s:.0f} s" if wait_s else "; it is tried again now"
+        return f"; tried again by a request in {wait_s:.0f} s" if wait_s else "; the next request tries it again"
 
     def _tell_change(self, before: Pool | None, why: str) -> None:
         now = self.pool.spec.id if self.pool is not None else ""
@@ -897,13 +1004,8 @@ class Version:
 
     def _fail(self, job: Job, error: AgentError) -> None:
         """Answer a job that no pool holds."""
-        if error.code in _FAULTS:
-            self.faults += 1
-        if self._stands_in(job):
-            self._pass_on(job, error.code).adopt(job)
-            return
-        self._answers.add((self.spec.model, self.spec.version, error.code))
-        job.answer(Header(error_of(error, None)), ())
+        if not self._failed(job, error.code):
+            job.answer(Header(error_of(error, None)), ())
 
     def _tell_skipped(self, variant: str, code: str, reason: str) -> None:
         self._tell("variant.skipped", Severity.WARNING, variant=variant, code=code, reason=reason)
@@ -913,9 +1015,9 @@ def _first(variant: str, order: Sequence[str]) -> tuple[str, ...]:
     return (variant, *(other for other in order if other != variant))
 
 
-def _told(refusal: AgentError) -> AgentError:
+def _told(refusal: AgentError, text: str) -> AgentError:
     """Return what a caller is told of a failed load, each time anew: an error keeps the traces of all who raise it."""
     kind = type(refusal) if isinstance(refusal, OverloadedError | OutOfMemoryError) else UnavailableError
-    told = kind(str(refusal))
+    told = kind(text)
     told.retry_after_s = refusal.retry_after_s
     return told

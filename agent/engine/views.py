@@ -30,6 +30,10 @@ class Shown(Protocol):
     def why_not(self) -> str: ...
 
     @property
+    def lasting(self) -> str:
+        """Why it is not ready, without what changes by the second."""
+
+    @property
     def skipped(self) -> list[dict[str, str]]: ...
 
     @property
@@ -49,6 +53,10 @@ class Shown(Protocol):
     @property
     def holding(self) -> dict[str, int]:
         """What it holds of memory now, by place (bytes)."""
+
+    @property
+    def test_row(self) -> dict[str, Any] | None:
+        """How its last self-test ended; ``None``: there was none but that of its load."""
 
     @property
     def variant_rows(self) -> list[dict[str, Any]]:
@@ -84,6 +92,7 @@ def status(version: Shown) -> dict[str, Any]:
         "digest": version.spec.digest,
         "ready": version.ready or version.on_demand,
         "reason": version.why_not,
+        "lasting": version.lasting,
         "residency": residency(version),
         "variant": hello.get("variant"),
         "precision": hello.get("precision"),
@@ -91,6 +100,7 @@ def status(version: Shown) -> dict[str, Any]:
         "provider": hello.get("provider"),
         "sandbox": hello.get("sandbox"),
         "golden": hello.get("golden"),
+        "selftest": version.test_row,
         "load_ms": hello.get("load_ms"),
         "placement": hello.get("placement"),
         "memory": hello.get("memory"),

@@ -183,8 +183,10 @@ class FakeHost:
     active: dict[str, FakeLoaded] = field(default_factory=dict)
     expected: dict[str, str] = field(default_factory=dict)
     loaded: list[FakeLoaded] = field(default_factory=list)
+    tried: dict[str, tuple[FakeLoaded, float, float]] = field(default_factory=dict)  # by slot
+    shares: list[tuple[str, float, float]] = field(default_factory=list)  # every one that was given
 
-    async def load(self, bundle: Bundle) -> FakeLoaded:
+    async def load(self, slot: str, bundle: Bundle) -> FakeLoaded:
         await asyncio.sleep(0)
         if self.behaviour.get(bundle.version) == "unloadable":
             raise LoadError("no variant loads")
@@ -192,8 +194,8 @@ class FakeHost:
         self.loaded.append(loaded)
         return loaded
 
-    async def restore(self, bundle: Bundle) -> FakeLoaded:
-        restored = await self.load(bundle)
+    async def restore(self, slot: str, bundle: Bundle) -> FakeLoaded:
+        restored = await self.load(slot, bundle)
         restored.confirmed = True
         return restored
 
@@ -201,7 +203,18 @@ class FakeHost:
         assert not loaded.retired
         loaded.confirmed = True
 
+    def try_out(self, loaded: FakeLoaded, *, canary_percent: float, shadow_percent: float) -> None:
+        assert not loaded.retired
+        assert self.active[loaded.bundle.name] is not loaded, "what serves is no candidate"
+        self.tried[loaded.bundle.name] = (loaded, canary_percent, shadow_percent)
+        self.shares.append((loaded.bundle.version, canary_percent, shadow_percent))
+
+    def end_try(self, loaded: FakeLoaded) -> None:
+        if loaded.bundle.name in self.tried and self.tried[loaded.bundle.name][0] is loaded:
+            del self.tried[loaded.bundle.name]
+
     def activate(self, slot: str, loaded: FakeLoaded) -> FakeLoaded | None:
+        self.end_try(loaded)
         previous = self.active.get(slot)
         self.active[slot] = loaded
         return previous
@@ -209,6 +222,7 @@ class FakeHost:
     async def retire(self, loaded: FakeLoaded) -> None:
         await asyncio.sleep(0)
         assert not loaded.retired, "retired twice"
+        self.end_try(loaded)
         loaded.retired = True
         for slot, active in list(self.active.items()):
             if active is loaded:
@@ -216,3 +230,6 @@ class FakeHost:
 
     def expect(self, slot: str, reason: str) -> None:
         self.expected[slot] = reason
+
+    def forget(self, slot: str) -> None:
+        self.expected.pop(slot, None)

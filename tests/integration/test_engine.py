@@ -323,7 +323,7 @@ def test_what_a_version_on_trial_fails_at_is_answered_by_the_one_before(tmp_path
             assert {task.result()["version"] for task in asked} == {before.version}
             assert all(task.result()["value"] == {"y": [[2.0] * 4]} for task in asked)
             assert trial.faults + trial.deaths > 0
-            passed = [line for line in box.metrics.render().decode().splitlines() if "_passed_on" in line]
+            passed = [line for line in box.metrics.render().decode().splitlines() if "_handed_over" in line]
             assert any(code in line for line in passed)
             assert before.faults == 0
             await until(lambda: not trial.ready or how == "raise")

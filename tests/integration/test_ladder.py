@@ -288,7 +288,11 @@ def test_nothing_left_is_said_with_the_time_of_the_next_try(tmp_path: Path) -> N
             await serve(box, scale_version(tmp_path / "b", handler="odd"))
             await box.say("die")
             await until(lambda: "tried again in" in box.engine.model_state("scale").reason)
-            assert "1 deaths within" in box.engine.model_state("scale").reason
+            first = box.engine.model_state("scale").reason
+            assert "1 deaths within" in first
+            await until(lambda: box.engine.model_state("scale").reason != first)  # a second later it is one fewer
+            row = box.engine.status()[0]
+            assert row["lasting"] == first.partition("; tried again")[0]
 
     run(story)
 

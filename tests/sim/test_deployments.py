@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ class CutJournal(Journal):
     async def save(self, record: Record) -> None:
         self._maybe_cut()
         await super().save(record)
+
+    async def leave(self, slots: Iterable[str]) -> None:
+        self._maybe_cut()
+        await super().leave(slots)
+
+    async def left(self, slot: str) -> None:
+        self._maybe_cut()
+        await super().left(slot)
 
     def _maybe_cut(self) -> None:
         if self.cut_in is not None:
@@ -177,7 +186,8 @@ async def deploy(box: Box, version: str, wish_id: str, **more: bool) -> Record:
 
 
 def run(work: Any) -> Any:
-    return asyncio.run(work)
+    """Run a story; one that turns in circles fails instead of hanging."""
+    return asyncio.run(asyncio.wait_for(work, 120))
 
 
 def test_a_good_version_is_confirmed_and_survives_a_restart(tmp_path: Path) -> None:
