@@ -225,6 +225,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             keep_versions=config.deploy.keep_versions,
             collect_above_percent=config.store.collect_above_percent,
         )
+        standing = TrustRecord(state_dir, clock)
         reconciler = Reconciler(
             config.deploy,
             store=store,
@@ -236,12 +237,13 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             configured=[_configured(model) for model in config.models],
             poll_interval_s=config.store.poll_interval_s,
             refusals=refusals,
+            clock_trusted=lambda: standing().clock_trusted,
             on_revoked=config.policy.on_revoked,
         )
         watch = Watch(
             store=store,
             reconciler=reconciler,
-            standing=TrustRecord(state_dir, clock),
+            standing=standing,
             on_long_offline=config.policy.on_long_offline,
             poll_interval_s=config.store.poll_interval_s,
             events=events,
