@@ -200,7 +200,13 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             profile,
             on_refused=lambda source, error, about: refusals.source(error, source=source, **about),
         )
-        specs = SpecMaker(engine=config.engine, policy=config.policy, serving=config.serving, profile=profile)
+        specs = SpecMaker(
+            engine=config.engine,
+            policy=config.policy,
+            serving=config.serving,
+            profile=profile,
+            unified_memory=any(gpu.integrated for gpu in hardware.gpus),
+        )
         journal = Journal(state_dir / "journal.db")
         stack.push_async_callback(journal.close)
         store = BundleStore(
