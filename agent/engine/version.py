@@ -104,8 +104,8 @@ class Version:
         events: EventBus,
         latency: HistogramSeries,
         answers: Counter,
-        tested: Counter,
         handed: Counter,
+        tested: Counter,
         streams: StreamCounts,
         now: Callable[[], float],
         config: VariantsConfig,
@@ -141,8 +141,8 @@ class Version:
         self._events = events
         self._latency = latency
         self._answers = answers
-        self._tested = tested
         self._handed = handed
+        self._tested = tested
         self._streams = streams
         self._now = now
         self._config = config
