@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,12 +23,13 @@ from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.freshness import judge
 from agent.bundles.layout import Layout
-from agent.bundles.manifest import Index, Manifest, Variant, parse_index
+from agent.bundles.manifest import Index, Manifest, Tensor, Variant, parse_index
 from agent.bundles.puller import IndexedVersion, Puller, StoredBundle, SurveyedModel
 from agent.bundles.structure import NATIVE_FORMATS
 from agent.bundles.versions import list_versions
 from agent.clock import Clock
 from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
+from agent.deploy.interface import CODE, Extent, Interface, Labels, Port
 from agent.deploy.ports import (
     Bundle,
     Collected,
@@ -77,7 +78,17 @@ _RESIDENT_BASE: Final = 512 * MIB  # handler, requests, and what CUDA's librarie
 class SpecMaker:
     """Translates a manifest and its ranked variants into what the engine loads."""
 
-    def __init__(self, *, engine: EngineConfig, policy: PolicyConfig, serving: ServingConfig, profile: Profile) -> None:
+    def __init__(
+        self,
+        *,
+        engine: EngineConfig,
+        policy: PolicyConfig,
+        serving: ServingConfig,
+        profile: Profile,
+        unified_memory: bool = False,
+    ) -> None:
+        """``unified_memory``: the GPU shares the host's."""
+        self._unified_memory = unified_memory
         self._engine = engine
         self._policy = policy
         self._serving = serving
@@ -166,6 +177,7 @@ class SpecMaker:
             precision=variant.precision,
             device="cpu" if on_cpu else f"{variant.device.kind}:{device['index']}",
             pinned_device=pinned,
+            compute_min=variant.device.min_compute if not on_cpu else "",
             worker=worker,
             lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
@@ -184,6 +196,7 @@ class SpecMaker:
                 host_mib=variant.memory.host_mb,
                 device_mib=variant.memory.device_mb,
                 measured=variant.memory.source == "measured",
+                unified=self._unified_memory,
             ),
         )
 
@@ -541,6 +554,7 @@ def _bundle(stored: StoredBundle) -> Bundle:
         version=manifest.version,
         digest=stored.manifest_sha256,
         path=stored.path,
+        interface=_interface(manifest),
         content=stored,
         rollout=_rollout(manifest.rollout),
     )
@@ -566,6 +580,35 @@ def _copies(tally: Tally) -> Copies:
         durations=tally.durations,
         originals=tally.originals,
         difference=tally.difference,
+    )
+
+
+def _interface(manifest: Manifest) -> Interface:
+    signature, axis = manifest.signature, manifest.batching.axis
+    stacked = all(tensor.shape and tensor.shape[0] == axis for tensor in (*signature.inputs, *signature.outputs))
+
+    def extent(size: int | str | None) -> Extent:
+        if not isinstance(size, str):
+            return Extent() if size is None else Extent(low=size, high=size)
+        bounds = signature.dims.get(size)
+        low, high = (bounds.min, bounds.max) if bounds is not None else (0, None)
+        if stacked and size == axis:  # a request's rows are one batch at most
+            rows_max = manifest.batching.max_batch
+            low, high = max(low, 1), rows_max if high is None else min(high, rows_max)
+        return Extent(low=low, high=high, name=size)
+
+    def ports(tensors: Iterable[Tensor]) -> dict[str, Port]:
+        return {
+            tensor.name: Port(dtype=tensor.dtype, shape=tuple(map(extent, tensor.shape)), layout=tensor.layout)
+            for tensor in tensors
+        }
+
+    classes = manifest.classes
+    return Interface(
+        inputs=ports(signature.inputs),
+        outputs=ports(signature.outputs),
+        handler=manifest.handler.id or CODE,
+        labels=Labels(count=classes.count, digest=manifest.file(classes.file).sha256) if classes is not None else None,
     )
 
 

@@ -37,7 +37,7 @@ from agent.client.messages import Part, Result
 from agent.inspect_text import version_lines
 
 _SOCKET: Final = "/run/inferd/inferd.sock"
-_GIVEN_UP: Final = "superseded"
+_GIVEN_UP: Final = "canceled"
 _HISTORY_ROWS: Final = 100  # looked through for why a model is not ready
 
 
@@ -151,6 +151,7 @@ def infer(
 @click.option("--beside", is_flag=True, help="Keep the default; VERSION answers the requests that name it.")
 @rollout_options
 @click.option("--force", is_flag=True, help="Also a version that failed on this box before.")
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @click.option("--no-wait", is_flag=True, help="Return at once instead of following the deployment.")
 @json_option
 @click.pass_obj
@@ -162,13 +163,15 @@ def deploy(
     beside: bool,
     rollout: dict[str, Any] | None,
     force: bool,
+    allow_incompatible: bool,
     no_wait: bool,
     as_json: bool,
 ) -> None:
     """Pin MODEL to a version on this box: fetch, verify, self-test, switch over, watch, confirm or roll back.
 
-    The pin stands against fleet commands until ``inferctl unpin MODEL``. With --json each step and each progress of the
-    download is one line; the last one has ``"final": true``.
+    A version with other inputs, outputs, class labels or another handler than the one that serves is refused before it
+    is loaded; --allow-incompatible lets it through. The pin stands against fleet commands until ``inferctl unpin
+    MODEL``. With --json each step and each progress of the download is one line; the last one has ``"final": true``.
 
     With --beside the version is brought here and tried in the same way, and then kept for those who name it, until
     ``inferctl remove MODEL@VERSION``; ``inferctl default MODEL VERSION`` lets it answer everybody.
@@ -182,9 +185,17 @@ def deploy(
       inferctl deploy magika@2.0.0 --shadow 20 --canary 5,25,50 --step-s 600
       inferctl deploy magika@2.1.0 --beside
       inferctl deploy detector --team vision --channel canary
+      inferctl deploy detector@3.0.0 --allow-incompatible
     """
     model, _, version = target.partition("@")
-    args: dict[str, Any] = {"model": model, "version": version, "team": team, "channel": channel, "force": force}
+    args: dict[str, Any] = {
+        "model": model,
+        "version": version,
+        "team": team,
+        "channel": channel,
+        "force": force,
+        "allow_incompatible": allow_incompatible,
+    }
     if beside:
         args["beside"] = True
     if rollout is not None:

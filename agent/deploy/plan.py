@@ -20,6 +20,7 @@ class Plan:
     ignore_window: bool = False  # wait for no window and no lock
     force_after_s: float | None = None  # seconds of waiting for windows and locks after which nothing is waited for
     not_after: float | None = None  # Unix seconds; not loaded any more after that
+    allow_incompatible: bool = False  # although callers of what serves would notice (``interface.py``)
     rollout: Rollout | None = None  # how it meets its first requests; None: as manifest and configuration say
 
     def plain(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from agent.deploy.interface import Interface
 from agent.deploy.rollout import Rollout
 from agent.spread import NOTHING, Counts
 
@@ -20,6 +21,7 @@ class Bundle:
     version: str
     digest: str
     path: Path
+    interface: Interface
     content: Any
     rollout: Rollout | None = None  # what its publisher asks for
 

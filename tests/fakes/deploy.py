@@ -9,8 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from agent.deploy.interface import Extent, Interface, Port
 from agent.deploy.ports import Bundle, Collected, Evidence, Inventory, Kept, Mark, Needed, News, Progress, Survey
 from agent.errors import AgentError, LoadError, OfflineError, OverloadedError, TargetNotFoundError, WorkerDiedError
+
+ROWS = Port(dtype="float32", shape=(Extent(low=1, high=8, name="N"),))
+INTERFACE = Interface(inputs={"x": ROWS}, outputs={"y": ROWS}, handler="tensors/v1")
 
 
 def digest_of(name: str, version: str) -> str:
@@ -34,6 +38,7 @@ class FakeStore:
         self.media: dict[str, dict[str, list[str]]] = {}
         self.revoked: dict[str, str] = {}  # version to reason
         self.deprecated: dict[str, str] = {}
+        self.interfaces: dict[str, Interface] = {}  # of versions that differ from the rest
         self.needed = Needed()
         self.collectable: list[Collected] = []
 
@@ -59,7 +64,7 @@ class FakeStore:
         path = self.state_dir / "versions" / team / name / f"{version}~{digest[:12]}"
         path.mkdir(parents=True, exist_ok=True)
         self.fetched.append(version)
-        return Bundle(team=team, name=name, version=version, digest=digest, path=path, content=None)
+        return self._bundle(path)
 
     async def check(self, path: Path) -> Bundle:
         await asyncio.sleep(0)
@@ -68,8 +73,7 @@ class FakeStore:
             raise self.check_errors[version]
         if not path.is_dir():
             raise TargetNotFoundError(f"{path} is gone")
-        name, team = path.parent.name, path.parent.parent.name
-        return Bundle(team=team, name=name, version=version, digest=digest_of(name, version), path=path, content=None)
+        return self._bundle(path)
 
     async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> Mark:
         await asyncio.sleep(0)
@@ -116,6 +120,18 @@ class FakeStore:
         self.needed = await needed()
         found, self.collectable = self.collectable, self.collectable if dry_run else []
         return found
+
+    def _bundle(self, path: Path) -> Bundle:
+        version, name = path.name.partition("~")[0], path.parent.name
+        return Bundle(
+            team=path.parent.parent.name,
+            name=name,
+            version=version,
+            digest=digest_of(name, version),
+            path=path,
+            interface=self.interfaces.get(version, INTERFACE),
+            content=None,
+        )
 
     def _maybe_fail(self, medium: str) -> None:
         if medium:

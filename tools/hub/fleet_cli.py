@@ -62,9 +62,17 @@ def _delivery_options(verb: Verb) -> Verb:
 @click.option("--beside", is_flag=True, help="Beside the default: for those who name the version.")
 @rollout_options
 @click.option("--force", is_flag=True, help="Although this version failed on the box before.")
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @_delivery_options
 def deploy(
-    model: str, team: str, channel: str, beside: bool, rollout: dict[str, Any] | None, force: bool, **delivery: Any
+    model: str,
+    team: str,
+    channel: str,
+    beside: bool,
+    rollout: dict[str, Any] | None,
+    force: bool,
+    allow_incompatible: bool,
+    **delivery: Any,
 ) -> None:
     """Make a box serve MODEL.
 
@@ -77,7 +85,7 @@ def deploy(
     name, _, version = model.partition("@")
     args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel}
     args |= {"rollout": rollout} if rollout is not None else {}
-    flags = {"force": force, "beside": beside}
+    flags = {"force": force, "beside": beside, "allow_incompatible": allow_incompatible}
     _carry_out("deploy", args | {flag: True for flag, given in flags.items() if given}, **delivery)
 
 
