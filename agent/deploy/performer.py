@@ -46,7 +46,9 @@ from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
-_UNDECIDED: Final = "canary_undecided"  # nothing speaks against the version, so it is not remembered as bad
+_UNDECIDED: Final = "canary_undecided"
+# What ended a deployment without speaking against its version: it is not remembered as bad.
+_BLAMELESS: Final = frozenset({SUPERSEDED, _UNDECIDED, lane.TOO_MANY_STEPS})
 
 
 class Performer:
@@ -420,13 +422,18 @@ class Performer:
                     f"what serves cannot stay beside it, which a canary needs ({reason}); --canary none --shadow 0"
                 )
                 return await self._steps.step(record, Event.FAIL, code="canary_impossible", message=message)
-            return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._course.shares[0])
+            return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._share_of(record))
         return await self._steps.step(record, Event.DONE, variant=variant)
 
     def _may_share(self, record: Record) -> bool:
         """Whether a confirmed version serves beside which this one could be tried; a rollback is in a hurry."""
         pointer = self.pointer
         return self.active is not None and pointer is not None and not pointer.trial and not record.local
+
+    def _share_of(self, record: Record) -> float:
+        """Return the share to begin with: after a restart the one that was held, since those before are earned."""
+        shares = self._course.shares
+        return record.percent if record.percent in shares else shares[0]
 
     async def _missing_beside(self) -> str:
         """Return why what serves does not answer beside the candidate: memory may hold one of them only."""
@@ -544,7 +551,7 @@ class Performer:
     async def _roll_back(self, record: Record) -> Record:
         """Pointer first, then requests, then memory."""
         failed, pointer = self.active, self.pointer
-        if record.code not in (SUPERSEDED, _UNDECIDED):
+        if record.code not in _BLAMELESS:
             await self._journal.refuse(self._model, record.digest, record.message)
         previous = pointer.previous if pointer is not None and pointer.trial else None
         try:
