@@ -486,6 +486,7 @@ class ReportedState:
                 # Models that come and go are no news to the fleet, nor are the seconds to the next try.
                 "reason": "" if row["ready"] else row.get("lasting", row["reason"]),
                 "selftest": _test_failure(row.get("selftest")),
+                **({"canary": _canary(row["canary"])} if "canary" in row else {}),
             }
             for row in self._engine.status()
         }
@@ -558,6 +559,11 @@ def _bundle(stored: StoredBundle) -> Bundle:
         content=stored,
         rollout=_rollout(manifest.rollout),
     )
+
+
+def _canary(status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the fleet is told of a candidate: what changes with each step only."""
+    return {name: status[name] for name in ("version", "digest", "canary_percent", "shadow_percent")}
 
 
 def _rollout(asked: manifests.Rollout | None) -> Rollout | None:
