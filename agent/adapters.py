@@ -78,7 +78,17 @@ _RESIDENT_BASE: Final = 512 * MIB  # handler, requests, and what CUDA's librarie
 class SpecMaker:
     """Translates a manifest and its ranked variants into what the engine loads."""
 
-    def __init__(self, *, engine: EngineConfig, policy: PolicyConfig, serving: ServingConfig, profile: Profile) -> None:
+    def __init__(
+        self,
+        *,
+        engine: EngineConfig,
+        policy: PolicyConfig,
+        serving: ServingConfig,
+        profile: Profile,
+        unified_memory: bool = False,
+    ) -> None:
+        """``unified_memory``: the GPU shares the host's."""
+        self._unified_memory = unified_memory
         self._engine = engine
         self._policy = policy
         self._serving = serving
@@ -167,6 +177,7 @@ class SpecMaker:
             precision=variant.precision,
             device="cpu" if on_cpu else f"{variant.device.kind}:{device['index']}",
             pinned_device=pinned,
+            compute_min=variant.device.min_compute if not on_cpu else "",
             worker=worker,
             lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
@@ -185,6 +196,7 @@ class SpecMaker:
                 host_mib=variant.memory.host_mb,
                 device_mib=variant.memory.device_mb,
                 measured=variant.memory.source == "measured",
+                unified=self._unified_memory,
             ),
         )
 

@@ -12,6 +12,7 @@ from agent.deploy.slots import slot_of
 from agent.errors import InvalidInputError
 
 _WAIT_S_MAX: Final = 60.0
+_SECONDS_MAX: Final = 1e11  # as Unix seconds: in the year 5138
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}(-[0-9A-Za-z.-]{1,32})?")
 
@@ -63,11 +64,22 @@ def version_of(args: dict[str, Any]) -> str:
 
 
 def plan_of(args: dict[str, Any]) -> Plan:
-    """Return how a wish is to be carried out."""
-    return Plan(
-        allow_incompatible=bool(args.get("allow_incompatible")),
+    """Return how a wish is to be carried out.
+
+    Raises:
+        InvalidInputError: a time that is none, or stage-only together with what concerns loading.
+    """
+    plan = Plan(
+        stage_only=_flag(args, "stage_only"),
+        ignore_window=_flag(args, "ignore_window"),
+        force_after_s=_seconds(args, "force_after_s"),
+        not_after=_seconds(args, "not_after"),
+        allow_incompatible=_flag(args, "allow_incompatible"),
         rollout=rollout_of(args.get("rollout")),
     )
+    if plan.ignore_window and plan.force_after_s is not None:
+        raise InvalidInputError("'ignore_window' and 'force_after_s' exclude each other: the first waits for nothing")
+    return plan
 
 
 def text_of(args: dict[str, Any], name: str) -> str:
@@ -92,6 +104,22 @@ def integer_of(args: dict[str, Any], name: str, default: int, *, least: int = 0,
     if type(value) is not int or not least <= value <= most:
         raise InvalidInputError(f"{name!r} must be an integer from {least} to {most}")
     return value
+
+
+def _flag(args: dict[str, Any], name: str) -> bool:
+    value = args.get(name, False)
+    if type(value) is not bool:
+        raise InvalidInputError(f"{name!r} must be true or false")
+    return value
+
+
+def _seconds(args: dict[str, Any], name: str) -> float | None:
+    value = args.get(name)
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value <= _SECONDS_MAX:
+        raise InvalidInputError(f"{name!r} must be a number of seconds, not negative")
+    return float(value)
 
 
 def shortened(args: dict[str, Any]) -> dict[str, str]:

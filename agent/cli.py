@@ -37,7 +37,7 @@ from agent.client.messages import Part, Result
 from agent.inspect_text import version_lines
 
 _SOCKET: Final = "/run/inferd/inferd.sock"
-_GIVEN_UP: Final = "superseded"
+_GIVEN_UP: Final = "canceled"
 _HISTORY_ROWS: Final = 100  # looked through for why a model is not ready
 
 

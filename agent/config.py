@@ -13,9 +13,11 @@ import re
 import socket
 import tomllib
 from collections.abc import Sequence
+from datetime import UTC, tzinfo
 from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
@@ -27,6 +29,7 @@ _BUDGET_BYTES_MIN: Final = 16 * MIB  # the largest chunk a bundle may have
 EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG, of the process: systemd need not try again at once
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}(-[0-9A-Za-z.-]{1,32})?")
+_TIME: Final = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
 _GPU: Final = re.compile(r"cuda:(0|[1-9][0-9]?)")
 _UNKNOWN_KEY: Final = re.compile(r"unknown field `(.+)`")
 _STORE_SCHEMES: Final = ("file://", "http://", "https://", "s3://")
@@ -38,6 +41,8 @@ _DEVICE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Role = Literal["infer", "read", "operate", "admin"]
 LoadWhen = Literal["eager", "lazy"]
 KeepAlive = Literal["auto", "never"]
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: Final[tuple[Day, ...]] = get_args(Day)
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -407,8 +412,23 @@ class ClientLimitConfig(Section, frozen=True):
         _require(0 < self.quota_window_s <= 366 * 86_400, "quota_window_s: above 0, at most a year")
 
 
+class WindowConfig(Section, frozen=True):
+    """A time of the week, by the clock on the wall there; one that ends before it starts goes past midnight."""
+
+    days: tuple[Day, ...] = DAYS  # on which it starts
+    start: str = "00:00"  # hour and minute
+    end: str = "00:00"  # hour and minute; the same as start: a whole day
+    timezone: str = ""  # such as "Europe/Berlin"; empty: the box's
+
+    def __post_init__(self) -> None:
+        _require(bool(self.days), "days: at least one")
+        for name in ("start", "end"):
+            _require(bool(_TIME.fullmatch(getattr(self, name))), f"{name}: hour and minute, such as 22:30")
+        _require(not self.timezone or _is_zone(self.timezone), f"timezone: {self.timezone!r} is not known on this box")
+
+
 class DeployConfig(Section, frozen=True):
-    """How a new version earns trust."""
+    """How a new version comes to serve, and when."""
 
     probation_s: float = 60.0  # at least so long
     probation_calls_min: int = 20  # and so many good answers; idle models are probed by their golden inputs
@@ -427,6 +447,13 @@ class DeployConfig(Section, frozen=True):
     fetch_retry_cap_s: float = 300.0  # longest wait between tries while the store cannot be reached
     fetch_limit_s: float = 72 * 3600.0  # with the store unreachable for so long, the deployment fails
     keep_versions: int = 2  # per slot on disk, beside active and previous
+    windows: tuple[WindowConfig, ...] = ()  # new versions are loaded in these only: see `[[deploy.windows]]`
+    fetch_windows: tuple[WindowConfig, ...] = ()  # bytes are fetched in these only: see `[[deploy.fetch_windows]]`
+    force_after_s: float = 0.0  # of waiting for windows and applications' holds, then neither counts; 0: never
+    wait_limit_s: float = 30 * 86_400.0  # of waiting for windows and holds, then the deployment expires
+    first_waits: bool = False  # also a model's first version, or one whose model serves nothing, waits for them
+    hold_limit_s: float = 12 * 3600.0  # an application's hold counts no longer than this
+    holds_max: int = 64  # by all applications together
 
     def __post_init__(self) -> None:
         _require(0 <= self.probation_s <= self.probation_limit_s, "probation_s: 0..probation_limit_s")
@@ -442,6 +469,10 @@ class DeployConfig(Section, frozen=True):
         _require(1 <= self.starts_in_trial_max <= 100, "starts_in_trial_max: 1..100")
         _require(self.trial_retry_cap_s > 0, "trial_retry_cap_s: above 0")
         _require(self.fetch_retry_cap_s > 0, "fetch_retry_cap_s: above 0")
+        _require(self.force_after_s >= 0, "force_after_s: not negative")
+        _require(self.wait_limit_s > 0, "wait_limit_s: above 0")
+        _require(self.hold_limit_s > 0, "hold_limit_s: above 0")
+        _require(0 <= self.holds_max <= 4096, "holds_max: 0..4096")
 
 
 class OutboxConfig(Section, frozen=True):
@@ -628,6 +659,28 @@ def section_of(kind: Any) -> type[Section] | None:
 def _is_plain(url: str) -> bool:
     """Whether a store's address has no part that would be lost, or be shown to everybody who reads a log."""
     return url.startswith("file://") or not any(letter in url for letter in "@?#")
+
+
+def zone_of(name: str) -> tzinfo | None:
+    """Return a time zone by name; ``None`` for the box's own.
+
+    Raises:
+        ValueError: this box knows no such zone.
+    """
+    if not name:
+        return None
+    try:
+        return UTC if name == "UTC" else ZoneInfo(name)
+    except (ZoneInfoNotFoundError, OSError) as error:
+        raise ValueError(f"no time zone {name!r}") from error
+
+
+def _is_zone(name: str) -> bool:
+    try:
+        zone_of(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _require_workers(workers: int | WorkersConfig) -> None:

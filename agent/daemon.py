@@ -200,7 +200,13 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             profile,
             on_refused=lambda source, error, about: refusals.source(error, source=source, **about),
         )
-        specs = SpecMaker(engine=config.engine, policy=config.policy, serving=config.serving, profile=profile)
+        specs = SpecMaker(
+            engine=config.engine,
+            policy=config.policy,
+            serving=config.serving,
+            profile=profile,
+            unified_memory=any(gpu.integrated for gpu in hardware.gpus),
+        )
         journal = Journal(state_dir / "journal.db")
         stack.push_async_callback(journal.close)
         store = BundleStore(
@@ -209,6 +215,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             keep_versions=config.deploy.keep_versions,
             collect_above_percent=config.store.collect_above_percent,
         )
+        standing = TrustRecord(state_dir, clock)
         reconciler = Reconciler(
             config.deploy,
             store=store,
@@ -220,12 +227,13 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             configured=[wish for model in config.models for wish in _configured(model)],
             poll_interval_s=config.store.poll_interval_s,
             refusals=refusals,
+            clock_trusted=lambda: standing().clock_trusted,
             on_revoked=config.policy.on_revoked,
         )
         watch = Watch(
             store=store,
             reconciler=reconciler,
-            standing=TrustRecord(state_dir, clock),
+            standing=standing,
             on_long_offline=config.policy.on_long_offline,
             poll_interval_s=config.store.poll_interval_s,
             events=events,

@@ -15,27 +15,29 @@ from typing import Final
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
+from agent.deploy.desired import Ending
 from agent.deploy.journal import Journal
 from agent.deploy.pointer import Pointer, target_of
 from agent.deploy.ports import Bundle, Progress, Store
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
 from agent.deploy.slots import model_of
-from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State
+from agent.deploy.state import FINAL, STEPS_BEFORE_CUTOVER_MAX, Event, Record, State
 from agent.deploy.steps import Steps
 from agent.errors import AgentError, BudgetError, BundleError, DiskFullError, PolicyError, StoreError
 from agent.log import get_logger
 
 _log = get_logger("deploy")
 _LOOK_S: Final = 5.0  # while a long wait could be ended by another wish
-_BUDGET_STEPS: Final = 8  # before the last transition, a deployment that waits for bytes begins anew
+_PATIENT_STEPS: Final = STEPS_BEFORE_CUTOVER_MAX - 8  # from here on a deployment is not interrupted again
 
 
 class Obtainer:
     """Gets one slot's bundles.
 
     Args:
-        superseded: Why a deployment is to be given up, empty if it is not; whoever calls then ends it.
+        ending: Why a deployment is to be given up; whoever calls then ends it.
+        closed: Why no bytes may be fetched now, empty if they may.
         revoked: Why a digest was revoked, and policy keeps it from being loaded; else empty.
         make_room: Lets go what nothing needs, but the versions of these digests; whether anything went.
     """
@@ -51,7 +53,8 @@ class Obtainer:
         refusals: Refusals,
         clock: Clock,
         state_dir: Path,
-        superseded: Callable[[Record], str],
+        ending: Callable[[Record], Ending | None],
+        closed: Callable[[Record], str],
         revoked: Callable[[str], str],
         make_room: Callable[[frozenset[str]], Awaitable[bool]],
     ) -> None:
@@ -64,7 +67,8 @@ class Obtainer:
         self._refusals = refusals
         self._clock = clock
         self._state_dir = state_dir
-        self._superseded = superseded
+        self._ending = ending
+        self._closed = closed
         self._revoked = revoked
         self._make_room = make_room
         self._medium = ""  # a folder that a waiting deployment may be taken from
@@ -107,13 +111,13 @@ class Obtainer:
     async def wait(self, record: Record) -> Record:
         """Do the work of FETCH_WAIT: ask again and again until the store answers; one transition however long."""
         if await self._waited_for_budget(record):
-            return record if self._superseded(record) else await self._again(record)
+            return record if self._ending(record) else await self._again(record)
         now = self._clock.monotonic()
         self._waiting_since = self._waiting_since or now
         if now - self._waiting_since > self._config.fetch_limit_s:
             return await self._steps.step(record, Event.FAIL, code="offline", message="the store stayed out of reach")
         await self._until_medium(0.1 + self._retry.next())
-        if self._superseded(record):
+        if self._ending(record):
             return record
         medium = record.medium or self._medium
         try:
@@ -125,7 +129,23 @@ class Obtainer:
         return await self._again(record)
 
     async def _again(self, record: Record) -> Record:
+        if reason := self._closed(record):
+            return await self._steps.step(record, Event.WAIT, code="", message=reason)
         return await self._steps.step(record, Event.DONE, code="", message="")
+
+    async def kept(self, record: Record) -> Bundle | None:
+        """Return a STAGED deployment's bundle from disk, every byte checked again; ``None``: it is to be fetched again.
+
+        Raises:
+            AgentError: the disk could not be read.
+        """
+        for kept in (await self._store.inventory()).versions:
+            if (kept.team, kept.name) == (record.team, self._slot) and record.digest.startswith(kept.digest):
+                try:
+                    return await self._store.check(kept.path)
+                except BundleError as error:
+                    _log.warning("what was staged does not hold", slot=self._slot, reason=str(error))
+        return None
 
     async def _from_disk(self, record: Record, pointer: Pointer | None) -> tuple[Record, Bundle | None]:
         known = [target for target in (pointer and pointer.previous, pointer and pointer.active) if target]
@@ -154,9 +174,16 @@ class Obtainer:
                 fetch = group.create_task(self._fetch(record, medium, progress), name=f"fetch {self._slot}")
                 while (seen := await progress.get()) is not None:
                     record = await self._follow(record, seen, confirmed)
-                    if record.state in FINAL or self._superseded(record):
+                    if record.state in FINAL or self._ending(record):
                         fetch.cancel()
                         return record, None
+                    if (
+                        record.state is State.FETCHING
+                        and record.step < _PATIENT_STEPS
+                        and (reason := self._closed(record))
+                    ):
+                        fetch.cancel()
+                        return await self._steps.step(record, Event.WAIT, message=reason), None
         except* (AgentError, OSError) as errors:  # of the journal's disk; whoever keeps the slot tries again
             trouble = errors.exceptions[0]
         if trouble is not None:
@@ -227,7 +254,7 @@ class Obtainer:
         if record.state is State.FETCH_WAIT:
             return record
         if isinstance(error, BudgetError):
-            if record.step > TRANSITIONS_MAX - _BUDGET_STEPS:
+            if record.step >= _PATIENT_STEPS:
                 return await self._steps.step(record, Event.FAIL, **cause)
             self._not_before = self._clock.monotonic() + error.retry_after_s
         return await self._offline(record, cause)
@@ -260,7 +287,7 @@ class Obtainer:
     async def _waited_for_budget(self, record: Record) -> bool:
         """Wait until more bytes may be fetched, a medium comes, or another wish won; ``False``: nothing to wait for."""
         waits = self._clock.monotonic() < self._not_before
-        while (left_s := self._not_before - self._clock.monotonic()) > 0 and not self._superseded(record):
+        while (left_s := self._not_before - self._clock.monotonic()) > 0 and not self._ending(record):
             if await self._until_medium(min(left_s, _LOOK_S)):
                 break
         self._not_before = 0.0

@@ -7,16 +7,17 @@ when a trial fails. Leaves out: which deployment to perform (``reconciler.py``).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from agent.clock import Clock
 from agent.config import DeployConfig
-from agent.deploy import trial
+from agent.deploy import lane, trial
 from agent.deploy.candidate import probe_if_idle, watch_share
-from agent.deploy.desired import Desired
+from agent.deploy.desired import SUPERSEDED, Desired, Ending, Overtaken, record_of
+from agent.deploy.gates import Judge, Situation, before_fetch, before_load
 from agent.deploy.interface import Interface, differences
 from agent.deploy.journal import Journal
 from agent.deploy.obtain import Obtainer
@@ -27,8 +28,9 @@ from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
 from agent.deploy.rollout import Course, course_of
 from agent.deploy.slots import model_of
-from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State
+from agent.deploy.state import BEFORE_CUTOVER, TRIAL, WAITING, Event, Record, State
 from agent.deploy.steps import Steps
+from agent.deploy.waiting import Waiting
 from agent.errors import (
     AgentError,
     BundleError,
@@ -44,7 +46,6 @@ from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
-_SUPERSEDED: Final = "superseded"
 _UNDECIDED: Final = "canary_undecided"  # nothing speaks against the version, so it is not remembered as bad
 
 
@@ -64,7 +65,8 @@ class Performer:
         refusals: Refusals,
         clock: Clock,
         state_dir: Path,
-        superseded: Callable[[Record], str],
+        ending: Callable[[Record], Ending | None],
+        situation: Callable[[Record], Situation],
         revoked: Callable[[str], str],
         make_room: Callable[[frozenset[str]], Awaitable[bool]],
         changed: Callable[[Record], None],
@@ -73,9 +75,10 @@ class Performer:
         self.leaving = False  # nobody wants the slot any more: a trial ends, whatever comes after it
         self.pointer: Pointer | None = None
         self.active: Loaded | None = None
-        self.busy = False  # a deployment is under way
+        self.busy = False  # a deployment is under way and does not only wait
+        self.trying = False  # what serves may be replaced, or was, and the new version is not confirmed yet
         self.held_until: float | None = None  # monotonic; on trial, not loaded, and nothing else could be
-        self.trying = ""  # the version that is a candidate beside what serves
+        self.candidate_version = ""  # that is tried beside what serves
         self._model = model_of(slot)  # what failed or served anywhere on this box is remembered by model
         self._config = config
         self._store = store
@@ -86,9 +89,10 @@ class Performer:
         self._refusals = refusals
         self._clock = clock
         self._state_dir = state_dir
-        self._superseded = superseded  # why the deployment is to be given up; empty: it is not
+        self._ending = ending  # why the deployment is to be given up
         self._revoked = revoked  # why a digest was revoked, and policy keeps it from being loaded; else empty
         self._steps = Steps(journal, events, clock, changed)
+        self._waiting = Waiting(config=config, steps=self._steps, clock=clock, situation=situation, ending=ending)
         self._obtainer = Obtainer(
             slot,
             config=config,
@@ -98,7 +102,8 @@ class Performer:
             refusals=refusals,
             clock=clock,
             state_dir=state_dir,
-            superseded=superseded,
+            ending=ending,
+            closed=lambda record: self._waiting.reason(record, before_fetch) if config.fetch_windows else "",
             revoked=revoked,
             make_room=make_room,
         )
@@ -108,13 +113,15 @@ class Performer:
         self._candidate: Loaded | None = None
         self._course = Course()
         self._trial_began: Evidence | None = None  # what the version on trial had shown at its cut-over
-        self._work: Mapping[State, Callable[[Record], Awaitable[Record]]] = {
+        self._work: lane.Work = {
             State.RECEIVED: self._received,
+            State.QUEUED: self._queued,
             State.VALIDATING: self._obtain,
             State.FETCHING: self._obtain,
             State.VERIFYING: self._obtain,
             State.FETCH_WAIT: self._obtainer.wait,
             State.STAGED: self._staged,
+            State.WAITING_WINDOW: self._wait_for_window,
             State.LOADING: self._load,
             State.CANARY: self._canary,
             State.CUTOVER: self._cut_over,
@@ -127,6 +134,7 @@ class Performer:
     async def boot(self, pointer: Pointer) -> None:
         """Load what the pointer names; fall back to the previous version when that does not work."""
         self.pointer = pointer
+        self.trying = self._on_trial
         if reason := self._revoked(pointer.active.digest):
             self._host.expect(self.slot, revoked_text(pointer.active.version, reason))
             return  # what serves instead is for the reconciler to say
@@ -240,6 +248,14 @@ class Performer:
             if loaded is not None:
                 await self._host.retire(loaded)
 
+    def rest(self) -> None:
+        """Nothing is being deployed, so nothing of it is on trial, whatever the pointer says."""
+        self.trying = False
+
+    def nudge(self) -> None:
+        """Let a deployment that waits look again now."""
+        self._waiting.nudge()
+
     def offer(self, medium: str) -> None:
         """Let a deployment that waits for its store be taken from the folder ``medium``."""
         self._obtainer.offer(medium)
@@ -260,27 +276,20 @@ class Performer:
 
     # Deployments
 
-    async def begin(self, wish: Desired, *, deployment_id: str, begun: Callable[[], None] = lambda: None) -> None:
+    async def begin(
+        self, wish: Desired, *, deployment_id: str, digest: str = "", begun: Callable[[], None] = lambda: None
+    ) -> None:
         """Perform a new deployment for ``wish`` to its end; ``begun`` is called once it is recorded."""
-        now = self._clock.wall()
-        record = Record(
-            id=deployment_id,
-            slot=self.slot,
-            team=wish.team,
-            wanted=wish.version,
-            channel=wish.channel,
-            source=wish.source,
-            local=wish.local,
-            force=wish.force,
-            medium=wish.medium,
-            plan=wish.plan,
-            previous=self.pointer.active.version if self.pointer is not None else "",
-            created=now,
-            updated=now,
-        )
+        previous = self.pointer.active.version if self.pointer is not None else ""
+        now_s = self._clock.wall()
+        record = record_of(wish, deployment_id, previous=previous, digest=digest, now_s=now_s)
         await self._steps.begin(record)
         begun()
         await self.perform(record)
+
+    async def close(self, overtaken: Overtaken) -> None:
+        """Record and tell the end of a wish whose deployment never began."""
+        await lane.close(overtaken, self._steps, now_s=self._clock.wall())
 
     async def resume(self, record: Record) -> None:
         """Go on with a deployment that a restart interrupted."""
@@ -294,54 +303,55 @@ class Performer:
             record = await self._steps.step(
                 record, Event.FAIL, code="boot_failed", message="it did not survive a restart"
             )
-        elif record.state is not State.ROLLING_BACK and record.state is not State.RECEIVED:
+        elif record.state not in WAITING | {State.ROLLING_BACK, State.RECEIVED}:
             record = await self._steps.step(record, Event.RESUME)
         await self.perform(record)
 
     async def perform(self, record: Record) -> None:
         """Do the work of each state until a final one."""
         self.busy = True
+        self.trying = self.trying or (record.state in TRIAL and self._on_trial)
         try:
-            await self._perform(record)
+            await lane.perform(record, self._work, self._steps, self._ending)
         finally:
-            self.busy, self.trying = False, ""
+            self.busy, self.candidate_version = False, ""
+            self.trying = self._on_trial
             await self._discard_candidate()
 
-    async def _perform(self, record: Record) -> None:
-        while record.state not in FINAL:
-            if record.step >= TRANSITIONS_MAX and (record.state, Event.FAIL) in _FAILABLE:
-                record = await self._steps.step(
-                    record, Event.FAIL, code="too_many_steps", message="the deployment went in circles"
-                )
-            elif (record.state, Event.SUPERSEDE) in _SUPERSEDABLE and self._superseded(record):
-                record = await self._give_up(record)
-            else:
-                record = await self._work[record.state](record)
+    @property
+    def _on_trial(self) -> bool:
+        """Whether the pointer names a version on trial that took another's place."""
+        return self.pointer is not None and self.pointer.trial and self.pointer.previous is not None
 
     async def give_up(self, record: Record) -> None:
         """End an interrupted deployment because another wish won."""
-        if (record.state, Event.SUPERSEDE) in _SUPERSEDABLE:
-            await self._give_up(record)
+        if record.state in BEFORE_CUTOVER:
+            message = self._end_text(record) or "another version was asked for"
+            await self._steps.step(record, Event.SUPERSEDE, message=message)
         elif self.leaving and record.state is State.PROBATION:
-            await self.perform(
-                await self._steps.step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=self._superseded(record))
-            )
+            message = self._end_text(record)
+            await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=SUPERSEDED, message=message))
         elif self.held_until is not None and record.state is State.PROBATION:
             message = "another version was asked for while it was held back"
-            await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=message))
+            await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=SUPERSEDED, message=message))
         else:
             await self.resume(record)
 
-    async def _give_up(self, record: Record) -> Record:
-        return await self._steps.step(
-            record, Event.SUPERSEDE, message=self._superseded(record) or "another version won"
-        )
+    def _end_text(self, record: Record) -> str:
+        end = self._ending(record)
+        return end.message if end is not None else ""
 
     # The work of each state
 
     async def _received(self, record: Record) -> Record:
         self._obtainer.reset()
+        if reason := self._waiting.reason(record, before_fetch):
+            return await self._steps.step(record, Event.WAIT, message=reason)
         return await self._steps.step(record, Event.DONE)
+
+    async def _queued(self, record: Record) -> Record:
+        record, is_open = await self._wait(record, before_fetch)
+        return await self._steps.step(record, Event.DONE, message="") if is_open else record
 
     async def _obtain(self, record: Record) -> Record:
         record, bundle = await self._obtainer.obtain(record, self.pointer, serves=self.active is not None)
@@ -351,7 +361,29 @@ class Performer:
     async def _staged(self, record: Record) -> Record:
         if noticed := self._noticed(record):
             return await self._steps.step(record, Event.REJECT, code=IncompatibleError.code, message=noticed)
-        return await self._steps.step(record, Event.DONE)
+        if reason := self._waiting.reason(record, before_load):
+            return await self._steps.step(record, Event.WAIT, message=reason)
+        return await self._start_to_load(record)
+
+    async def _wait_for_window(self, record: Record) -> Record:
+        record, is_open = await self._wait(record, before_load)
+        return await self._start_to_load(record) if is_open else record
+
+    async def _wait(self, record: Record, judge: Judge) -> tuple[Record, bool]:
+        self.busy = False
+        try:
+            return await self._waiting.until_open(record, judge)
+        finally:
+            self.busy = True
+
+    async def _start_to_load(self, record: Record) -> Record:
+        """Take the box's one trial, before anything else may run."""
+        self.trying = self.active is not None
+        if self._bundle is None:  # a restart came in between
+            self._bundle = await self._obtainer.kept(record)
+            if self._bundle is None:
+                return await self._steps.step(record, Event.RESUME, message="")
+        return await self._steps.step(record, Event.DONE, message="")
 
     def _noticed(self, record: Record) -> str:
         """Return what callers of the confirmed version would notice, empty if nothing or if that is agreed to."""
@@ -396,7 +428,7 @@ class Performer:
         candidate, serving = self._candidate, self.active
         if candidate is None or serving is None:
             return await self._steps.step(record, Event.RESUME)
-        self.trying = record.version
+        self.candidate_version = record.version
         outcome = await watch_share(
             candidate,
             serving,
@@ -405,7 +437,7 @@ class Performer:
             config=self._config,
             host=self._host,
             clock=self._clock,
-            interrupted=lambda: self._superseded(record) or self._revoked(record.digest),
+            interrupted=lambda: self._end_text(record) or self._revoked(record.digest),
         )
         evidence = (*record.evidence, outcome.evidence)
         if reason := self._revoked(record.digest):
@@ -440,7 +472,7 @@ class Performer:
             named = {active.digest, confirmed.digest if confirmed is not None else ""}
             self._interfaces[active.digest] = self._bundle.interface
             self._interfaces = {digest: known for digest, known in self._interfaces.items() if digest in named}
-            self._trial_began, self.trying = self._candidate.evidence(), ""
+            self._trial_began, self.candidate_version = self._candidate.evidence(), ""
             replaced = self._host.activate(self.slot, self._candidate)
             self.active, self._candidate, self.held_until = self._candidate, None, None
             if self._before is None:
@@ -473,10 +505,11 @@ class Performer:
             if reason := self._revoked(record.digest):
                 message = revoked_text(record.version, reason)
                 return await self._steps.step(record, Event.FAIL, code=PolicyError.code, message=message)
+            end = self._ending(record)
             previous = self.pointer.previous if self.pointer is not None else None
-            if self._superseded(record) and (previous is not None or self.leaving):
+            if end is not None and (previous is not None or self.leaving):
                 return await self._steps.step(
-                    record, Event.SUPERSEDE, code=_SUPERSEDED, message=f"{self._superseded(record)} while on trial"
+                    record, Event.SUPERSEDE, code=SUPERSEDED, message=f"{end.message} while on trial"
                 )
             await probe_if_idle(self.active, self._clock, probe_s)
 
@@ -496,7 +529,7 @@ class Performer:
     async def _roll_back(self, record: Record) -> Record:
         """Pointer first, then requests, then memory; only then is the version remembered as bad: none that is loads."""
         fault, pointer = "", self.pointer
-        bad = record.code not in (_SUPERSEDED, _UNDECIDED)
+        bad = record.code not in (SUPERSEDED, _UNDECIDED)
         if pointer is not None and pointer.trial:  # else it was done before a restart
             fault = await self._return_to(pointer.previous, record, stops=bad)
         if bad:
@@ -553,13 +586,3 @@ class Performer:
         candidate, self._candidate, self._bundle = self._candidate, None, None
         if candidate is not None:
             await self._host.retire(candidate)
-
-
-_FAILABLE: Final = frozenset((state, Event.FAIL) for state in State if state not in FINAL)
-_SUPERSEDABLE: Final = frozenset(
-    (state, Event.SUPERSEDE)
-    for state in (
-        *(State.RECEIVED, State.VALIDATING, State.FETCH_WAIT, State.FETCHING, State.VERIFYING),
-        *(State.STAGED, State.LOADING, State.CANARY),
-    )
-)

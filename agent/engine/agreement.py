@@ -5,7 +5,8 @@ matters (``topk``, ``cosine``); scores of classes by the best class; other numbe
 hundredth, whichever is laxer: it is another version. All else must be equal. In JSON, of labels with scores the best
 one counts.
 Promises: the work is bounded, whatever the size of the answers: at most ``_VALUES_MAX`` values of each are looked at,
-whole rows at even distances. What cannot be compared is no agreement; the reason says what differs.
+whole rows at even distances. What makes no sense is no agreement, and the reason says why; a document too large to be
+parsed here is not compared.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import msgspec
 from agent.errors import TensorError
 from agent.wire import DTYPES, Buffer, parse_tensors
 
-BODY_BYTES_MAX: Final = 1 << 20  # of answers that are compared other than byte by byte
-_VALUES_MAX: Final = 4096
+_EQUAL_BYTES_MAX: Final = 1 << 20  # larger ones are not compared byte by byte
+_VALUES_MAX: Final = 2048  # half a millisecond
 _JSON_BYTES_MAX: Final = 1 << 16
 _JSON_DEPTH_MAX: Final = 16
 _CLOSE: Final = 0.01  # of the larger magnitude
@@ -77,8 +78,8 @@ def rules_of(worker: Mapping[str, Any]) -> Rules:
 
 def compare(
     found: Mapping[str, Any], found_body: Buffer, wanted: Mapping[str, Any], wanted_body: Buffer, rules: Rules
-) -> Agreement:
-    """Return how far two answers to one request agree.
+) -> Agreement | None:
+    """Return how far two answers to one request agree; ``None`` if they are too large to tell.
 
     Args:
         found: The candidate's ``result`` or ``error`` header.
@@ -91,15 +92,16 @@ def compare(
         return Agreement(0.0, f"error {found.get('code')}")
     if found.get("content_type") != wanted.get("content_type"):
         return Agreement(0.0, f"content type {found.get('content_type')}, not {wanted.get('content_type')}")
-    if found.get("tensors") == wanted.get("tensors") and found_body == wanted_body:
+    small = max(len(found_body), len(wanted_body)) <= _EQUAL_BYTES_MAX
+    if small and found.get("tensors") == wanted.get("tensors") and found_body == wanted_body:
         return _AGREES
-    if max(len(found_body), len(wanted_body)) > BODY_BYTES_MAX:
-        return Agreement(0.0, "large answers that are not equal")
     try:
         content_type = str(wanted.get("content_type") or "")
         if not content_type:
             return _outputs_agree(_tensors(found, found_body), _tensors(wanted, wanted_body), rules)
         json_bytes = [_json_bytes(found, found_body), _json_bytes(wanted, wanted_body)]
+        if max(json_bytes) > _JSON_BYTES_MAX:
+            return None
         if all(json_bytes):
             mine, theirs = _json(found_body, json_bytes[0]), _json(wanted_body, json_bytes[1])
             if _is_oip(mine) and _is_oip(theirs):
@@ -108,7 +110,7 @@ def compare(
             return _documents_agree(mine, theirs)
     except (TensorError, ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
         return Agreement(0.0, f"cannot be compared: {str(error)[:120]}")
-    return Agreement(0.0, "the bodies are not equal")
+    return Agreement(0.0, "the bodies are not equal") if small else None
 
 
 def _tensors(header: Mapping[str, Any], body: Buffer) -> dict[str, _Output]:
@@ -124,14 +126,12 @@ def _json_bytes(header: Mapping[str, Any], body: Buffer) -> int:
     params = header.get("params")
     told = params.get("oip_header_bytes") if isinstance(params, dict) else None
     if isinstance(told, int):
-        return told
+        return told if 0 <= told <= len(body) else 0
     content_type = str(header.get("content_type")).partition(";")[0].strip().lower()
     return len(body) if content_type.endswith("json") else 0
 
 
 def _json(body: Buffer, size: int) -> Any:
-    if size > _JSON_BYTES_MAX:
-        raise ValueError("a large document")
     return msgspec.json.decode(memoryview(body)[:size])
 
 
@@ -177,7 +177,7 @@ def _output_agrees(name: str, found: _Output, wanted: _Output, rules: Rules) -> 
 def _metric(wanted: _Output, rule: Mapping[str, Any] | None, *, classes: bool) -> tuple[str, _RowsAgree]:
     """Return what differs in rows that do not agree, in words, and whether two rows do."""
     metric, columns = rule.get("metric", "allclose") if rule else "", wanted.shape[-1] if wanted.shape else 1
-    scores = wanted.dtype.startswith(("float", "bfloat")) and len(wanted.shape) > 1 and 1 < columns <= _VALUES_MAX
+    scores = wanted.dtype.startswith(("float", "bfloat")) and len(wanted.shape) == 2 and 1 < columns <= _VALUES_MAX
     if rule and metric == "topk" and columns <= _VALUES_MAX:
         k = max(1, min(int(rule.get("k", 1)), columns))
         return f"another set of the {k} best" if k > 1 else "another best class", partial(_same_best, k=k)

@@ -28,6 +28,7 @@ from agent.engine.book import VariantBook
 from agent.engine.canary import Canary
 from agent.engine.cgroups import Groups
 from agent.engine.cores import Cores
+from agent.engine.crashes import Crashes
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
 from agent.engine.learned import Learned
@@ -682,13 +683,14 @@ class Engine:
             events=self._events,
             latency=self._latency.series((spec.model, spec.version)),
             answers=self._answers,
-            tested=self._tested,
             handed=self._handed,
+            tested=self._tested,
             streams=StreamCounts(self._metrics, (spec.model, spec.version)),
             now=self._now,
             config=self._config.variants,
             book=self._book,
             memory_wait_s=self._config.memory_wait_s,
+            make_crashes=partial(Crashes, deaths_max=self._config.deaths_max, window_s=self._config.deaths_window_s),
             lost=self._lost,
         )
 
@@ -706,6 +708,7 @@ class Engine:
             version=version.version,
             cores=self._cores,
             seat=Seat(self._residency, version, variant),
+            crashes=version.crashes_of(variant.id),
             make_group=self._groups.make,
             place=self._placed if needs_gpu(variant) else None,
             size_before=size_before or 0,

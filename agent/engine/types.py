@@ -83,6 +83,7 @@ class VariantSpec:
     window: int = 64  # requests a worker may hold at once; at least twice its batch
     bounds: Bounds = field(default_factory=Bounds)  # of the number of its workers
     pinned_device: str = ""  # "cuda:1", by configuration; empty: the GPU with the most free memory
+    compute_min: str = ""  # "8.0": the least compute capability of its GPU; empty: any
     resident_bytes_max: int = 0  # memory a worker may really use, where there are control groups; 0: no limit
     threads: int = 1  # a worker's, for one operation: so many cores it is bound to, where workers are bound
     need: Need = _UNKNOWN_NEED  # a worker's memory, until it is learned here

@@ -25,6 +25,7 @@ from agent.engine.book import VariantBook
 from agent.engine.claims import answer_of
 from agent.engine.climb import Climb
 from agent.engine.contest import contest
+from agent.engine.crashes import Crashes
 from agent.engine.job import Job, error_of
 from agent.engine.ladder import Purpose, Try, Verdict
 from agent.engine.lanes import LaneCounts
@@ -103,13 +104,14 @@ class Version:
         events: EventBus,
         latency: HistogramSeries,
         answers: Counter,
-        tested: Counter,
         handed: Counter,
+        tested: Counter,
         streams: StreamCounts,
         now: Callable[[], float],
         config: VariantsConfig,
         book: VariantBook,
         memory_wait_s: float,
+        make_crashes: Callable[[], Crashes],
         lost: Mapping[str, str],
     ) -> None:
         """``lost`` is kept current: the devices that are lost, and why."""
@@ -139,8 +141,8 @@ class Version:
         self._events = events
         self._latency = latency
         self._answers = answers
-        self._tested = tested
         self._handed = handed
+        self._tested = tested
         self._streams = streams
         self._now = now
         self._config = config
@@ -150,6 +152,7 @@ class Version:
         self._shares = Shares()
         self._ok = (spec.model, spec.version, "ok")
         self._variants = {variant.id: variant for variant in spec.variants}
+        self._crashes = {variant: make_crashes() for variant in self._variants}
         self._standing = Standing(spec, config, book, now=now)
         self._aside: Pool | None = None  # being started for requests that the serving one has no memory for
         self._beside: set[Pool] = set()  # not serving yet
@@ -263,6 +266,10 @@ class Version:
     def fallen(self) -> int:
         """How many variants have failed."""
         return self._standing.fallen
+
+    def crashes_of(self, variant: str) -> Crashes:
+        """Return the count of a variant's crashes, over all its pools."""
+        return self._crashes[variant]
 
     @property
     def skipped(self) -> list[dict[str, str]]:

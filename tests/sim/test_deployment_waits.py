@@ -144,7 +144,7 @@ def test_a_download_can_be_cancelled_and_its_pin_goes_with_it(tmp_path: Path) ->
             return record
 
     record = asyncio.run(asyncio.wait_for(main(), 60))
-    assert (record.state, record.message) == (State.SUPERSEDED, "it was cancelled")
+    assert (record.state, record.message) == (State.CANCELED, "it was cancelled")
     assert not box.store.fetched
 
 
@@ -159,7 +159,7 @@ def test_waiting_for_the_store_can_be_cancelled(tmp_path: Path) -> None:
             await box.reconciler.cancel("magika")
             return await asyncio.wait_for(box.reconciler.outcome("fleet-1.0.0"), 60)
 
-    assert asyncio.run(asyncio.wait_for(main(), 60)).state is State.SUPERSEDED
+    assert asyncio.run(asyncio.wait_for(main(), 60)).state is State.CANCELED
 
 
 def test_the_fleet_hears_of_a_long_download_at_most_every_ten_seconds(tmp_path: Path) -> None:
