@@ -70,6 +70,7 @@ main.add_command(cli_versions.default)
 main.add_command(deployment)
 main.add_command(hold)
 main.add_command(cli_versions.remove)
+main.add_command(cli_versions.scale)
 
 
 @main.command()

@@ -87,11 +87,12 @@ class Control:
         events: EventBus,
         telemetry: TelemetryView,
         store: StoreVerbs,
+        versions: VersionVerbs,
         inspector: Inspector,
         gpus: GpuWatch,
     ) -> None:
         self._store = store
-        self._versions = VersionVerbs(reconciler)
+        self._versions = versions
         self._box = box
         self._engine = engine
         self._reconciler = reconciler

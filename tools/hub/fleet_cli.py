@@ -1,4 +1,4 @@
-"""``inferhub deploy``, ``default``, ``remove``, ``cancel``, ``rollback``: one signed command to a device, to its end."""
+"""Verbs of ``inferhub`` that send one signed command to a device and follow it to its end: ``deploy``, ``remove``, …"""
 
 from __future__ import annotations
 
