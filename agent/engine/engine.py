@@ -560,8 +560,10 @@ class Engine:
 
     def _same(self, spec: VersionSpec) -> Version | None:
         """Return the version if another slot holds it."""
-        ours = (spec.model, spec.digest)
-        return next((one for one in self._loaded if (one.model, one.digest) == ours and not one.closed), None)
+        wanted = (spec.model, spec.version, spec.digest)
+        return next(
+            (one for one in self._loaded if (one.model, one.version, one.digest) == wanted and not one.closed), None
+        )
 
     def _prune(self, model: str) -> None:
         if self._route_of(model).empty:

@@ -125,8 +125,7 @@ class FakeEngine:
         return sorted(self.states)
 
     def versions(self, name: str) -> list[str]:
-        self.model_state(name)
-        return ["1.0.0"]
+        return ["1.0.0"] if self.model_state(name).ready else []
 
     def model_state(self, name: str, version: str | None = None) -> FakeState:
         state = self.states.get(name)

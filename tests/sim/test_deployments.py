@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ class CutJournal(Journal):
     async def save(self, record: Record) -> None:
         self._maybe_cut()
         await super().save(record)
+
+    async def leave(self, slots: Iterable[str]) -> None:
+        self._maybe_cut()
+        await super().leave(slots)
+
+    async def left(self, slot: str) -> None:
+        self._maybe_cut()
+        await super().left(slot)
 
     def _maybe_cut(self) -> None:
         if self.cut_in is not None:

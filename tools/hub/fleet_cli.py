@@ -65,7 +65,7 @@ def deploy(model: str, team: str, channel: str, beside: bool, force: bool, **del
     """Make a box serve MODEL.
 
     \b
-    Examples:
+    Example:
       inferhub deploy magika@2.0.0 --team demo --device box-1 --broker mqtt.example:1883 --key keys/operator
       inferhub deploy magika@2.1.0 --team demo --beside --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
