@@ -89,7 +89,7 @@ class SpecMaker:
         unified_memory: bool = False,
         scales: Callable[[str], Scale | None] = lambda model: None,
     ) -> None:
-        """``unified_memory``: the GPU shares the host's; ``scales``: how many workers an operator wants, if one does."""
+        """``unified_memory``: the GPU shares the host's; ``scales``: the workers an operator wants, if any."""
         self._unified_memory = unified_memory
         self._scales = scales
         self._engine = engine
