@@ -59,6 +59,7 @@ def status_text(value: Mapping[str, Any], failures: Mapping[str, str]) -> Text:
         *([Text(f"trust: {freshness_text(value['trust'])}")] if value.get("trust") else []),
         *(Text(f"memory of models: {_place_text(*place)}") for place in value.get("memory", {}).items()),
         *_model_lines(value["models"], value.get("slots", []), failures),
+        *_waiting_lines(value.get("slots", []), value.get("holds", [])),
         columns(
             ("process", "pid", "PSS"),
             [(row["role"], row["pid"], f"{row['pss_bytes'] / 1e6:.1f} MB") for row in value["processes"]],
@@ -77,6 +78,9 @@ def models_text(rows: Rows) -> Text:
         cells.append((row["slot"], ready, active, row["previous"] or "-", row["wanted"] or "-", row["source"] or "-"))
         notes.append(
             ([] if row["ready"] else [f"not ready: {row['reason']}"])
+            + ([f"deployment waits: {row['waits']}"] if row.get("waits") else [])
+            + ([f"held by {row['held_by']}"] if row.get("held_by") else [])
+            + ([f"prepared: {row['prepared']}"] if row.get("prepared") else [])
             + ([f"memory: {residency_text(row['residency'])}"] if row.get("residency") else [])
             + [_ladder_text(row["variants"])] * bool(row["variants"])
             + [line for one in row["variants"] for line in variant_lines(one)]
@@ -244,6 +248,19 @@ def _model_lines(rows: Rows, slots: Rows, failures: Mapping[str, str]) -> list[T
         if slot["slot"] not in known and slot["wanted"]:
             lines += _absent_lines(slot["slot"], f"{slot['wanted']} is wanted ({slot['source']}), nothing serves yet")
             lines.append(_last_failure(failures.get(slot["slot"])))
+    return lines
+
+
+def _waiting_lines(slots: Rows, holds: Rows) -> list[Text]:
+    """Return which deployments wait, and which applications hold models."""
+    lines = [
+        Text(f"{shown(row['slot'])}: deployment waits: {shown(row['waits'])}") for row in slots if row.get("waits")
+    ]
+    for hold in holds:
+        limit = "" if hold["counts"] else ", too long to count"
+        lines.append(
+            Text(f"{shown(hold['model'])} is held by {shown(hold['holder'])} for {duration(hold['held_s'])}{limit}")
+        )
     return lines
 
 

@@ -549,33 +549,53 @@ class Performer:
         return record
 
     async def _roll_back(self, record: Record) -> Record:
-        """Pointer first, then requests, then memory."""
-        failed, pointer = self.active, self.pointer
-        if record.code not in _BLAMELESS:
+        """Pointer first, then requests, then memory; only then is the version remembered as bad: none that is loads."""
+        fault, pointer = "", self.pointer
+        bad = record.code not in _BLAMELESS
+        if pointer is not None and pointer.trial:  # else it was done before a restart
+            fault = await self._return_to(pointer.previous, record, stops=bad)
+        if bad:
             await self._journal.refuse(self._model, record.digest, record.message)
-        previous = pointer.previous if pointer is not None and pointer.trial else None
-        try:
-            if pointer is None or not pointer.trial:
-                return await self._steps.step(record, Event.DONE)  # done before a restart
-            if previous is None:
-                self._pointers.remove(self.slot)
-                self.pointer, self.active, self.held_until = None, None, None
-            else:
-                self._point(Pointer(slot=self.slot, active=previous))
+        if fault:
+            return await self._steps.step(record, Event.FAIL, message=f"{record.message}; {fault}")
+        return await self._steps.step(record, Event.DONE)
+
+    async def _return_to(self, previous: Target | None, record: Record, *, stops: bool) -> str:
+        """Leave the version on trial for ``previous``, which is brought up later if it cannot be now.
+
+        Args:
+            previous: The confirmed version; ``None``: there is none.
+            record: Of the deployment that is undone.
+            stops: What is left may not serve on, although nothing takes its place.
+
+        Returns:
+            Why ``previous`` does not serve; empty if it does.
+
+        Raises:
+            AgentError, OSError: the pointer cannot be written now; nothing has changed.
+        """
+        failed, fault = self.active, ""
+        if previous is None:
+            self._pointers.remove(self.slot)
+            self.pointer, self.active, self.held_until = None, None, None
+        else:
+            self._point(Pointer(slot=self.slot, active=previous))
+            try:
                 if self._before is not None:
                     self._host.activate(self.slot, self._before)
                     self.active, self._before = self._before, None
                 else:
                     self.active = await self._bring_up(previous)
-        except (AgentError, OSError) as error:
-            return await self._steps.step(
-                record, Event.FAIL, message=f"{record.message}; the rollback failed too: {error}"
-            )
+            except (AgentError, OSError) as error:
+                fault = f"the rollback failed too: {error}"
+                if stops:
+                    self.active = None
         if failed is not None and failed is not self.active:
             await self._host.retire(failed)
-        if previous is None:
-            self._host.expect(self.slot, f"version {record.version} was rolled back: {record.message}")
-        return await self._steps.step(record, Event.DONE)
+        if self.active is None:
+            reason = "; ".join(filter(None, (record.message, fault)))
+            self._host.expect(self.slot, f"version {record.version} was rolled back: {reason}")
+        return fault
 
     # Inside
 

@@ -19,7 +19,7 @@ from agent.clock import Clock
 from agent.config import DeployConfig
 from agent.deploy.desired import REVOCATION, STAGING, TRANSIENT, Action, Desired, Ending, decide, may_pass, serves
 from agent.deploy.gates import Situation
-from agent.deploy.holds import Holds
+from agent.deploy.holds import EVERY_MODEL, Holds
 from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
@@ -31,7 +31,7 @@ from agent.deploy.revocation import Measure, OnRevoked, Revoked
 from agent.deploy.revocations import Revocations, fall_back_id
 from agent.deploy.slots import model_of, slot_of, version_beside
 from agent.deploy.stager import Stager
-from agent.deploy.state import BEFORE_CUTOVER, FINAL, Event, Record, State, staging_lane
+from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, Event, Record, State, staging_lane
 from agent.deploy.wishes import Wishes
 from agent.errors import AgentError, BundleError, CommandError, NotFoundError, PolicyError
 from agent.events import EventBus, Severity, Stream
@@ -42,6 +42,7 @@ _REVIVE_S: Final = 30.0
 _FIRST_POLL_S: Final = 60.0  # for a model that has nothing to serve yet, or whose trouble may have passed
 
 _HELD: Final = frozenset({Action.RESUME, Action.NOTHING, Action.POLL})  # none ends a hold
+_PAST_GATE: Final = TRIAL | {State.LOADING}
 _RESTING: Final = FINAL | {State.PROBATION}
 
 
@@ -97,7 +98,7 @@ class Reconciler:
         self._prepared: dict[str, Record] = {}  # by slot: on disk as asked, and not loaded yet
         self._clock_trusted = clock_trusted
         self._wishes = Wishes(journal, configured, lambda: clock.wall() if clock_trusted() else None)
-        self._waiting: dict[str, Record] = {}  # by slot: deployments that wait for their time
+        self._under_way: dict[str, Record] = {}  # by slot: deployments that have not ended
         self.holds = Holds(config, clock, changed=self._nudge)
         self._hints: dict[str, asyncio.Event] = {}
         self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
@@ -448,12 +449,21 @@ class Reconciler:
         """Return the newest deployments, newest first."""
         return await self._journal.history(limit=limit)
 
+    def past_gate(self, slot: str) -> list[dict[str, str]]:
+        """Return the deployments of ``slot`` (``*``: of all) that no hold can keep waiting any more."""
+        return [
+            {"slot": name, "deployment": record.id, "version": record.version, "state": str(record.state)}
+            for name, record in self._under_way.items()
+            if slot in (name, EVERY_MODEL) and record.state in _PAST_GATE
+        ]
+
     def slots(self) -> list[dict[str, object]]:
         """Return wish and pointer of every slot."""
         rows: list[dict[str, object]] = []
         for slot in sorted(filter(self._serves_or_wanted, self._all_slots()), key=lambda slot: (model_of(slot), slot)):
             performer, wish = self._performers.get(slot), self._wishes.strongest.get(slot)
-            waits, prepared = self._waiting.get(slot), self._prepared.get(slot)
+            under_way, prepared = self._under_way.get(slot), self._prepared.get(slot)
+            waits = under_way is not None and under_way.state in (State.QUEUED, State.WAITING_WINDOW)
             pointer = performer.pointer if performer is not None else None
             rows.append(
                 {
@@ -468,7 +478,7 @@ class Reconciler:
                     if pointer is not None and pointer.previous is not None
                     else None,
                     "trial": pointer.trial if pointer is not None else False,
-                    "waits": waits.message if waits is not None else "",
+                    "waits": under_way.message if under_way is not None and waits else "",
                     "held_by": self.holds.holder(slot),
                     "prepared": prepared.version if prepared is not None else None,
                 }
@@ -832,10 +842,11 @@ class Reconciler:
         self._current[record.id] = record
         self._wishes.note(record)
         if record.lane == record.slot:
-            if record.state in (State.QUEUED, State.WAITING_WINDOW):
-                self._waiting[record.slot] = record
-            else:
-                self._waiting.pop(record.slot, None)
+            self._under_way[record.slot] = record
+            if record.state in FINAL:
+                del self._under_way[record.slot]
+        elif record.state is State.PREPARED:
+            self._prepared[record.slot] = record
         if record.state in FINAL:
             self._hint(staging_lane(record.slot)).set()
         while len(self._current) > 64:

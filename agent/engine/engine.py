@@ -29,6 +29,7 @@ from agent.engine.canary import Canary
 from agent.engine.cgroups import Groups
 from agent.engine.cores import Cores
 from agent.engine.crashes import Crashes
+from agent.engine.growth import Bounds
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
 from agent.engine.learned import Learned
@@ -498,6 +499,13 @@ class Engine:
             return {**named, "ok": found.on_demand, "message": found.reason}
         report = await found.examine(timeout_s=self._config.hang_timeout_s)
         return {**named, **report.plain()}
+
+    def scale(self, model: str, bounds: Bounds) -> None:
+        """Let the versions of a model have a number of workers within ``bounds``."""
+        for version in self._loaded:
+            if version.model == model:
+                version.rebound(bounds)
+        self._work.set()
 
     def warm(self, runtime: str) -> None:
         """Start a runtime's zygote now, so that the first load need not wait for it; failures show at that load."""
