@@ -153,5 +153,5 @@ class NearBox(Box):
 
 def copy_box(template: Path, folder: Path) -> Box:
     """Return a box over a copy of a prepared store."""
-    shutil.copytree(template, folder, symlinks=True)
+    shutil.copytree(template, folder, symlinks=True, ignore=shutil.ignore_patterns("*.sock"))
     return Box(folder, fresh=False)

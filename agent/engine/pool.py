@@ -23,6 +23,7 @@ from agent.config import EngineConfig
 from agent.engine.cgroups import Group
 from agent.engine.claims import hello_of, part_of
 from agent.engine.cores import Cores
+from agent.engine.crashes import Crashes
 from agent.engine.growth import Bounds
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, LaneCounts, Terms, counts_of
@@ -131,6 +132,7 @@ class Pool:
         version: str,
         cores: Cores,
         seat: Seat,
+        crashes: Crashes,
         make_group: Callable[[int], Group | None] = lambda limit_bytes: None,
         place: Callable[[VariantSpec], Awaitable[VariantSpec]] | None = None,
         size_before: int = 0,
@@ -155,7 +157,7 @@ class Pool:
         self._arena = arena
         self._numbers = numbers
         self._loop = asyncio.get_running_loop()
-        self._deaths: deque[float] = deque(maxlen=config.deaths_max)
+        self._crashes = crashes
         self._backoff = Backoff(first_s=config.restart_first_s, cap_s=config.restart_cap_s)
         self._starting: dict[WorkerLink, asyncio.Future[None]] = {}
         self._calls: dict[int, tuple[WorkerLink, asyncio.Future[Any]]] = {}
@@ -663,9 +665,9 @@ class Pool:
         now = self._loop.time()
         if now - link.ready_at > self._config.deaths_window_s:
             self._backoff.reset()
-        if self._count_death(now) and not self.links:
+        if self._crashes.note(now) and not self.links:
             last = f", the last: {self.cause}" if self.cause else ""
-            self._lose(WorkerDiedError(f"{len(self._deaths)} deaths within {self._config.deaths_window_s:g} s{last}"))
+            self._lose(WorkerDiedError(f"{self._crashes}{last}"))
         else:
             self._spawn(self._restart(self._backoff.next()), f"restart {self.spec.id}")
 
@@ -719,7 +721,7 @@ class Pool:
                 self.cause = str(error)
                 # What fails the same way each time is not tried again, nor are wrong answers of a fresh worker.
                 hopeless = isinstance(error, UnloadableError | SelfTestError)
-                if (self._count_death(self._loop.time()) or hopeless) and not self.links:
+                if (self._crashes.note(self._loop.time()) or hopeless) and not self.links:
                     self._lose(error)
                     return
                 if self.links and self.size > self.spec.bounds.least:
@@ -734,15 +736,10 @@ class Pool:
         """Whether workers are wanted: also while the pool drains, if the last died and left jobs behind."""
         return not self._closed.is_set() or bool(self.waiting)
 
-    def _count_death(self, now: float) -> bool:
-        """Note one death; return whether there were too many within the window."""
-        self._deaths.append(now)
-        config = self._config
-        return len(self._deaths) == config.deaths_max and now - self._deaths[0] < config.deaths_window_s
-
     def _lose(self, error: WorkerError) -> None:
         if not self._closed.is_set():
             self._closed.set()
+            self._crashes.forget()
             self._seat.leave()
             self._owner.pool_lost(self, error)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from agent.engine.learned import Learned
-from agent.engine.memory import HOST, Move, Need, Room, Source, Tenant, expired, held, plan
+from agent.engine.memory import HOST, Move, Need, Room, Source, Tenant, expired, held, kind_of, plan
 from agent.engine.meter import Meter
 from agent.engine.types import Keeping, VariantSpec
 from agent.errors import AgentError, LoadError, OutOfMemoryError, OverloadedError
@@ -192,12 +192,7 @@ class Residency:
     def need_of(self, digest: str, variant: VariantSpec) -> Need:
         """Return what a worker of the variant will take: as learned here, else as estimated."""
         known = self._learned.of(digest, variant.id)
-        if known is None:
-            return variant.need
-        estimated = variant.need.sizes
-        learned = {place: known[_kind(place)] for place in estimated if _kind(place) in known}
-        whole = learned.keys() == estimated.keys()
-        return Need(sizes={**estimated, **learned}, source=Source.MEASURED if whole else variant.need.source)
+        return variant.need if known is None else variant.need.learned(known)
 
     async def admit(self, seat: Seat, pool: Held) -> None:
         """See ``Seat.take``."""
@@ -255,7 +250,7 @@ class Residency:
         uses = await asyncio.to_thread(lambda: [self._meter.worker(pid) for pid in asked])
         digest, variant = seat.lodger.digest, seat.variant
         for sizes in uses:
-            self._learned.note(digest, variant.id, {_kind(place): size for place, size in sizes.items()})
+            self._learned.note(digest, variant.id, {kind_of(place): size for place, size in sizes.items()})
         seat.need = self.need_of(digest, variant)
         self._news.set()
 
@@ -377,11 +372,6 @@ class Residency:
                 key = (seat.lodger.model, seat.lodger.version, place)
                 sums[key] = sums.get(key, 0) + size
         return sums.items()
-
-
-def _kind(place: str) -> str:
-    """Return under which name a place's figures are learned: a variant takes the same of each GPU of a box."""
-    return place.partition(":")[0]
 
 
 def _one_place(one: Lodger, other: Lodger) -> bool:

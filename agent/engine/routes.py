@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from agent.errors import UnavailableError, UnknownModelError
+
+if TYPE_CHECKING:
+    from agent.engine.canary import Canary
 
 
 class Addressed(Protocol):
@@ -27,13 +30,14 @@ V = TypeVar("V", bound=Addressed)
 class Route(Generic[V]):
     """The versions of one model."""
 
-    __slots__ = ("beside", "default", "expected", "kept", "model")
+    __slots__ = ("beside", "canary", "default", "expected", "kept", "model")
 
     def __init__(self, model: str) -> None:
         self.model = model
         self.default: V | None = None  # answers what names no version
         self.beside: dict[str, V] = {}  # by version; each answers what names it
         self.kept: list[V] = []  # loaded for a deployment: before its cut-over, or for a rollback; the newest last
+        self.canary: Canary | None = None  # a candidate's part in what names no version
         self.expected: dict[str, str] = {}  # why what is known does not serve yet, by version; "": the default
 
     def choose(self, version: str | None) -> V:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from agent.config import VariantsConfig
 from agent.engine.book import VariantBook
-from agent.engine.types import VersionSpec
+from agent.engine.types import Keeping, VersionSpec
 from agent.engine.version import Version
 from agent.errors import LoadError, UnloadableError, WorkerDiedError
 from agent.tensors import pack, unpack
@@ -263,6 +263,22 @@ def test_the_only_variant_is_started_although_it_is_remembered_to_crash(tmp_path
         async with bench(tmp_path, book=VariantBook(path, "box"), variants=NEVER) as box:
             await serve(box, scale_version(tmp_path / "b", handler="odd"))
             assert (await box.say("[1, 1, 1, 1]"))["kind"] == "result"
+
+    run(story)
+
+
+def test_a_crash_loop_is_found_although_the_model_sleeps_between_its_requests(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=4, variants=NEVER) as box:
+            spec = scale_version(tmp_path / "b", factors=(2.0, 3.0), handler="odd")
+            version = await box.engine.restore(replace(spec, keeping=Keeping(lazy=True, keep_alive_s=0.0)))
+            box.engine.activate(version)
+            for _ in range(2):  # each is tried twice
+                assert (await box.say("die"))["code"] == "worker_died"
+                await until(lambda: version.asleep or bool(version.skipped))
+            assert version.skipped[0]["code"] == "worker_died"
+            assert "4 deaths within 60 s" in version.skipped[0]["reason"]
+            assert (await box.say("[1, 1, 1, 1]"))["variant"] == "v1"
 
     run(story)
 
