@@ -347,9 +347,10 @@ class Engine:
                 except BaseException:
                     await self.retire(version, beside=beside, timeout_s=0)
                     raise
-                version.stage = Stage.TRYING
+                version.stage, version.trying_beside = Stage.TRYING, beside
                 return version
             version = self._make_version(spec, Stage.TRYING)
+            version.trying_beside = beside
             version.hold(beside=beside)
             self._loaded.add(version)
             try:
@@ -551,14 +552,13 @@ class Engine:
 
     async def retire(self, version: Version, *, beside: bool = False, timeout_s: float = 30.0) -> None:
         """Take a version from its slot; unless another slot holds it, answer what it still holds, then unload it."""
-        self.end_try(version)
+        if not beside:
+            self.end_try(version)
         route = self._route_of(version.model)
         route.leave(version, beside=beside)
         version.let_go(beside=beside)
         if version.holders:
             version.route(here=version is route.default or route.beside.get(version.version) is version)
-            version.stand_in = None
-            version.stage = Stage.SERVING
             self._residency.look_again()
             return
         self._prune(version.model)

@@ -128,6 +128,7 @@ class Version:
         self.tests = SelfTestRecord()
         self.holders = 0  # slots that hold it
         self.beside = 0  # of them those beside the default
+        self.trying_beside = False  # it is one of those that tries it, if it is on trial
         self.routed = False  # whether requests come: otherwise nothing better is looked for
         self.deaths = 0
         self.good = 0
@@ -283,9 +284,12 @@ class Version:
         self.beside += beside
 
     def let_go(self, *, beside: bool) -> None:
-        """Let one slot hold it no longer."""
+        """Let one slot hold it no longer; what that slot kept it loaded for is over for those that still do."""
         self.holders -= 1
         self.beside -= beside
+        kept_for_it = self.trying_beside == beside if self.stage is Stage.TRYING else not beside
+        if self.holders and kept_for_it:
+            self.stand_in, self.stage = None, Stage.SERVING
 
     def recent(self) -> Counts:
         """Return how long its answers of the last minutes took."""

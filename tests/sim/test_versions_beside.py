@@ -17,6 +17,7 @@ from agent.deploy.slots import slot_of
 from agent.deploy.state import FINAL, State
 from agent.errors import CommandError, NotFoundError, OfflineError
 from tests.fakes.deploy import digest_of
+from tests.sim.test_canaries import in_canary
 from tests.sim.test_deployments import Box, PowerCutError, deploy, run, wish
 
 pytestmark = pytest.mark.sim
@@ -176,6 +177,21 @@ def test_a_removal_ends_what_is_under_way_and_holds_it_against_nobody(tmp_path: 
         box.store.offline = False
         again = await box.run_until_final(replace(beside(), id="again"), "again")
         assert again.state is State.CONFIRMED
+
+    run(story())
+
+
+def test_a_model_goes_while_its_candidate_has_a_share(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+
+        async def act() -> None:
+            await box.reconciler.removed(await box.reconciler.remove("magika"))
+
+        record = await in_canary(box, act)
+        assert record.state in {State.SUPERSEDED, State.CANCELED, State.ROLLED_BACK}
+        assert (serving(box), box.host.tried, await box.reconciler.quarantine()) == ({}, {}, [])
+        assert pointers(box) == {}
 
     run(story())
 
