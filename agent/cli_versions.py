@@ -20,10 +20,13 @@ _WAIT_S: Final = 20.0
 @click.argument("model")
 @click.argument("version")
 @click.option("--keep", is_flag=True, help="Keep the version that was the default until now beside it.")
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @click.option("--no-wait", is_flag=True, help="Return at once instead of following the change.")
 @json_option
 @click.pass_obj
-def default(socket_path: str, model: str, version: str, keep: bool, no_wait: bool, as_json: bool) -> None:
+def default(
+    socket_path: str, model: str, version: str, keep: bool, allow_incompatible: bool, no_wait: bool, as_json: bool
+) -> None:
     """Let VERSION answer the requests to MODEL that name no version, and pin it.
 
     VERSION is on this box and was confirmed before; one that is loaded beside the default is not loaded again. A
@@ -34,7 +37,8 @@ def default(socket_path: str, model: str, version: str, keep: bool, no_wait: boo
       inferctl default magika 2.0.0
       inferctl default magika 1.0.0 --keep
     """
-    change(socket_path, "default", {"model": model, "version": version, "keep": keep}, no_wait=no_wait, as_json=as_json)
+    args = {"model": model, "version": version, "keep": keep, "allow_incompatible": allow_incompatible}
+    change(socket_path, "default", args, no_wait=no_wait, as_json=as_json)
 
 
 @click.command()

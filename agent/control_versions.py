@@ -13,6 +13,7 @@ from typing import Any
 
 from agent.arguments import flag_of, integer_of, name_of, version_of, wait_s_of
 from agent.deploy.desired import Desired
+from agent.deploy.plan import Plan
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.slots import slot_of
 from agent.deploy.state import State
@@ -57,13 +58,14 @@ class VersionVerbs:
             NotFoundError, CommandError: it is not here, or has not earned trust.
         """
         model, version, keep = name_of(args, "model"), version_of(args), flag_of(args, "keep")
+        plan = Plan(allow_incompatible=flag_of(args, "allow_incompatible"))
         if not version:
             raise InvalidInputError("'version' is missing: which one is to be the default?")
         known = await self._reconciler.find(wish_id)
         team = known.team if known is not None else await self._reconciler.earned_trust(model, version)
         if keep and known is None:
             await self._keep(model, version, wish_id, source)
-        return Desired(id=wish_id, slot=model, team=team, version=version, source=source, local=True)
+        return Desired(id=wish_id, slot=model, team=team, version=version, source=source, local=True, plan=plan)
 
     async def _keep(self, model: str, following: str, wish_id: str, source: str) -> None:
         now = self._reconciler.active_version(model)
@@ -87,7 +89,7 @@ class VersionVerbs:
             async with asyncio.timeout(None if by_fleet else wait_s_of(args)):
                 await self._reconciler.removed(slots)
         if not version:
-            self._scales.change(model, None)
+            await asyncio.to_thread(self._scales.change, model, None)
         going = self._reconciler.going(slots)
         return {"model": model, "version": version, "slots": sorted(slots), "removed": not going}
 
@@ -105,10 +107,10 @@ class VersionVerbs:
         if model not in self._engine.models():
             raise UnknownModelError(f"there is no model {model!r} here")
         scale = None
-        if not args.get("reset"):
+        if not flag_of(args, "reset"):
             least = integer_of(args, "min", 1, least=1, most=WORKERS_MAX)
             scale = Scale(least=least, most=integer_of(args, "max", least, least=least, most=WORKERS_MAX))
-        self._scales.change(model, scale)
+        await asyncio.to_thread(self._scales.change, model, scale)
         bounds = self._bounds_of(model)
         self._engine.scale(model, bounds)
         now = {

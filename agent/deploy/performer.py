@@ -16,7 +16,7 @@ from agent.clock import Clock
 from agent.config import DeployConfig
 from agent.deploy import lane, trial
 from agent.deploy.candidate import probe_if_idle, watch_share
-from agent.deploy.desired import SUPERSEDED, Desired, Ending, Overtaken, record_of
+from agent.deploy.desired import REVOCATION, SUPERSEDED, Desired, Ending, Overtaken, record_of
 from agent.deploy.gates import Judge, Situation, before_fetch, before_load
 from agent.deploy.interface import Interface, differences
 from agent.deploy.journal import Journal
@@ -394,7 +394,9 @@ class Performer:
         if confirmed is None or serving is None or self._bundle is None:
             return ""
         found = differences(serving, self._bundle.interface)
-        if not found or record.local or record.plan.allow_incompatible:
+        previous = self.pointer.previous if self.pointer is not None else None
+        goes_back = record.local and previous is not None and previous.digest == record.digest
+        if not found or goes_back or record.source == REVOCATION or record.plan.allow_incompatible:
             return ""
         return (
             f"version {record.version} cannot take the place of {confirmed.version} unnoticed: {'; '.join(found)}; "

@@ -95,8 +95,9 @@ def deploy(
 @click.argument("model")
 @click.argument("version")
 @click.option("--keep", is_flag=True, help="Keep the version that was the default until now beside it.")
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @_delivery_options
-def default(model: str, version: str, keep: bool, **delivery: Any) -> None:
+def default(model: str, version: str, keep: bool, allow_incompatible: bool, **delivery: Any) -> None:
     """Let VERSION, which is on the box and was confirmed there, answer the requests to MODEL that name no version.
 
     \b
@@ -104,7 +105,8 @@ def default(model: str, version: str, keep: bool, **delivery: Any) -> None:
       inferhub default magika 2.1.0 --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
     args: dict[str, Any] = {"model": model, "version": version}
-    _carry_out("default", args | ({"keep": True} if keep else {}), **delivery)
+    flags = {"keep": keep, "allow_incompatible": allow_incompatible}
+    _carry_out("default", args | {flag: True for flag, given in flags.items() if given}, **delivery)
 
 
 @click.command()
