@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from agent.arguments import integer_of, name_of, version_of, wait_s_of
+from agent.arguments import flag_of, integer_of, name_of, version_of, wait_s_of
 from agent.deploy.desired import Desired
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.slots import slot_of
@@ -56,12 +56,12 @@ class VersionVerbs:
             InvalidInputError: no version is named.
             NotFoundError, CommandError: it is not here, or has not earned trust.
         """
-        model, version = name_of(args, "model"), version_of(args)
+        model, version, keep = name_of(args, "model"), version_of(args), flag_of(args, "keep")
         if not version:
             raise InvalidInputError("'version' is missing: which one is to be the default?")
         known = await self._reconciler.find(wish_id)
         team = known.team if known is not None else await self._reconciler.earned_trust(model, version)
-        if args.get("keep") and known is None:
+        if keep and known is None:
             await self._keep(model, version, wish_id, source)
         return Desired(id=wish_id, slot=model, team=team, version=version, source=source, local=True)
 
