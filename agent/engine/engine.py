@@ -170,6 +170,12 @@ class Engine:
             metrics.gauge(name, text, ("model", "version"), self._gauge(of))
         labels = ("model", "version")
         metrics.gauge("inferd_canary_percent", "Of the routing keys that a candidate answers", labels, self._shares)
+        metrics.gauge(
+            "inferd_shadow_latency_delta_seconds",
+            "By how much a candidate's answers to copies took longer than the originals",
+            (*labels, "quantile"),
+            self._deltas,
+        )
         metrics.gauge("inferd_shadow_agreement", "Of a candidate's copies, 0..1", labels, self._agreements)
 
     @asynccontextmanager
@@ -755,6 +761,15 @@ class Engine:
     def _agreements(self) -> list[tuple[tuple[str, ...], float]]:
         tallies = [((one.candidate.model, one.candidate.version), one.tally()) for one in self._canaries()]
         return [(labels, tally.agreed / tally.compared) for labels, tally in tallies if tally.compared]
+
+    def _deltas(self) -> list[tuple[tuple[str, ...], float]]:
+        found: list[tuple[tuple[str, ...], float]] = []
+        for one in self._canaries():
+            tally = one.tally()
+            for q in (0.5, 0.95) if tally.durations.total else ():
+                delta_s = tally.durations.quantile_s(q) - tally.originals.quantile_s(q)
+                found.append(((one.candidate.model, one.candidate.version, f"{q:g}"), delta_s))
+        return found
 
     def _is_default(self, version: Version) -> bool:
         return self._routes[version.model].default is version

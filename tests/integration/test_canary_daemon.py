@@ -20,6 +20,8 @@ from tests.models import FEATURES
 pytestmark = pytest.mark.integration
 
 KEYS = [f"user-{number}" for number in range(30)]
+LARGE_KEYS = frozenset(KEYS[::5])
+LARGE = json.dumps([[1.0] * FEATURES]).encode() + b" " * 200_000
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,12 @@ def _ask_by_frames(box: Box, seen: Traffic) -> None:
             for key in itertools.cycle(KEYS):
                 if seen.stop.wait(0.004):
                     return
-                seen.note(key, client.infer(MODEL, {"x": x}, params={"routing_key": key}).version)
+                params = {"routing_key": key}
+                if key in LARGE_KEYS:  # through the daemon's shared memory
+                    result = client.predict(MODEL, LARGE, "application/json", params=params)
+                else:
+                    result = client.infer(MODEL, {"x": x}, params=params)
+                seen.note(key, result.version)
     except Exception as error:  # noqa: BLE001  whatever it is, a client has lost a request
         seen.failures.append(repr(error))
 

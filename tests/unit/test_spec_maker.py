@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent.adapters import SpecMaker
+from agent.adapters import BundleStore, SpecMaker
 from agent.bundles.puller import StoredBundle
 from agent.config import MIB, EngineConfig, ModelEngineConfig, PolicyConfig, ServingConfig
 from agent.deploy.ports import Bundle
+from agent.deploy.rollout import Rollout
 from agent.engine.types import VariantSpec
 from agent.profile import Profile
 from tests.fakes import bundles
@@ -111,3 +113,24 @@ def test_a_variant_is_tested_by_its_own_comparisons_within_the_publishers_time_o
 def test_what_the_manifest_says_of_warming_up_is_passed_on() -> None:
     warmup = made({}, warmup={"runs": 2, "shapes": [{"x": [3, 1024]}]}).worker["warmup"]
     assert (warmup["runs"], list(warmup["shapes"])) == (2, [{"x": (3, 1024)}])
+
+
+def test_what_the_publisher_asks_of_a_rollout_reaches_deployment(tmp_path: Path) -> None:
+    asked = {"canary": [5, 25], "shadow": 20, "step_s": 600, "min_agreement": 0.99}
+    assert _rollout_of(asked, tmp_path) == Rollout(canary=(5.0, 25.0), shadow=20, step_s=600, agreement_min=0.99)
+    assert _rollout_of({"soak_s": 60}, tmp_path) == Rollout(), "what it does not say is left to the box"
+    assert _rollout_of(None, tmp_path) is None
+
+
+def _rollout_of(asked: dict[str, Any] | None, folder: Path) -> Rollout | None:
+    manifest = bundles.manifest(bundles.plain_files(), **({"rollout": asked} if asked is not None else {}))
+    stored = StoredBundle(
+        path=folder, manifest=manifest, manifest_sha256="0" * 64, variants=manifest.variants, dropped=()
+    )
+
+    class OneBundle:
+        async def check(self, path: Path) -> StoredBundle:
+            return stored
+
+    store = BundleStore(OneBundle(), folder, keep_versions=2)  # type: ignore[arg-type]
+    return asyncio.run(store.check(folder)).rollout
