@@ -174,7 +174,10 @@ class SelfTests:
         interval_s: float,
         idle_s: float,
         timeout_s: float,
+        share_max: float,
     ) -> None:
+        """``share_max``: how much of the time may go into the tests of one version."""
+        self._share_max = share_max
         self._versions = versions
         self._interval_s = interval_s
         self._idle_s = idle_s
@@ -203,9 +206,11 @@ class SelfTests:
         except (AgentError, OSError) as error:
             _log.warning("a self-test could not be made", name=version.name, reason=str(error))
             return
+        ended = asyncio.get_running_loop().time()
+        wait_s = (ended - now) / self._share_max
         if report.complete:
-            wait_s = self._interval_s if report.ok else min(self._interval_s, _AGAIN_S)
-            version.tests.due_at = asyncio.get_running_loop().time() + wait_s
+            wait_s = max(wait_s, self._interval_s) if report.ok else min(self._interval_s, _AGAIN_S)
+        version.tests.due_at = ended + wait_s
 
 
 def _report(
