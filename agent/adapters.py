@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,19 +18,22 @@ import msgspec
 
 from agent import __version__
 from agent.bundles import collection
+from agent.bundles import manifest as manifests
 from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.freshness import judge
 from agent.bundles.layout import Layout
-from agent.bundles.manifest import Index, Manifest, Variant, parse_index
+from agent.bundles.manifest import Index, Manifest, Tensor, Variant, parse_index
 from agent.bundles.puller import IndexedVersion, Puller, StoredBundle, SurveyedModel
 from agent.bundles.structure import NATIVE_FORMATS
 from agent.bundles.versions import list_versions
 from agent.clock import Clock
 from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
+from agent.deploy.interface import CODE, Extent, Interface, Labels, Port
 from agent.deploy.ports import (
     Bundle,
     Collected,
+    Copies,
     Evidence,
     Inventory,
     Kept,
@@ -44,17 +47,20 @@ from agent.deploy.ports import (
     Survey,
 )
 from agent.deploy.reconciler import Reconciler
+from agent.deploy.rollout import Rollout
 from agent.deploy.slots import model_of, version_beside
 from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
 from agent.engine.learned import Learned
 from agent.engine.memory import HOST, estimate
 from agent.engine.meter import NvmlDevices, SystemMeter
+from agent.engine.shadow import Tally
 from agent.engine.types import Keeping, VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.errors import AgentError, NotFoundError, PolicyError, SelfTestError, StateError, TransientError
 from agent.events import EventBus
 from agent.profile import Hardware, Profile
+from agent.scales import Scale
 from agent.telemetry.commands import CommandInbox
 from agent.telemetry.presence import Presence
 
@@ -81,9 +87,11 @@ class SpecMaker:
         serving: ServingConfig,
         profile: Profile,
         unified_memory: bool = False,
+        scales: Callable[[str], Scale | None] = lambda model: None,
     ) -> None:
-        """``unified_memory``: the GPU shares the host's."""
+        """``unified_memory``: the GPU shares the host's; ``scales``: the workers an operator wants, if any."""
         self._unified_memory = unified_memory
+        self._scales = scales
         self._engine = engine
         self._policy = policy
         self._serving = serving
@@ -176,12 +184,7 @@ class SpecMaker:
             worker=worker,
             lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
-            bounds=Bounds(
-                least=workers.min,
-                most=workers.max or max(workers.min, self._profile.workers_max),
-                grow_delay_s=workers.grow_delay_ms / 1000,
-                shrink_idle_s=workers.shrink_idle_s,
-            ),
+            bounds=self.bounds_of(manifest.name),
             threads=threads,
             resident_bytes_max=self._engine.resident_bytes_max or _RESIDENT_BASE + 4 * variant.memory.host_mb * MIB,
             need=estimate(
@@ -193,6 +196,17 @@ class SpecMaker:
                 measured=variant.memory.source == "measured",
                 unified=self._unified_memory,
             ),
+        )
+
+    def bounds_of(self, model: str) -> Bounds:
+        """Return between what a model's number of workers may change."""
+        workers, scale = self._engine.workers_of(model), self._scales(model)
+        least, most = (workers.min, workers.max) if scale is None else (scale.least, scale.most)
+        return Bounds(
+            least=least,
+            most=most or max(least, self._profile.workers_max),
+            grow_delay_s=workers.grow_delay_ms / 1000,
+            shrink_idle_s=workers.shrink_idle_s,
         )
 
     def _memory_bytes(self, variant: Variant) -> int:
@@ -330,26 +344,36 @@ class LoadedVersion:
     """deploy's ``Loaded`` over the engine's ``Version``, which another slot may hold, too.
 
     Args:
+        engine: Whose it is.
         version: What is loaded.
         beside: It is held by a slot beside its model's default.
         anew: What it did before now is no evidence.
     """
 
-    def __init__(self, version: Version, *, beside: bool, anew: bool = False) -> None:
+    def __init__(self, engine: Engine, version: Version, *, beside: bool, anew: bool = False) -> None:
         self.version = version
         self.beside = beside
-        self._before = (version.good, version.faults, version.deaths) if anew else (0, 0, 0)
+        self._engine = engine
+        self._before = self._all() if anew else Evidence()
 
     def evidence(self) -> Evidence:
-        version, (good, faults, deaths) = self.version, self._before
+        return self._all().since(self._before)
+
+    def _all(self) -> Evidence:
+        version = self.version
         variant = version.pool.spec.id if version.pool is not None else ""
         return Evidence(
-            good=version.good - good,
-            faults=version.faults - faults,
-            deaths=version.deaths - deaths,
+            good=version.good,
+            faults=version.faults,
+            late=version.late,
+            short=version.short,
+            deaths=version.deaths,
             ready=version.ready,
             reason=version.reason,
             variant=variant,
+            latency=version.spread.counts(),
+            recent=version.recent(),
+            copies=_copies(self._engine.tried(version)),
         )
 
     async def self_test(self) -> None:
@@ -367,11 +391,20 @@ class EngineHost:
 
     async def load(self, slot: str, bundle: Bundle) -> LoadedVersion:
         beside = bool(version_beside(slot))
-        return LoadedVersion(await self._engine.load(self._specs(bundle), beside=beside), beside=beside, anew=True)
+        version = await self._engine.load(self._specs(bundle), beside=beside)
+        return LoadedVersion(self._engine, version, beside=beside, anew=True)
 
     async def restore(self, slot: str, bundle: Bundle) -> LoadedVersion:
         beside = bool(version_beside(slot))
-        return LoadedVersion(await self._engine.restore(self._specs(bundle), beside=beside), beside=beside)
+        version = await self._engine.restore(self._specs(bundle), beside=beside)
+        return LoadedVersion(self._engine, version, beside=beside)
+
+    def try_out(self, loaded: Loaded, *, canary_percent: float, shadow_percent: float) -> None:
+        version = _held(loaded).version
+        self._engine.try_out(version, canary_percent=canary_percent, shadow_percent=shadow_percent)
+
+    def end_try(self, loaded: Loaded) -> None:
+        self._engine.end_try(_held(loaded).version)
 
     def confirm(self, loaded: Loaded) -> None:
         self._engine.confirm(_held(loaded).version)
@@ -379,7 +412,7 @@ class EngineHost:
     def activate(self, slot: str, loaded: Loaded) -> LoadedVersion | None:
         beside, version = bool(version_beside(slot)), _held(loaded).version
         previous = self._engine.activate_beside(version) if beside else self._engine.activate(version)
-        return LoadedVersion(previous, beside=beside) if previous is not None else None
+        return LoadedVersion(self._engine, previous, beside=beside) if previous is not None else None
 
     async def retire(self, loaded: Loaded) -> None:
         held = _held(loaded)
@@ -462,6 +495,7 @@ class ReportedState:
                 # Models that come and go are no news to the fleet, nor are the seconds to the next try.
                 "reason": "" if row["ready"] else row.get("lasting", row["reason"]),
                 "selftest": _test_failure(row.get("selftest")),
+                **({"canary": _canary(row["canary"])} if "canary" in row else {}),
             }
             for row in self._engine.status()
         }
@@ -530,7 +564,66 @@ def _bundle(stored: StoredBundle) -> Bundle:
         version=manifest.version,
         digest=stored.manifest_sha256,
         path=stored.path,
+        interface=_interface(manifest),
         content=stored,
+        rollout=_rollout(manifest.rollout),
+    )
+
+
+def _canary(status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the fleet is told of a candidate: what changes with each step only."""
+    return {name: status[name] for name in ("version", "digest", "canary_percent", "shadow_percent")}
+
+
+def _rollout(asked: manifests.Rollout | None) -> Rollout | None:
+    if asked is None:
+        return None
+    return Rollout(
+        canary=asked.canary or None,
+        shadow=asked.shadow or None,
+        step_s=asked.step_s or None,
+        calls_min=asked.calls_min or None,
+        agreement_min=asked.min_agreement or None,
+    )
+
+
+def _copies(tally: Tally) -> Copies:
+    return Copies(
+        compared=tally.compared,
+        agreed=tally.agreed,
+        skipped=sum(tally.skipped.values()),
+        durations=tally.durations,
+        originals=tally.originals,
+        difference=tally.difference,
+    )
+
+
+def _interface(manifest: Manifest) -> Interface:
+    signature, axis = manifest.signature, manifest.batching.axis
+    stacked = all(tensor.shape and tensor.shape[0] == axis for tensor in (*signature.inputs, *signature.outputs))
+
+    def extent(size: int | str | None) -> Extent:
+        if not isinstance(size, str):
+            return Extent() if size is None else Extent(low=size, high=size)
+        bounds = signature.dims.get(size)
+        low, high = (bounds.min, bounds.max) if bounds is not None else (0, None)
+        if stacked and size == axis:  # a request's rows are one batch at most
+            rows_max = manifest.batching.max_batch
+            low, high = max(low, 1), rows_max if high is None else min(high, rows_max)
+        return Extent(low=low, high=high, name=size)
+
+    def ports(tensors: Iterable[Tensor]) -> dict[str, Port]:
+        return {
+            tensor.name: Port(dtype=tensor.dtype, shape=tuple(map(extent, tensor.shape)), layout=tensor.layout)
+            for tensor in tensors
+        }
+
+    classes = manifest.classes
+    return Interface(
+        inputs=ports(signature.inputs),
+        outputs=ports(signature.outputs),
+        handler=manifest.handler.id or CODE,
+        labels=Labels(count=classes.count, digest=manifest.file(classes.file).sha256) if classes is not None else None,
     )
 
 

@@ -20,7 +20,7 @@ _ACTS: Final[Mapping[str, str]] = {
 
 
 @click.command("selftest")
-@click.argument("target", metavar="MODEL[@VERSION]", default="")
+@click.argument("target", metavar="[MODEL[@VERSION]]", default="")
 @click.option("--all", "everything", is_flag=True, help="Every model in memory; what sleeps is left alone.")
 @json_option
 @click.pass_obj

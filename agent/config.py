@@ -7,13 +7,17 @@ msgspec structs instead of dataclasses: they refuse unknown keys and name the of
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 import socket
 import tomllib
+from collections.abc import Sequence
+from datetime import UTC, tzinfo
 from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
@@ -25,16 +29,20 @@ _BUDGET_BYTES_MIN: Final = 16 * MIB  # the largest chunk a bundle may have
 EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG, of the process: systemd need not try again at once
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}(-[0-9A-Za-z.-]{1,32})?")
+_TIME: Final = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
 _GPU: Final = re.compile(r"cuda:(0|[1-9][0-9]?)")
 _UNKNOWN_KEY: Final = re.compile(r"unknown field `(.+)`")
 _STORE_SCHEMES: Final = ("file://", "http://", "https://", "s3://")
 _BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?$")
 _KEEP_ALIVE_S: Final = 300.0  # of a lazy model, unless the configuration says otherwise
+_SHARES_MAX: Final = 12  # of a canary
 _DEVICE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Role = Literal["infer", "read", "operate", "admin"]
 LoadWhen = Literal["eager", "lazy"]
 KeepAlive = Literal["auto", "never"]
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: Final[tuple[Day, ...]] = get_args(Day)
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -406,26 +414,67 @@ class ClientLimitConfig(Section, frozen=True):
         _require(0 < self.quota_window_s <= 366 * 86_400, "quota_window_s: above 0, at most a year")
 
 
+class WindowConfig(Section, frozen=True):
+    """A time of the week, by the clock on the wall there; one that ends before it starts goes past midnight."""
+
+    days: tuple[Day, ...] = DAYS  # on which it starts
+    start: str = "00:00"  # hour and minute
+    end: str = "00:00"  # hour and minute; the same as start: a whole day
+    timezone: str = ""  # such as "Europe/Berlin"; empty: the box's
+
+    def __post_init__(self) -> None:
+        _require(bool(self.days), "days: at least one")
+        for name in ("start", "end"):
+            _require(bool(_TIME.fullmatch(getattr(self, name))), f"{name}: hour and minute, such as 22:30")
+        _require(not self.timezone or _is_zone(self.timezone), f"timezone: {self.timezone!r} is not known on this box")
+
+
 class DeployConfig(Section, frozen=True):
-    """How a new version earns trust."""
+    """How a new version comes to serve, and when."""
 
     probation_s: float = 60.0  # at least so long
     probation_calls_min: int = 20  # and so many good answers; idle models are probed by their golden inputs
     probation_limit_s: float = 600.0  # without enough good answers by then, the version is rolled back
     probation_errors_max: float = 0.02  # share of failed answers above the previous version's
+    latency_factor_max: float = 2.0  # 95 % of its answers within so many times the time of the version before
+    latency_slack_ms: float = 20.0  # and so much more: differences on a busy small box say nothing
+    canary: tuple[float, ...] = ()  # percent of the routing keys a new version gets at first, growing; empty: all
+    shadow_percent: float = 0.0  # of the requests are copied to a new version first, compared and dropped
+    canary_s: float = 300.0  # each share, and the copying before the first, lasts at least so long
+    canary_calls_min: int = 50  # and until so many good answers, or comparisons of copies
+    canary_limit_s: float = 86_400.0  # without them by then, the version is given up
+    agreement_min: float = 0.95  # of the compared copies, 0..1; a wish or manifest may ask for more
     starts_in_trial_max: int = 3  # starts during one trial after a crash or power cut; with more it is rolled back
     trial_retry_cap_s: float = 3600.0  # a version with nothing to roll back to is started again, at most so far apart
     fetch_retry_cap_s: float = 300.0  # longest wait between tries while the store cannot be reached
     fetch_limit_s: float = 72 * 3600.0  # with the store unreachable for so long, the deployment fails
     keep_versions: int = 2  # per slot on disk, beside active and previous
+    windows: tuple[WindowConfig, ...] = ()  # new versions are loaded in these only: see `[[deploy.windows]]`
+    fetch_windows: tuple[WindowConfig, ...] = ()  # bytes are fetched in these only: see `[[deploy.fetch_windows]]`
+    force_after_s: float = 0.0  # of waiting for windows and applications' holds, then neither counts; 0: never
+    wait_limit_s: float = 30 * 86_400.0  # of waiting for windows and holds, then the deployment expires
+    first_waits: bool = False  # also a model's first version, or one whose model serves nothing, waits for them
+    hold_limit_s: float = 12 * 3600.0  # an application's hold counts no longer than this
+    holds_max: int = 64  # by all applications together
 
     def __post_init__(self) -> None:
         _require(0 <= self.probation_s <= self.probation_limit_s, "probation_s: 0..probation_limit_s")
         _require(self.probation_calls_min >= 0, "probation_calls_min: not negative")
         _require(0 <= self.probation_errors_max <= 1, "probation_errors_max: 0..1")
+        _require(1 <= self.latency_factor_max <= 1000, "latency_factor_max: 1..1000")
+        _require(0 <= self.latency_slack_ms <= 60_000, "latency_slack_ms: 0..60000")
+        _require(not canary_fault(self.canary), f"canary: {canary_fault(self.canary)}")
+        _require(0 <= self.shadow_percent <= 100, "shadow_percent: 0..100")
+        _require(0 <= self.canary_s <= self.canary_limit_s <= 2_592_000, "canary_s: 0..canary_limit_s, at most 30 days")
+        _require(0 <= self.canary_calls_min <= 1_000_000, "canary_calls_min: 0..1000000")
+        _require(0 <= self.agreement_min <= 1, "agreement_min: 0..1")
         _require(1 <= self.starts_in_trial_max <= 100, "starts_in_trial_max: 1..100")
         _require(self.trial_retry_cap_s > 0, "trial_retry_cap_s: above 0")
         _require(self.fetch_retry_cap_s > 0, "fetch_retry_cap_s: above 0")
+        _require(self.force_after_s >= 0, "force_after_s: not negative")
+        _require(self.wait_limit_s > 0, "wait_limit_s: above 0")
+        _require(self.hold_limit_s > 0, "hold_limit_s: above 0")
+        _require(0 <= self.holds_max <= 4096, "holds_max: 0..4096")
 
 
 class OutboxConfig(Section, frozen=True):
@@ -501,6 +550,7 @@ class ModelConfig(Section, frozen=True):
     version: str = ""  # exact version; empty: follow ``channel``
     channel: str = "stable"  # followed when no version is named
     beside: tuple[str, ...] = ()  # versions kept beside it, each answering the requests that name it
+    allow_incompatible: bool = False  # also a version that callers of the one before would notice: docs/deployment.md
 
     def __post_init__(self) -> None:
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
@@ -594,6 +644,14 @@ def _kind_at(key: str) -> Any:
     return section_of(kind) or kind
 
 
+def canary_fault(shares: Sequence[float]) -> str:
+    """Return what is wrong with the shares of a canary; empty if nothing is."""
+    grows = all(before < after for before, after in itertools.pairwise(shares))
+    if grows and len(shares) <= _SHARES_MAX and all(0 < share <= 100 for share in shares):
+        return ""
+    return f"growing percentages above 0, at most 100 and {_SHARES_MAX} of them, such as 5, 25, 50"
+
+
 def section_of(kind: Any) -> type[Section] | None:
     """Return the section that a value of this type may be; ``None`` for plain values and for lists."""
     kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
@@ -603,6 +661,28 @@ def section_of(kind: Any) -> type[Section] | None:
 def _is_plain(url: str) -> bool:
     """Whether a store's address has no part that would be lost, or be shown to everybody who reads a log."""
     return url.startswith("file://") or not any(letter in url for letter in "@?#")
+
+
+def zone_of(name: str) -> tzinfo | None:
+    """Return a time zone by name; ``None`` for the box's own.
+
+    Raises:
+        ValueError: this box knows no such zone.
+    """
+    if not name:
+        return None
+    try:
+        return UTC if name == "UTC" else ZoneInfo(name)
+    except (ZoneInfoNotFoundError, OSError) as error:
+        raise ValueError(f"no time zone {name!r}") from error
+
+
+def _is_zone(name: str) -> bool:
+    try:
+        zone_of(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _require_workers(workers: int | WorkersConfig) -> None:

@@ -40,8 +40,10 @@ from agent.clock import SystemClock
 from agent.config import EXIT_BAD_CONFIG, Config, ModelConfig, ServingConfig
 from agent.control import Box, Control
 from agent.control_store import StoreVerbs
+from agent.control_versions import VersionVerbs
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
+from agent.deploy.plan import Plan
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.refusals import Refusals
 from agent.deploy.sideload import KnownMedia, MediumWatch, Sideload
@@ -59,6 +61,7 @@ from agent.log import get_logger, setup
 from agent.metrics import Metrics
 from agent.probe import free_memory, probe, readings
 from agent.profile import Profile, choose, load_profiles
+from agent.scales import Scales
 from agent.serving.budget import ReceiveBudget
 from agent.serving.frames import FrameServer
 from agent.serving.http import HttpServer
@@ -199,12 +202,14 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             profile,
             on_refused=lambda source, error, about: refusals.source(error, source=source, **about),
         )
+        scales = Scales(state_dir / "scales.json")
         specs = SpecMaker(
             engine=config.engine,
             policy=config.policy,
             serving=config.serving,
             profile=profile,
             unified_memory=any(gpu.integrated for gpu in hardware.gpus),
+            scales=scales.of,
         )
         journal = Journal(state_dir / "journal.db")
         stack.push_async_callback(journal.close)
@@ -214,6 +219,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             keep_versions=config.deploy.keep_versions,
             collect_above_percent=config.store.collect_above_percent,
         )
+        standing = TrustRecord(state_dir, clock)
         reconciler = Reconciler(
             config.deploy,
             store=store,
@@ -225,12 +231,13 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             configured=[wish for model in config.models for wish in _configured(model)],
             poll_interval_s=config.store.poll_interval_s,
             refusals=refusals,
+            clock_trusted=lambda: standing().clock_trusted,
             on_revoked=config.policy.on_revoked,
         )
         watch = Watch(
             store=store,
             reconciler=reconciler,
-            standing=TrustRecord(state_dir, clock),
+            standing=standing,
             on_long_offline=config.policy.on_long_offline,
             poll_interval_s=config.store.poll_interval_s,
             events=events,
@@ -279,6 +286,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
             store=StoreVerbs(config.policy, reconciler=reconciler, watch=watch, sideload=sideload, trust=puller.trust),
+            versions=VersionVerbs(reconciler, engine, scales, specs.bounds_of),
             inspector=VersionInspector(puller, state_dir),
         )
         keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
@@ -422,12 +430,14 @@ def _binds(config: Config, profile: Profile) -> bool:
 def _configured(model: ModelConfig) -> list[Desired]:
     """Return the wishes of one entry: for its default, and for each version beside it."""
     entry = f"{model.team}/{model.name}"
+    agreed = ":incompatible" if model.allow_incompatible else ""  # another wish: one that was refused is tried again
     default = Desired(
-        id=f"file:{entry}:{model.version or model.channel}",
+        id=f"file:{entry}:{model.version or model.channel}{agreed}",
         slot=model.name,
         team=model.team,
         version=model.version,
         channel=model.channel,
+        plan=Plan(allow_incompatible=model.allow_incompatible),
     )
     return [default] + [
         Desired(id=f"beside:{entry}:{version}", slot=slot_of(model.name, version), team=model.team, version=version)

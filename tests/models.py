@@ -60,6 +60,25 @@ class SlowHandler(Handler):
     def postprocess(self, outputs, rows):
         return {"y": outputs["y"].tolist()}
 ''',
+    # As "slow", but a fifth of a second later.
+    "late": '''
+import time
+
+import numpy as np
+
+from handlers.base import Handler
+
+
+class LateHandler(Handler):
+    """Sleeps for too long, then answers."""
+
+    def preprocess(self, body, content_type):
+        time.sleep(float(bytes(body)) + 0.2)
+        return {"x": np.ones((1, 4), dtype=np.float32)}
+
+    def postprocess(self, outputs, rows):
+        return {"y": outputs["y"].tolist()}
+''',
     # Never finishes loading.
     "stuck": '''
 import time
@@ -111,6 +130,29 @@ class OddHandler(Handler):
 
     def postprocess(self, outputs, rows):
         return {"y": outputs["y"].tolist()}
+''',
+    # Passes its self-test, which asks the model alone, and then does what its bundle's file "how" says to any body.
+    "broken": '''
+import os
+import signal
+import time
+
+from handlers.base import Handler
+
+
+class BrokenHandler(Handler):
+    """Raises, dies or hangs."""
+
+    def preprocess(self, body, content_type):
+        how = self.context.path("how").read_text()
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hang":
+            time.sleep(3600)
+        raise RuntimeError("broken")
+
+    def postprocess(self, outputs, rows):
+        return None
 ''',
     # Streams what its body says, and counts in memory what became of its generators.
     "steps": '''

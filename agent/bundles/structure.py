@@ -11,10 +11,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from agent.bundles import names
+from agent.config import canary_fault
 from agent.errors import UnsafeBundleError
 
 if TYPE_CHECKING:
-    from agent.bundles.manifest import Compare, File, Handler, Index, Manifest, Signature, Variant
+    from agent.bundles.manifest import Compare, File, Handler, Index, Manifest, Rollout, Signature, Variant
 
 FILES_MAX: Final = 4096
 CHUNKS_MAX: Final = 200_000
@@ -205,6 +206,8 @@ def _check_optional(manifest: Manifest, files: Mapping[str, File]) -> None:
     _bounded(manifest.warmup.runs, 0, 10_000, "warmup.runs")
     _bounded(manifest.warmup.max_ms, 1, 3_600_000, "warmup.max_ms")
     _check_warmup_shapes(manifest)
+    if manifest.rollout is not None:
+        _check_rollout(manifest.rollout)
     _bounded(manifest.batching.max_batch, 1, BATCH_MAX, "batching.max_batch")
     _require(0 <= manifest.batching.max_delay_ms <= 60_000, "batching.max_delay_ms: 0 to 60000")
     features = manifest.requires.features
@@ -223,6 +226,15 @@ def _check_warmup_shapes(manifest: Manifest) -> None:
                 for size, wanted in zip(shape, declared, strict=True)
             )
             _require(fits, f"warmup.shapes: {name!r} has the shape {list(declared)}, not {list(shape)}")
+
+
+def _check_rollout(rollout: Rollout) -> None:
+    fault = canary_fault(rollout.canary)
+    _require(not fault, f"rollout.canary: {fault}")
+    _require(0 <= rollout.shadow <= 100, "rollout.shadow: 0 to 100")
+    _require(0 <= rollout.step_s <= 2_592_000, "rollout.step_s: 0 to 2592000")
+    _bounded(rollout.calls_min, 0, 1_000_000, "rollout.calls_min")
+    _require(0 <= rollout.min_agreement <= 1, "rollout.min_agreement: 0 to 1")
 
 
 def _refers(path: str, files: Mapping[str, File], where: str, *, roles: Collection[str] = ()) -> None:

@@ -18,14 +18,14 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from agent.deploy.desired import Desired
+from agent.deploy.desired import Desired, Overtaken
 from agent.deploy.revocation import Revoked
-from agent.deploy.state import Record
+from agent.deploy.state import Event, Record
 from agent.durable import set_aside
 from agent.errors import DiskFullError, StateError
 from agent.log import get_logger
 
-_KEEP_FINISHED: Final = 200  # per box
+_KEEP_FINISHED: Final = 200  # per box, beside each lane's newest: that one decides what is done next
 # Rows are numbered in the order deployments began: the wall clock may jump and must not decide which is the newest.
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS deployment (
@@ -36,6 +36,8 @@ CREATE TABLE IF NOT EXISTS desired (slot TEXT, source TEXT, row TEXT NOT NULL, P
 CREATE TABLE IF NOT EXISTS leaving (slot TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS refused (slot TEXT, digest TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest));
 CREATE TABLE IF NOT EXISTS revoked (digest TEXT PRIMARY KEY, row TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS overtaken (id TEXT PRIMARY KEY, row TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS cancelled (id TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS served (slot TEXT, digest TEXT, PRIMARY KEY (slot, digest));
 """
 # The disk's fault, not the file's; source: sqlite.org/rescode.html.
@@ -87,10 +89,10 @@ class Journal:
         rows = await self._do(lambda: self._query("SELECT row FROM deployment WHERE id = ?", deployment_id))
         return next(_decoded(rows, Record), None)
 
-    async def latest(self, slot: str) -> Record | None:
-        """Return the slot's newest deployment."""
+    async def latest(self, lane: str) -> Record | None:
+        """Return the newest deployment of a slot, or of its staging lane."""
         query = "SELECT row FROM deployment WHERE slot = ? ORDER BY number DESC LIMIT 1"
-        rows = await self._do(lambda: self._query(query, slot))
+        rows = await self._do(lambda: self._query(query, lane))
         return next(_decoded(rows, Record), None)
 
     async def history(self, *, limit: int = 50) -> list[Record]:
@@ -100,15 +102,34 @@ class Journal:
         return list(_decoded(rows, Record))
 
     async def want(self, desired: Desired) -> None:
-        """Record what a source wants of a slot."""
-        row = json.dumps(asdict(desired))
-        await self._do(
-            lambda: self._execute("INSERT OR REPLACE INTO desired VALUES (?, ?, ?)", desired.slot, desired.source, row)
-        )
+        """Record what a source wants of a slot; a wish that it replaces and that never began is overtaken by it."""
+        await self._do(lambda: self._want(desired.slot, desired.place, desired, "another version was asked for"))
 
-    async def unwant(self, slot: str, source: str) -> None:
-        """Forget what a source wants of a slot."""
-        await self._do(lambda: self._execute("DELETE FROM desired WHERE slot = ? AND source = ?", slot, source))
+    async def unwant(self, slot: str, place: str) -> None:
+        """Forget what is wanted of a slot; a wish that never began is overtaken."""
+        await self._do(lambda: self._want(slot, place, None, "it was withdrawn"))
+
+    async def overtake(self, overtaken: Overtaken) -> None:
+        """Remember the end of a wish that never began, until it is told."""
+        row = json.dumps(asdict(overtaken))
+        await self._do(lambda: self._execute("INSERT OR REPLACE INTO overtaken VALUES (?, ?)", overtaken.wish.id, row))
+
+    async def overtaken(self) -> list[Overtaken]:
+        """Return the wishes that ended before they began and were not told yet."""
+        return list(_decoded(await self._do(lambda: self._query("SELECT row FROM overtaken")), Overtaken))
+
+    async def told(self, wish_id: str) -> None:
+        """Forget an overtaken wish: its end is recorded as a deployment's."""
+        await self._do(lambda: self._execute("DELETE FROM overtaken WHERE id = ?", wish_id))
+
+    async def cancel(self, deployment_id: str) -> None:
+        """Remember that a deployment is to be given up."""
+        await self._do(lambda: self._execute("INSERT OR IGNORE INTO cancelled VALUES (?)", deployment_id))
+
+    async def cancelled(self) -> frozenset[str]:
+        """Return the deployments that are to be given up."""
+        rows = await self._do(lambda: self._query("SELECT id FROM cancelled"))
+        return frozenset(deployment_id for (deployment_id,) in rows)
 
     async def wanted(self) -> list[Desired]:
         """Return everything any source wants."""
@@ -199,10 +220,13 @@ class Journal:
             database.execute("DELETE FROM deployment WHERE id = ?", (record.id,))
             database.execute(
                 "INSERT INTO deployment (id, slot, row) VALUES (?, ?, ?)",
-                (record.id, record.slot, json.dumps(record.plain())),
+                (record.id, record.lane, json.dumps(record.plain())),
             )
+            database.execute("DELETE FROM cancelled WHERE id = ?", (record.id,))
             database.execute(
-                "DELETE FROM deployment WHERE number <= (SELECT max(number) FROM deployment) - ?", (_KEEP_FINISHED,)
+                "DELETE FROM deployment WHERE number <= (SELECT max(number) FROM deployment) - ?"
+                " AND number NOT IN (SELECT max(number) FROM deployment GROUP BY slot)",
+                (_KEEP_FINISHED,),
             )
 
     def _leave(self, slots: list[str]) -> None:
@@ -210,7 +234,14 @@ class Journal:
         with database:
             for slot in slots:
                 database.execute("INSERT OR IGNORE INTO leaving VALUES (?)", (slot,))
-                database.execute("DELETE FROM desired WHERE slot = ?", (slot,))
+                places = database.execute("SELECT source FROM desired WHERE slot = ?", (slot,)).fetchall()
+                for (place,) in places:
+                    _replace_wish(database, slot, place, None, "its slot is removed")
+
+    def _want(self, slot: str, place: str, wish: Desired | None, reason: str) -> None:
+        database = self._open_database()
+        with database:
+            _replace_wish(database, slot, place, wish, reason)
 
     def _execute(self, statement: str, *values: object) -> None:
         with self._open_database():
@@ -259,3 +290,19 @@ def _decoded(rows: list[tuple[str, ...]], kind: type[_T]) -> Iterator[_T]:
             yield msgspec.json.decode(row, type=kind)
         except (msgspec.DecodeError, UnicodeEncodeError) as error:
             _log.error("journal row cannot be read", kind=kind.__name__, reason=str(error))
+
+
+def _replace_wish(database: sqlite3.Connection, slot: str, place: str, wish: Desired | None, reason: str) -> None:
+    """Put ``wish`` in its place; what stood there and never began is overtaken, for ``reason``."""
+    rows = database.execute("SELECT row FROM desired WHERE slot = ? AND source = ?", (slot, place)).fetchall()
+    for old in _decoded(rows, Desired):
+        begun = database.execute(
+            "SELECT 1 FROM deployment WHERE id = ? OR substr(id, 1, ?) = ?",
+            (old.id, len(old.id) + 1, f"{old.id}@"),
+        ).fetchone()
+        if begun is None and (wish is None or wish.id != old.id):
+            row = json.dumps(asdict(Overtaken(wish=old, event=Event.SUPERSEDE, message=reason)))
+            database.execute("INSERT OR IGNORE INTO overtaken VALUES (?, ?)", (old.id, row))
+    database.execute("DELETE FROM desired WHERE slot = ? AND source = ?", (slot, place))
+    if wish is not None:
+        database.execute("INSERT INTO desired VALUES (?, ?, ?)", (slot, place, json.dumps(asdict(wish))))

@@ -15,27 +15,29 @@ from typing import Final
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
+from agent.deploy.desired import Ending
 from agent.deploy.journal import Journal
 from agent.deploy.pointer import Pointer, target_of
 from agent.deploy.ports import Bundle, Progress, Store
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
 from agent.deploy.slots import model_of
-from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State
+from agent.deploy.state import FINAL, STEPS_BEFORE_CUTOVER_MAX, Event, Record, State
 from agent.deploy.steps import Steps
 from agent.errors import AgentError, BudgetError, BundleError, DiskFullError, PolicyError, StoreError
 from agent.log import get_logger
 
 _log = get_logger("deploy")
 _LOOK_S: Final = 5.0  # while a long wait could be ended by another wish
-_BUDGET_STEPS: Final = 8  # before the last transition, a deployment that waits for bytes begins anew
+_PATIENT_STEPS: Final = STEPS_BEFORE_CUTOVER_MAX - 8  # from here on a deployment is not interrupted again
 
 
 class Obtainer:
     """Gets one slot's bundles.
 
     Args:
-        superseded: Why a deployment is to be given up, empty if it is not; whoever calls then ends it.
+        ending: Why a deployment is to be given up; whoever calls then ends it.
+        closed: Why no bytes may be fetched now, empty if they may.
         revoked: Why a digest was revoked, and policy keeps it from being loaded; else empty.
         make_room: Lets go what nothing needs, but the versions of these digests; whether anything went.
     """
@@ -51,7 +53,8 @@ class Obtainer:
         refusals: Refusals,
         clock: Clock,
         state_dir: Path,
-        superseded: Callable[[Record], str],
+        ending: Callable[[Record], Ending | None],
+        closed: Callable[[Record], str],
         revoked: Callable[[str], str],
         make_room: Callable[[frozenset[str]], Awaitable[bool]],
     ) -> None:
@@ -64,7 +67,8 @@ class Obtainer:
         self._refusals = refusals
         self._clock = clock
         self._state_dir = state_dir
-        self._superseded = superseded
+        self._ending = ending
+        self._closed = closed
         self._revoked = revoked
         self._make_room = make_room
         self._medium = ""  # a folder that a waiting deployment may be taken from
@@ -77,6 +81,7 @@ class Obtainer:
         """Another deployment begins: what the one before waited for is over."""
         self._waiting_since = None
         self._not_before = 0.0
+        self._medium = ""
         self._retry.reset()
         self._steps.defer_progress()
 
@@ -101,33 +106,46 @@ class Obtainer:
         try:
             return await self._from_disk(record, pointer)
         except BundleError as error:
-            return await self._failed(record, error), None
+            return await self._failed(record, error, record.medium), None
 
     async def wait(self, record: Record) -> Record:
         """Do the work of FETCH_WAIT: ask again and again until the store answers; one transition however long."""
         if await self._waited_for_budget(record):
-            return record if self._superseded(record) else await self._again(record)
+            return record if self._ending(record) else await self._again(record)
         now = self._clock.monotonic()
         self._waiting_since = self._waiting_since or now
         if now - self._waiting_since > self._config.fetch_limit_s:
             return await self._steps.step(record, Event.FAIL, code="offline", message="the store stayed out of reach")
         await self._until_medium(0.1 + self._retry.next())
-        if self._superseded(record):
+        if self._ending(record):
             return record
+        medium = record.medium or self._medium
         try:
             await self._store.resolve(
-                team=record.team,
-                name=record.model,
-                version=record.wanted,
-                channel=record.channel,
-                medium=record.medium or self._medium,
+                team=record.team, name=record.model, version=record.wanted, channel=record.channel, medium=medium
             )
         except AgentError as error:
-            return await self._failed(record, error)
+            return await self._failed(record, error, medium)
         return await self._again(record)
 
     async def _again(self, record: Record) -> Record:
+        if reason := self._closed(record):
+            return await self._steps.step(record, Event.WAIT, code="", message=reason)
         return await self._steps.step(record, Event.DONE, code="", message="")
+
+    async def kept(self, record: Record) -> Bundle | None:
+        """Return a STAGED deployment's bundle from disk, every byte checked again; ``None``: it is to be fetched again.
+
+        Raises:
+            AgentError: the disk could not be read.
+        """
+        for kept in (await self._store.inventory()).versions:
+            if (kept.team, kept.name) == (record.team, self._slot) and record.digest.startswith(kept.digest):
+                try:
+                    return await self._store.check(kept.path)
+                except BundleError as error:
+                    _log.warning("what was staged does not hold", slot=self._slot, reason=str(error))
+        return None
 
     async def _from_disk(self, record: Record, pointer: Pointer | None) -> tuple[Record, Bundle | None]:
         known = [target for target in (pointer and pointer.previous, pointer and pointer.active) if target]
@@ -149,16 +167,30 @@ class Obtainer:
     ) -> tuple[Record, Bundle | None]:
         confirmed = pointer.active.digest if pointer is not None and not pointer.trial and serves else ""
         progress: asyncio.Queue[Progress | None] = asyncio.Queue()
-        async with asyncio.TaskGroup() as group:
-            fetch = group.create_task(self._fetch(record, progress), name=f"fetch {self._slot}")
-            while (seen := await progress.get()) is not None:
-                record = await self._follow(record, seen, confirmed)
-                if record.state in FINAL or self._superseded(record):
-                    fetch.cancel()
-                    return record, None
+        medium = record.medium or self._medium
+        trouble: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                fetch = group.create_task(self._fetch(record, medium, progress), name=f"fetch {self._slot}")
+                while (seen := await progress.get()) is not None:
+                    record = await self._follow(record, seen, confirmed)
+                    if record.state in FINAL or self._ending(record):
+                        fetch.cancel()
+                        return record, None
+                    if (
+                        record.state is State.FETCHING
+                        and record.step < _PATIENT_STEPS
+                        and (reason := self._closed(record))
+                    ):
+                        fetch.cancel()
+                        return await self._steps.step(record, Event.WAIT, message=reason), None
+        except* (AgentError, OSError) as errors:  # of the journal's disk; whoever keeps the slot tries again
+            trouble = errors.exceptions[0]
+        if trouble is not None:
+            raise trouble
         outcome = fetch.result()
         if isinstance(outcome, AgentError):
-            return await self._failed(record, outcome), None
+            return await self._failed(record, outcome, medium), None
         return await self._staged(record, outcome), outcome
 
     async def _staged(self, record: Record, bundle: Bundle) -> Record:
@@ -166,7 +198,9 @@ class Obtainer:
             record = await self._steps.step(record, Event.DONE, version=bundle.version, digest=bundle.digest)
         return record
 
-    async def _fetch(self, record: Record, progress: asyncio.Queue[Progress | None]) -> Bundle | AgentError:
+    async def _fetch(
+        self, record: Record, medium: str, progress: asyncio.Queue[Progress | None]
+    ) -> Bundle | AgentError:
         """Return the bundle or why there is none; ``None`` ends the progress."""
         try:
             return await self._store.fetch(
@@ -175,7 +209,7 @@ class Obtainer:
                 version=record.wanted,
                 channel=record.channel,
                 on_progress=progress.put_nowait,
-                medium=record.medium or self._medium,
+                medium=medium,
             )
         except AgentError as error:
             return error
@@ -200,12 +234,14 @@ class Obtainer:
             return await self._steps.step(record, Event.DONE)
         return record
 
-    async def _failed(self, record: Record, error: AgentError) -> Record:
+    async def _failed(self, record: Record, error: AgentError, medium: str) -> Record:
+        """``medium``: what was asked. One that was offered meanwhile is still to be asked."""
         cause = {"code": error.code, "message": str(error)}
-        medium, self._medium = self._medium, ""
+        if medium == self._medium:
+            self._medium = ""
         if isinstance(error, BundleError):
-            version, source = record.version or record.wanted, record.medium or medium
-            self._refusals.bundle(error, team=record.team, name=self._model, version=version, source=source)
+            version = record.version or record.wanted
+            self._refusals.bundle(error, team=record.team, name=self._model, version=version, source=medium)
         if medium and not record.medium:  # it was only offered: the store is waited for again
             _log.warning("medium is of no use", slot=self._slot, medium=medium, **cause)
             return record if record.state is State.FETCH_WAIT else await self._offline(record, cause)
@@ -218,7 +254,7 @@ class Obtainer:
         if record.state is State.FETCH_WAIT:
             return record
         if isinstance(error, BudgetError):
-            if record.step > TRANSITIONS_MAX - _BUDGET_STEPS:
+            if record.step >= _PATIENT_STEPS:
                 return await self._steps.step(record, Event.FAIL, **cause)
             self._not_before = self._clock.monotonic() + error.retry_after_s
         return await self._offline(record, cause)
@@ -251,7 +287,7 @@ class Obtainer:
     async def _waited_for_budget(self, record: Record) -> bool:
         """Wait until more bytes may be fetched, a medium comes, or another wish won; ``False``: nothing to wait for."""
         waits = self._clock.monotonic() < self._not_before
-        while (left_s := self._not_before - self._clock.monotonic()) > 0 and not self._superseded(record):
+        while (left_s := self._not_before - self._clock.monotonic()) > 0 and not self._ending(record):
             if await self._until_medium(min(left_s, _LOOK_S)):
                 break
         self._not_before = 0.0

@@ -7,28 +7,34 @@ when a trial fails. Leaves out: which deployment to perform (``reconciler.py``).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from agent.clock import Clock
 from agent.config import DeployConfig
-from agent.deploy import trial
-from agent.deploy.desired import Desired
+from agent.deploy import lane, trial
+from agent.deploy.candidate import probe_if_idle, watch_share
+from agent.deploy.desired import SUPERSEDED, Desired, Ending, Overtaken, record_of
+from agent.deploy.gates import Judge, Situation, before_fetch, before_load
+from agent.deploy.interface import Interface, differences
 from agent.deploy.journal import Journal
 from agent.deploy.obtain import Obtainer
 from agent.deploy.pointer import Pointer, Pointers, Target, target_of
-from agent.deploy.ports import Bundle, Host, Loaded, Store
-from agent.deploy.probation import Verdict, judge
+from agent.deploy.ports import Bundle, Evidence, Host, Loaded, Store
+from agent.deploy.probation import Verdict, judge, summary
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
+from agent.deploy.rollout import Course, course_of
 from agent.deploy.slots import model_of
-from agent.deploy.state import FINAL, TRANSITIONS_MAX, Event, Record, State
+from agent.deploy.state import BEFORE_CUTOVER, TRIAL, WAITING, Event, Record, State
 from agent.deploy.steps import Steps
+from agent.deploy.waiting import Waiting
 from agent.errors import (
     AgentError,
     BundleError,
+    IncompatibleError,
     PolicyError,
     SelfTestError,
     StateError,
@@ -40,7 +46,9 @@ from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
-_SUPERSEDED: Final = "superseded"
+_UNDECIDED: Final = "canary_undecided"
+# What ended a deployment without speaking against its version: it is not remembered as bad.
+_BLAMELESS: Final = frozenset({SUPERSEDED, _UNDECIDED, lane.TOO_MANY_STEPS})
 
 
 class Performer:
@@ -59,7 +67,8 @@ class Performer:
         refusals: Refusals,
         clock: Clock,
         state_dir: Path,
-        superseded: Callable[[Record], str],
+        ending: Callable[[Record], Ending | None],
+        situation: Callable[[Record], Situation],
         revoked: Callable[[str], str],
         make_room: Callable[[frozenset[str]], Awaitable[bool]],
         changed: Callable[[Record], None],
@@ -68,8 +77,10 @@ class Performer:
         self.leaving = False  # nobody wants the slot any more: a trial ends, whatever comes after it
         self.pointer: Pointer | None = None
         self.active: Loaded | None = None
-        self.busy = False  # a deployment is under way
+        self.busy = False  # a deployment is under way and does not only wait
+        self.trying = False  # what serves may be replaced, or was, and the new version is not confirmed yet
         self.held_until: float | None = None  # monotonic; on trial, not loaded, and nothing else could be
+        self.candidate_version = ""  # that is tried beside what serves
         self._model = model_of(slot)  # what failed or served anywhere on this box is remembered by model
         self._config = config
         self._store = store
@@ -80,9 +91,10 @@ class Performer:
         self._refusals = refusals
         self._clock = clock
         self._state_dir = state_dir
-        self._superseded = superseded  # why the deployment is to be given up; empty: it is not
+        self._ending = ending  # why the deployment is to be given up
         self._revoked = revoked  # why a digest was revoked, and policy keeps it from being loaded; else empty
         self._steps = Steps(journal, events, clock, changed)
+        self._waiting = Waiting(config=config, steps=self._steps, clock=clock, situation=situation, ending=ending)
         self._obtainer = Obtainer(
             slot,
             config=config,
@@ -92,21 +104,28 @@ class Performer:
             refusals=refusals,
             clock=clock,
             state_dir=state_dir,
-            superseded=superseded,
+            ending=ending,
+            closed=lambda record: self._waiting.reason(record, before_fetch) if config.fetch_windows else "",
             revoked=revoked,
             make_room=make_room,
         )
+        self._interfaces: dict[str, Interface] = {}  # what callers count on, by digest, of what the pointer names
         self._before: Loaded | None = None  # what served before the trial, still loaded
         self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
-        self._work: Mapping[State, Callable[[Record], Awaitable[Record]]] = {
+        self._course = Course()
+        self._trial_began: Evidence | None = None  # what the version on trial had shown at its cut-over
+        self._work: lane.Work = {
             State.RECEIVED: self._received,
+            State.QUEUED: self._queued,
             State.VALIDATING: self._obtain,
             State.FETCHING: self._obtain,
             State.VERIFYING: self._obtain,
             State.FETCH_WAIT: self._obtainer.wait,
             State.STAGED: self._staged,
+            State.WAITING_WINDOW: self._wait_for_window,
             State.LOADING: self._load,
+            State.CANARY: self._canary,
             State.CUTOVER: self._cut_over,
             State.PROBATION: self._probation,
             State.ROLLING_BACK: self._roll_back,
@@ -117,6 +136,7 @@ class Performer:
     async def boot(self, pointer: Pointer) -> None:
         """Load what the pointer names; fall back to the previous version when that does not work."""
         self.pointer = pointer
+        self.trying = self._on_trial
         if reason := self._revoked(pointer.active.digest):
             self._host.expect(self.slot, revoked_text(pointer.active.version, reason))
             return  # what serves instead is for the reconciler to say
@@ -230,6 +250,14 @@ class Performer:
             if loaded is not None:
                 await self._host.retire(loaded)
 
+    def rest(self) -> None:
+        """Nothing is being deployed, so nothing of it is on trial, whatever the pointer says."""
+        self.trying = False
+
+    def nudge(self) -> None:
+        """Let a deployment that waits look again now."""
+        self._waiting.nudge()
+
     def offer(self, medium: str) -> None:
         """Let a deployment that waits for its store be taken from the folder ``medium``."""
         self._obtainer.offer(medium)
@@ -240,35 +268,30 @@ class Performer:
         bundle = await self._store.check(self._state_dir / target.path)
         if bundle.digest != target.digest:
             raise UntrustedError(f"{target.path} holds another manifest than the pointer names")
+        self._interfaces[bundle.digest] = bundle.interface
         pointer = self.pointer
         on_trial = pointer is not None and pointer.trial and target == pointer.active
+        self._trial_began = None
         loaded = await (self._host.load(self.slot, bundle) if on_trial else self._host.restore(self.slot, bundle))
         self._host.activate(self.slot, loaded)
         return loaded
 
     # Deployments
 
-    async def begin(self, wish: Desired, *, deployment_id: str, begun: Callable[[], None] = lambda: None) -> None:
+    async def begin(
+        self, wish: Desired, *, deployment_id: str, digest: str = "", begun: Callable[[], None] = lambda: None
+    ) -> None:
         """Perform a new deployment for ``wish`` to its end; ``begun`` is called once it is recorded."""
-        now = self._clock.wall()
-        record = Record(
-            id=deployment_id,
-            slot=self.slot,
-            team=wish.team,
-            wanted=wish.version,
-            channel=wish.channel,
-            source=wish.source,
-            local=wish.local,
-            force=wish.force,
-            medium=wish.medium,
-            plan=wish.plan,
-            previous=self.pointer.active.version if self.pointer is not None else "",
-            created=now,
-            updated=now,
-        )
+        previous = self.pointer.active.version if self.pointer is not None else ""
+        now_s = self._clock.wall()
+        record = record_of(wish, deployment_id, previous=previous, digest=digest, now_s=now_s)
         await self._steps.begin(record)
         begun()
         await self.perform(record)
+
+    async def close(self, overtaken: Overtaken) -> None:
+        """Record and tell the end of a wish whose deployment never began."""
+        await lane.close(overtaken, self._steps, now_s=self._clock.wall())
 
     async def resume(self, record: Record) -> None:
         """Go on with a deployment that a restart interrupted."""
@@ -282,54 +305,55 @@ class Performer:
             record = await self._steps.step(
                 record, Event.FAIL, code="boot_failed", message="it did not survive a restart"
             )
-        elif record.state is not State.ROLLING_BACK and record.state is not State.RECEIVED:
+        elif record.state not in WAITING | {State.ROLLING_BACK, State.RECEIVED}:
             record = await self._steps.step(record, Event.RESUME)
         await self.perform(record)
 
     async def perform(self, record: Record) -> None:
         """Do the work of each state until a final one."""
         self.busy = True
+        self.trying = self.trying or (record.state in TRIAL and self._on_trial)
         try:
-            await self._perform(record)
+            await lane.perform(record, self._work, self._steps, self._ending)
         finally:
-            self.busy = False
+            self.busy, self.candidate_version = False, ""
+            self.trying = self._on_trial
             await self._discard_candidate()
 
-    async def _perform(self, record: Record) -> None:
-        while record.state not in FINAL:
-            if record.step >= TRANSITIONS_MAX and (record.state, Event.FAIL) in _FAILABLE:
-                record = await self._steps.step(
-                    record, Event.FAIL, code="too_many_steps", message="the deployment went in circles"
-                )
-            elif (record.state, Event.SUPERSEDE) in _SUPERSEDABLE and self._superseded(record):
-                record = await self._give_up(record)
-            else:
-                record = await self._work[record.state](record)
+    @property
+    def _on_trial(self) -> bool:
+        """Whether the pointer names a version on trial that took another's place."""
+        return self.pointer is not None and self.pointer.trial and self.pointer.previous is not None
 
     async def give_up(self, record: Record) -> None:
         """End an interrupted deployment because another wish won."""
-        if (record.state, Event.SUPERSEDE) in _SUPERSEDABLE:
-            await self._give_up(record)
+        if record.state in BEFORE_CUTOVER:
+            message = self._end_text(record) or "another version was asked for"
+            await self._steps.step(record, Event.SUPERSEDE, message=message)
         elif self.leaving and record.state is State.PROBATION:
-            await self.perform(
-                await self._steps.step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=self._superseded(record))
-            )
+            message = self._end_text(record)
+            await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=SUPERSEDED, message=message))
         elif self.held_until is not None and record.state is State.PROBATION:
             message = "another version was asked for while it was held back"
-            await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=_SUPERSEDED, message=message))
+            await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=SUPERSEDED, message=message))
         else:
             await self.resume(record)
 
-    async def _give_up(self, record: Record) -> Record:
-        return await self._steps.step(
-            record, Event.SUPERSEDE, message=self._superseded(record) or "another version won"
-        )
+    def _end_text(self, record: Record) -> str:
+        end = self._ending(record)
+        return end.message if end is not None else ""
 
     # The work of each state
 
     async def _received(self, record: Record) -> Record:
         self._obtainer.reset()
+        if reason := self._waiting.reason(record, before_fetch):
+            return await self._steps.step(record, Event.WAIT, message=reason)
         return await self._steps.step(record, Event.DONE)
+
+    async def _queued(self, record: Record) -> Record:
+        record, is_open = await self._wait(record, before_fetch)
+        return await self._steps.step(record, Event.DONE, message="") if is_open else record
 
     async def _obtain(self, record: Record) -> Record:
         record, bundle = await self._obtainer.obtain(record, self.pointer, serves=self.active is not None)
@@ -337,7 +361,45 @@ class Performer:
         return record
 
     async def _staged(self, record: Record) -> Record:
-        return await self._steps.step(record, Event.DONE)
+        if noticed := self._noticed(record):
+            return await self._steps.step(record, Event.REJECT, code=IncompatibleError.code, message=noticed)
+        if reason := self._waiting.reason(record, before_load):
+            return await self._steps.step(record, Event.WAIT, message=reason)
+        return await self._start_to_load(record)
+
+    async def _wait_for_window(self, record: Record) -> Record:
+        record, is_open = await self._wait(record, before_load)
+        return await self._start_to_load(record) if is_open else record
+
+    async def _wait(self, record: Record, judge: Judge) -> tuple[Record, bool]:
+        self.busy = False
+        try:
+            return await self._waiting.until_open(record, judge)
+        finally:
+            self.busy = True
+
+    async def _start_to_load(self, record: Record) -> Record:
+        """Take the box's one trial, before anything else may run."""
+        self.trying = self.active is not None
+        if self._bundle is None:  # a restart came in between
+            self._bundle = await self._obtainer.kept(record)
+            if self._bundle is None:
+                return await self._steps.step(record, Event.RESUME, message="")
+        return await self._steps.step(record, Event.DONE, message="")
+
+    def _noticed(self, record: Record) -> str:
+        """Return what callers of the confirmed version would notice, empty if nothing or if that is agreed to."""
+        confirmed = self.pointer.confirmed if self.pointer is not None else None
+        serving = self._interfaces.get(confirmed.digest) if confirmed is not None else None
+        if confirmed is None or serving is None or self._bundle is None:
+            return ""
+        found = differences(serving, self._bundle.interface)
+        if not found or record.local or record.plan.allow_incompatible:
+            return ""
+        return (
+            f"version {record.version} cannot take the place of {confirmed.version} unnoticed: {'; '.join(found)}; "
+            "deploy it with allow_incompatible once its callers are ready"
+        )
 
     async def _load(self, record: Record) -> Record:
         if self._bundle is None:
@@ -352,7 +414,69 @@ class Performer:
                 await self._journal.refuse(self._model, record.digest, str(error))
             event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
             return await self._steps.step(record, event, code=error.code, message=str(error))
-        return await self._steps.step(record, Event.DONE, variant=self._candidate.evidence().variant)
+        variant = self._candidate.evidence().variant
+        self._course = course_of(record.plan.rollout, self._bundle.rollout, self._config)
+        if self._course.shares and self._may_share(record):
+            if reason := await self._missing_beside():
+                message = (
+                    f"what serves cannot stay beside it, which a canary needs ({reason}); --canary none --shadow 0"
+                )
+                return await self._steps.step(record, Event.FAIL, code="canary_impossible", message=message)
+            return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._share_of(record))
+        return await self._steps.step(record, Event.DONE, variant=variant)
+
+    def _may_share(self, record: Record) -> bool:
+        """Whether a confirmed version serves beside which this one could be tried; a rollback is in a hurry."""
+        pointer = self.pointer
+        return self.active is not None and pointer is not None and not pointer.trial and not record.local
+
+    def _share_of(self, record: Record) -> float:
+        """Return the share to begin with: after a restart the one that was held, since those before are earned."""
+        shares = self._course.shares
+        return record.percent if record.percent in shares else shares[0]
+
+    async def _missing_beside(self) -> str:
+        """Return why what serves does not answer beside the candidate: memory may hold one of them only."""
+        if self.active is None or self.active.evidence().ready:
+            return ""
+        try:
+            await self.active.self_test()
+        except AgentError as error:
+            return str(error)
+        return ""
+
+    async def _canary(self, record: Record) -> Record:
+        """Watch the candidate at its share; then it gets the next, or everything."""
+        candidate, serving = self._candidate, self.active
+        if candidate is None or serving is None:
+            return await self._steps.step(record, Event.RESUME)
+        self.candidate_version = record.version
+        outcome = await watch_share(
+            candidate,
+            serving,
+            record.percent,
+            self._course,
+            config=self._config,
+            host=self._host,
+            clock=self._clock,
+            interrupted=lambda: self._end_text(record) or self._revoked(record.digest),
+        )
+        evidence = (*record.evidence, outcome.evidence)
+        if reason := self._revoked(record.digest):
+            self._host.end_try(candidate)
+            message = revoked_text(record.version, reason)
+            return await self._steps.step(record, Event.FAIL, code=PolicyError.code, message=message, evidence=evidence)
+        if outcome.judgement is None:
+            return replace(record, evidence=evidence)  # given up by whoever goes by the states
+        if outcome.judgement.verdict is Verdict.ROLL_BACK:
+            code = _UNDECIDED if outcome.judgement.undecided else "canary_failed"
+            return await self._steps.step(
+                record, Event.FAIL, code=code, message=outcome.judgement.reason, evidence=evidence
+            )
+        following = next((share for share in self._course.shares if share > record.percent), None)
+        if following is None:
+            return await self._steps.step(record, Event.DONE, evidence=evidence)
+        return await self._steps.step(record, Event.SHARE, percent=following, evidence=evidence)
 
     async def _cut_over(self, record: Record) -> Record:
         if self._candidate is not None and self._bundle is not None:
@@ -367,6 +491,10 @@ class Performer:
                 )
             except (AgentError, OSError) as error:
                 return await self._steps.step(record, Event.FAIL, code="pointer_failed", message=str(error))
+            named = {active.digest, confirmed.digest if confirmed is not None else ""}
+            self._interfaces[active.digest] = self._bundle.interface
+            self._interfaces = {digest: known for digest, known in self._interfaces.items() if digest in named}
+            self._trial_began, self.candidate_version = self._candidate.evidence(), ""
             replaced = self._host.activate(self.slot, self._candidate)
             self.active, self._candidate, self.held_until = self._candidate, None, None
             if self._before is None:
@@ -381,15 +509,17 @@ class Performer:
             return await self._confirm(record, "it was confirmed before")
         if self.active is None:
             return await self._steps.step(record, Event.FAIL, code="boot_failed", message="it is not loaded")
-        base = self._before.evidence() if self._before is not None else None
-        answered = base.good + base.faults if base is not None else 0
-        baseline = base.faults / answered if base is not None and answered else 0.0
-        started = self._clock.monotonic()
+        before = self._before.evidence() if self._before is not None else None
+        if before is not None:  # of all its answers the last minutes' tell how long they take
+            before = replace(before, latency=before.recent)
+        began, first = self._clock.monotonic(), self._trial_began or Evidence()
         probe_s = max(_TRIAL_POLL_S, self._config.probation_s / max(1, self._config.probation_calls_min) / 2)
         while True:
-            judgement = judge(
-                self.active.evidence(), self._clock.monotonic() - started, self._config, baseline_faults=baseline
-            )
+            elapsed_s, shown = self._clock.monotonic() - began, self.active.evidence().since(first)
+            judgement = judge(shown, elapsed_s, self._config, before=before)
+            if judgement.verdict is not Verdict.WAIT:
+                found = {**summary(shown, before, elapsed_s, 100.0), "verdict": judgement.reason}
+                record = replace(record, evidence=(*record.evidence, found))
             if judgement.verdict is Verdict.CONFIRM:
                 return await self._confirm(record, judgement.reason)
             if judgement.verdict is Verdict.ROLL_BACK:
@@ -397,16 +527,13 @@ class Performer:
             if reason := self._revoked(record.digest):
                 message = revoked_text(record.version, reason)
                 return await self._steps.step(record, Event.FAIL, code=PolicyError.code, message=message)
+            end = self._ending(record)
             previous = self.pointer.previous if self.pointer is not None else None
-            if self._superseded(record) and (previous is not None or self.leaving):
+            if end is not None and (previous is not None or self.leaving):
                 return await self._steps.step(
-                    record, Event.SUPERSEDE, code=_SUPERSEDED, message=f"{self._superseded(record)} while on trial"
+                    record, Event.SUPERSEDE, code=SUPERSEDED, message=f"{end.message} while on trial"
                 )
-            await self._clock.sleep(probe_s)
-            try:
-                await self.active.self_test()
-            except AgentError as error:
-                _log.warning("self-test on trial failed", slot=self.slot, error=str(error))
+            await probe_if_idle(self.active, self._clock, probe_s)
 
     async def _confirm(self, record: Record, reason: str) -> Record:
         if self.pointer is not None and self.pointer.trial:
@@ -422,33 +549,53 @@ class Performer:
         return record
 
     async def _roll_back(self, record: Record) -> Record:
-        """Pointer first, then requests, then memory."""
-        failed, pointer = self.active, self.pointer
-        if record.code != _SUPERSEDED:
+        """Pointer first, then requests, then memory; only then is the version remembered as bad: none that is loads."""
+        fault, pointer = "", self.pointer
+        bad = record.code not in _BLAMELESS
+        if pointer is not None and pointer.trial:  # else it was done before a restart
+            fault = await self._return_to(pointer.previous, record, stops=bad)
+        if bad:
             await self._journal.refuse(self._model, record.digest, record.message)
-        previous = pointer.previous if pointer is not None and pointer.trial else None
-        try:
-            if pointer is None or not pointer.trial:
-                return await self._steps.step(record, Event.DONE)  # done before a restart
-            if previous is None:
-                self._pointers.remove(self.slot)
-                self.pointer, self.active, self.held_until = None, None, None
-            else:
-                self._point(Pointer(slot=self.slot, active=previous))
+        if fault:
+            return await self._steps.step(record, Event.FAIL, message=f"{record.message}; {fault}")
+        return await self._steps.step(record, Event.DONE)
+
+    async def _return_to(self, previous: Target | None, record: Record, *, stops: bool) -> str:
+        """Leave the version on trial for ``previous``, which is brought up later if it cannot be now.
+
+        Args:
+            previous: The confirmed version; ``None``: there is none.
+            record: Of the deployment that is undone.
+            stops: What is left may not serve on, although nothing takes its place.
+
+        Returns:
+            Why ``previous`` does not serve; empty if it does.
+
+        Raises:
+            AgentError, OSError: the pointer cannot be written now; nothing has changed.
+        """
+        failed, fault = self.active, ""
+        if previous is None:
+            self._pointers.remove(self.slot)
+            self.pointer, self.active, self.held_until = None, None, None
+        else:
+            self._point(Pointer(slot=self.slot, active=previous))
+            try:
                 if self._before is not None:
                     self._host.activate(self.slot, self._before)
                     self.active, self._before = self._before, None
                 else:
                     self.active = await self._bring_up(previous)
-        except (AgentError, OSError) as error:
-            return await self._steps.step(
-                record, Event.FAIL, message=f"{record.message}; the rollback failed too: {error}"
-            )
+            except (AgentError, OSError) as error:
+                fault = f"the rollback failed too: {error}"
+                if stops:
+                    self.active = None
         if failed is not None and failed is not self.active:
             await self._host.retire(failed)
-        if previous is None:
-            self._host.expect(self.slot, f"version {record.version} was rolled back: {record.message}")
-        return await self._steps.step(record, Event.DONE)
+        if self.active is None:
+            reason = "; ".join(filter(None, (record.message, fault)))
+            self._host.expect(self.slot, f"version {record.version} was rolled back: {reason}")
+        return fault
 
     # Inside
 
@@ -461,13 +608,3 @@ class Performer:
         candidate, self._candidate, self._bundle = self._candidate, None, None
         if candidate is not None:
             await self._host.retire(candidate)
-
-
-_FAILABLE: Final = frozenset((state, Event.FAIL) for state in State if state not in FINAL)
-_SUPERSEDABLE: Final = frozenset(
-    (state, Event.SUPERSEDE)
-    for state in (
-        *(State.RECEIVED, State.VALIDATING, State.FETCH_WAIT, State.FETCHING, State.VERIFYING),
-        *(State.STAGED, State.LOADING),
-    )
-)

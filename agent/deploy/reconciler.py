@@ -12,12 +12,14 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
-from agent.deploy.desired import REVOCATION, TRANSIENT, Action, Desired, decide, effective, may_pass
+from agent.deploy.desired import REVOCATION, STAGING, TRANSIENT, Action, Desired, Ending, decide, may_pass, serves
+from agent.deploy.gates import Situation
+from agent.deploy.holds import EVERY_MODEL, Holds
 from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
@@ -28,7 +30,9 @@ from agent.deploy.retention import Retention
 from agent.deploy.revocation import Measure, OnRevoked, Revoked
 from agent.deploy.revocations import Revocations, fall_back_id
 from agent.deploy.slots import model_of, slot_of, version_beside
-from agent.deploy.state import FINAL, TABLE, Event, Record, State
+from agent.deploy.stager import Stager
+from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, Event, Record, State, staging_lane
+from agent.deploy.wishes import Wishes
 from agent.errors import AgentError, BundleError, CommandError, NotFoundError, PolicyError
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
@@ -38,6 +42,7 @@ _REVIVE_S: Final = 30.0
 _FIRST_POLL_S: Final = 60.0  # for a model that has nothing to serve yet, or whose trouble may have passed
 
 _HELD: Final = frozenset({Action.RESUME, Action.NOTHING, Action.POLL})  # none ends a hold
+_PAST_GATE: Final = TRIAL | {State.LOADING}
 _RESTING: Final = FINAL | {State.PROBATION}
 
 
@@ -74,6 +79,7 @@ class Reconciler:
         configured: Iterable[Desired],
         poll_interval_s: float,
         refusals: Refusals | None = None,
+        clock_trusted: Callable[[], bool] = lambda: True,
         on_revoked: OnRevoked = "fallback",
     ) -> None:
         self._config = config
@@ -83,14 +89,17 @@ class Reconciler:
         self._events = events
         self._clock = clock
         self._state_dir = state_dir
-        self._configured = tuple(configured)
         self._poll_interval_s = poll_interval_s
         self._refusals = refusals or Refusals(events, clock)
         self._pointers = Pointers(state_dir / "active")
         self._performers: dict[str, Performer] = {}
-        self._wishes: dict[str, Desired] = {}
-        self._wishes_known = False  # the journal could be read
-        self._cancelled: set[str] = set()  # deployments that are to be given up
+        self._stagers: dict[str, Stager] = {}
+        self._lanes: dict[str, Performer | Stager] = {}  # both, by lane
+        self._prepared: dict[str, Record] = {}  # by slot: on disk as asked, and not loaded yet
+        self._clock_trusted = clock_trusted
+        self._wishes = Wishes(journal, configured, lambda: clock.wall() if clock_trusted() else None)
+        self._under_way: dict[str, Record] = {}  # by slot: deployments that have not ended
+        self.holds = Holds(config, clock, changed=self._nudge)
         self._hints: dict[str, asyncio.Event] = {}
         self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
         self._change: asyncio.Future[None] | None = None
@@ -106,9 +115,10 @@ class Reconciler:
             store=store,
             journal=journal,
             state_dir=state_dir,
-            slots=self._performers,
-            wishes=lambda: self._wishes,
+            slots=self._lanes,
+            wishes=lambda: self._wishes.strongest,
             revoked=self.revocations.all,
+            prepared=lambda: frozenset(record.digest for record in self._prepared.values()),
         )
         self.booted = asyncio.Event()  # every slot with a pointer serves, or could not be made to
 
@@ -131,8 +141,8 @@ class Reconciler:
             await self.revocations.learn(await self._store.heard())
         with contextlib.suppress(AgentError):
             await self._removals.load()
-            await self._refresh_wishes()
-        for slot in self._wishes or {wish.slot for wish in self._configured}:
+            await self._wishes.refresh()
+        for slot in self._wishes.strongest or self._wishes.configured:
             self._host.expect(slot, "its first version has not arrived yet")
         self._to_boot = {pointer.slot: pointer for pointer in pointers if pointer.slot not in self._removals}
         for slot in self._to_boot:
@@ -150,6 +160,10 @@ class Reconciler:
                     if slot not in self._running:
                         self._running.add(slot)
                         group.create_task(self._keep(slot), name=f"slot {slot}")
+                for slot in self._wishes.staging_slots():
+                    if (lane := staging_lane(slot)) not in self._running:
+                        self._running.add(lane)
+                        group.create_task(self._keep_staging(slot), name=f"staging {slot}")
                 await self._new_slot.wait()
 
     def stopped(self) -> None:
@@ -172,27 +186,29 @@ class Reconciler:
         """
         if wish.slot in self._removals or wish.model in self._removals:
             raise CommandError(f"{wish.slot} is being removed; try again once it is gone")
-        if wish.model not in self._wishes and self.active_version(wish.model) is None and wish.model != wish.slot:
+        if (
+            wish.model not in self._wishes.strongest
+            and self.active_version(wish.model) is None
+            and wish.model != wish.slot
+        ):
             raise CommandError(
                 f"{wish.model} has no default version that {wish.version} could be beside; "
                 f"deploy it first: inferctl deploy {wish.model}@{wish.version}"
             )
         if reason := self.revocations.against(wish):
             raise PolicyError(f"{wish.slot} {wish.version} was revoked: {reason}")
-        held = self._wishes.get(wish.slot)
-        if wish.source == "fleet" and held is not None and held.source == "pin":
+        held = self._wishes.strongest.get(wish.slot)
+        if wish.place == "fleet" and held is not None and held.source == "pin":
             raise CommandError(f"{wish.slot} is pinned on the box to {held.version or held.channel}; unpin it first")
-        await self._journal.want(wish)
-        await self._refresh_wishes()
+        await self._wishes.want(wish)
         self._look(wish.slot)
         self._wake()
 
     async def unpin(self, slot: str) -> None:
         """Give the slot back to the fleet and the configuration file."""
-        if slot not in self._wishes:
+        if slot not in self._wishes.strongest:
             raise NotFoundError(f"no slot {slot!r}")
-        await self._journal.unwant(slot, "pin")
-        await self._refresh_wishes()
+        await self._wishes.withdraw(slot, "pin")
         self._look(slot)
 
     async def remove(self, model: str, version: str = "", *, by_fleet: bool = False) -> list[str]:
@@ -209,14 +225,15 @@ class Reconciler:
             model,
             version,
             slots={slot for slot in self._all_slots() if self._serves_or_wanted(slot)},
-            configured={wish.slot for wish in self._configured},
+            configured=self._wishes.configured,
             default=self.active_version(model),
         )
-        pinned = [slot for slot in slots if (wish := self._wishes.get(slot)) is not None and wish.source == "pin"]
+        wishes = [wish for slot in slots if (wish := self._wishes.strongest.get(slot)) is not None]
+        pinned = [wish.slot for wish in wishes if wish.source == "pin"]
         if by_fleet and pinned:
             raise CommandError(f"{', '.join(pinned)} is pinned on the box; unpin it first")
         await self._removals.begin(slots)
-        await self._refresh_wishes()
+        await self._wishes.refresh()
         for slot in slots:
             self._performer(slot).leaving = True
             self._look(slot)
@@ -253,26 +270,40 @@ class Reconciler:
             raise CommandError(f"{slot_of(model, version)} has not earned trust here yet; {advice} tries it")
         return found.team
 
-    async def cancel(self, slot: str) -> str:
-        """Give up what is being deployed to ``slot``, and the pin that asked for it; return the deployment's id.
+    async def cancel(self, slot: str, *, source: str = "pin") -> str:
+        """Give up what is being deployed to ``slot`` or prepared for it, and the pin that asked for it.
 
-        What was fetched stays for the next try.
+        What was fetched stays for the next try; what was only prepared is let go. Returns the deployment's id.
 
         Raises:
             NotFoundError: nothing is being deployed that does not serve already.
+            CommandError: the fleet asks, and a pin asked for the deployment.
         """
-        latest = await self._journal.latest(slot)
-        if latest is None or (latest.state, Event.SUPERSEDE) not in TABLE or latest.state is State.PROBATION:
-            raise NotFoundError(f"{slot!r}: nothing is being deployed that could still be cancelled")
-        self._cancelled.add(latest.id)
-        wish = self._wishes.get(slot)
-        if wish is not None and wish.source == "pin":
-            await self.unpin(slot)
-        self._look(slot)
-        return latest.id
+        for lane, wishes in ((slot, self._wishes.strongest), (staging_lane(slot), self._wishes.staged)):
+            wish, latest = wishes.get(slot), await self._journal.latest(lane)
+            begun = latest is not None and wish is not None and serves(latest, wish)
+            if latest is not None and latest.state in BEFORE_CUTOVER:
+                _require_right(latest.source, source, slot)
+                await self._wishes.cancel(wish if begun else None, latest.id)
+            elif wish is not None and wish.source != "file" and not begun and await self._unknown(wish):
+                _require_right(wish.source, source, slot)
+                await self._wishes.cancel(wish)
+                latest = None
+            elif wish is not None and latest is not None and begun and latest.state is State.PREPARED:
+                _require_right(wish.source, source, slot)
+                await self._wishes.withdraw(slot, STAGING)
+            else:
+                continue
+            self._look(slot)
+            self._wake()
+            return latest.id if latest is not None else wish.id if wish is not None else ""
+        raise NotFoundError(f"{slot!r}: nothing is being deployed that could still be cancelled")
+
+    async def _unknown(self, wish: Desired) -> bool:
+        return await self._journal.get(wish.id) is None
 
     def previous_version(self, slot: str) -> tuple[str, str]:
-        """Return team and version a rollback of ``slot`` would go to.
+        """Return team and version a rollback of ``slot`` would go to; while a candidate is tried, what serves.
 
         Raises:
             NotFoundError: unknown slot, or no earlier version is kept.
@@ -282,6 +313,8 @@ class Reconciler:
         pointer = performer.pointer if performer is not None else None
         if pointer is None:
             raise NotFoundError(f"{slot!r} serves nothing that could be rolled back")
+        if performer is not None and performer.candidate_version:
+            return pointer.active.team, pointer.active.version
         if pointer.previous is None:
             raise NotFoundError(f"{slot!r}: no earlier version is kept on this box")
         if reason := self.revocations.forbidden(pointer.previous.digest):
@@ -293,7 +326,7 @@ class Reconciler:
         performer = self._performers.get(slot)
         if performer is not None and performer.pointer is not None:
             return performer.pointer.active.team
-        wish = self._wishes.get(slot)
+        wish = self._wishes.strongest.get(slot) or self._wishes.staged.get(slot)
         return wish.team if wish is not None else None
 
     # What is learned of versions, and of this box
@@ -314,12 +347,12 @@ class Reconciler:
         """Let no slot serve as long as ``reason`` is not empty."""
         if reason != self._held:
             self._held = reason
-            for slot in self._performers.keys() | self._wishes.keys():
+            for slot in self._performers.keys() | self._wishes.strongest.keys():
                 self._look(slot)
 
     def models(self) -> list[tuple[str, str]]:
         """Return team and name of every model that serves or is wanted here."""
-        found = {(wish.team, wish.model) for wish in self._wishes.values()}
+        found = {(wish.team, wish.model) for wish in self._wishes.strongest.values()}
         pointers = [performer.pointer for performer in self._performers.values()]
         found |= {(pointer.active.team, pointer.active.name) for pointer in pointers if pointer is not None}
         return sorted(found)
@@ -339,11 +372,11 @@ class Reconciler:
             CommandError: the channel points to an older version than the one that serves.
             BundleError, StoreError: the medium is refused or does not have the model.
         """
-        wish = self._wishes.get(slot)
+        wish = self._wishes.strongest.get(slot)
         if wish is None:
             raise NotFoundError(f"nothing is wanted of {slot!r}")
         performer, latest = self._performer(slot), await self._journal.latest(slot)
-        if latest is not None and latest.state is State.FETCH_WAIT and not self._superseded(latest):
+        if latest is not None and latest.state is State.FETCH_WAIT and self._wishes.ending(latest) is None:
             performer.offer(medium)
             return latest
         offered = await self._store.resolve(
@@ -393,16 +426,14 @@ class Reconciler:
         """Return the deployment once it has ended or moved past ``seen``: its step and bytes done.
 
         Raises:
-            NotFoundError: there is no such deployment: it is not known, or another wish won before it began.
+            NotFoundError: there is no such deployment.
         """
         while True:
             record = self._current.get(deployment_id) or await self._journal.get(deployment_id)
             if record is not None and (record.state in FINAL or (record.step, record.bytes_done) > seen):
                 return record
-            if record is None and all(wish.id != deployment_id for wish in self._wishes.values()):
-                raise NotFoundError(
-                    f"no deployment {deployment_id!r}: not known, or another version was asked for before it began"
-                )
+            if record is None and not self._wishes.may_come(deployment_id):
+                raise NotFoundError(f"no deployment {deployment_id!r}")
             await self._changed()
 
     async def _changed(self) -> None:
@@ -418,11 +449,21 @@ class Reconciler:
         """Return the newest deployments, newest first."""
         return await self._journal.history(limit=limit)
 
+    def past_gate(self, slot: str) -> list[dict[str, str]]:
+        """Return the deployments of ``slot`` (``*``: of all) that no hold can keep waiting any more."""
+        return [
+            {"slot": name, "deployment": record.id, "version": record.version, "state": str(record.state)}
+            for name, record in self._under_way.items()
+            if slot in (name, EVERY_MODEL) and record.state in _PAST_GATE
+        ]
+
     def slots(self) -> list[dict[str, object]]:
         """Return wish and pointer of every slot."""
         rows: list[dict[str, object]] = []
         for slot in sorted(filter(self._serves_or_wanted, self._all_slots()), key=lambda slot: (model_of(slot), slot)):
-            performer, wish = self._performers.get(slot), self._wishes.get(slot)
+            performer, wish = self._performers.get(slot), self._wishes.strongest.get(slot)
+            under_way, prepared = self._under_way.get(slot), self._prepared.get(slot)
+            waits = under_way is not None and under_way.state in (State.QUEUED, State.WAITING_WINDOW)
             pointer = performer.pointer if performer is not None else None
             rows.append(
                 {
@@ -437,6 +478,9 @@ class Reconciler:
                     if pointer is not None and pointer.previous is not None
                     else None,
                     "trial": pointer.trial if pointer is not None else False,
+                    "waits": under_way.message if under_way is not None and waits else "",
+                    "held_by": self.holds.holder(slot),
+                    "prepared": prepared.version if prepared is not None else None,
                 }
             )
         return rows
@@ -464,9 +508,13 @@ class Reconciler:
                     return  # removed
                 backoff.reset()
             except (AgentError, OSError) as error:
-                _log.error("deployment is stuck", slot=slot, reason=str(error))
-                self._events.emit(Stream.HEALTH, "deployment.stuck", Severity.ERROR, slot=slot, reason=str(error))
+                self._tell_stuck(slot, error)
                 await self._clock.sleep(1.0 + backoff.next())
+            self._nudge()  # it may have held the box's one trial
+
+    def _tell_stuck(self, slot: str, error: Exception) -> None:
+        _log.error("deployment is stuck", slot=slot, reason=str(error))
+        self._events.emit(Stream.HEALTH, "deployment.stuck", Severity.ERROR, slot=slot, reason=str(error))
 
     async def _boot(self, performer: Performer, pointer: Pointer) -> None:
         if self._held and not pointer.trial:
@@ -476,11 +524,12 @@ class Reconciler:
             await performer.boot(pointer)
 
     async def _act(self, slot: str, performer: Performer, hint: asyncio.Event) -> None:
-        if not self._wishes_known:
-            await self.revocations.load()
-            await self._refresh_wishes()
-            self._new_slot.set()
-        wish, latest = self._wishes.get(slot), await self._journal.latest(slot)
+        await self._read_wishes()
+        wish, latest = self._wishes.strongest.get(slot), await self._journal.latest(slot)
+        if latest is None or latest.state in FINAL:
+            performer.rest()
+            if await self._close_unbegun(slot, performer, staging=False):
+                return None
         action = decide(wish, performer.pointer, latest)
         if action is Action.BEGIN and wish is not None and self.revocations.against(wish):
             action = Action.NOTHING  # what the wish names is never loaded again
@@ -520,10 +569,60 @@ class Reconciler:
             return await performer.give_up(latest)
         await performer.remove()
         await self._removals.finish(slot, pointer)
-        del self._performers[slot], self._hints[slot]
+        del self._performers[slot], self._lanes[slot], self._hints[slot]
         self._running.discard(slot)
         self._wake()
         await self.retention.tidy()
+        return None
+
+    async def _read_wishes(self) -> None:
+        if not self._wishes.known:
+            await self.revocations.load()
+            await self._wishes.refresh()
+            self._new_slot.set()
+
+    async def _close_unbegun(self, slot: str, lane: Performer | Stager, *, staging: bool) -> bool:
+        """Record the ends of wishes that never began; return whether there were any."""
+        ended = await self._wishes.unbegun(slot, staging=staging)
+        for overtaken in ended:
+            await lane.close(overtaken)
+            await self._wishes.told(overtaken)
+        return bool(ended)
+
+    async def _keep_staging(self, slot: str) -> None:
+        """The loop of what is only prepared for one slot."""
+        stager, hint = self._stager(slot), self._hint(staging_lane(slot))
+        backoff = Backoff(first_s=1.0, cap_s=60.0)
+        while True:
+            hint.clear()
+            try:
+                await self._stage(slot, stager, hint)
+                backoff.reset()
+            except (AgentError, OSError) as error:
+                self._tell_stuck(slot, error)
+                await self._clock.sleep(1.0 + backoff.next())
+
+    async def _stage(self, slot: str, stager: Stager, hint: asyncio.Event) -> None:
+        await self._read_wishes()
+        wish, latest = self._wishes.staged.get(slot), await self._journal.latest(staging_lane(slot))
+        if latest is not None and latest.state not in FINAL:
+            return await stager.resume(latest)
+        if await self._close_unbegun(slot, stager, staging=True):
+            return None
+        begun = latest is not None and wish is not None and serves(latest, wish)
+        self._prepared.pop(slot, None)
+        if wish is not None and not begun:
+            await stager.begin(wish)
+            await self.retention.tidy()
+            return None
+        if latest is not None and begun and latest.state is State.PREPARED:
+            performer = self._performers.get(slot)
+            pointer = performer.pointer if performer is not None else None
+            if pointer is not None and not pointer.trial and pointer.active.digest == latest.digest:
+                await self._wishes.withdraw(slot, STAGING)
+            else:
+                self._prepared[slot] = latest
+        await hint.wait()
         return None
 
     async def _enforce(self, performer: Performer, measure: Measure) -> str:
@@ -612,7 +711,11 @@ class Reconciler:
             await self._begin_offered(performer, wish, offered)
 
     async def _begin_offered(self, performer: Performer, wish: Desired, offered: Mark) -> None:
-        await performer.begin(replace(wish, version=offered.version), deployment_id=f"{wish.id}@{offered.digest[:12]}")
+        await performer.begin(
+            replace(wish, version=offered.version),
+            deployment_id=f"{wish.id}@{offered.digest[:12]}",
+            digest=offered.digest,
+        )
         await self.retention.tidy()
 
     async def _offered(self, wish: Desired, pointer: Pointer | None) -> Mark | None:
@@ -653,52 +756,71 @@ class Reconciler:
             f"deploy {wish.slot}@{offered.version} to go back"
         )
 
-    async def _refresh_wishes(self) -> None:
-        self._wishes = dict(effective([*await self._journal.wanted(), *self._configured]))
-        self._wishes_known = True
-
     def _performer(self, slot: str) -> Performer:
         performer = self._performers.get(slot)
         if performer is None:
-            performer = self._performers[slot] = Performer(
+            performer = self._performers[slot] = self._lanes[slot] = Performer(
                 slot,
-                config=self._config,
-                store=self._store,
                 host=self._host,
                 pointers=self._pointers,
-                journal=self._journal,
-                events=self._events,
-                refusals=self._refusals,
-                clock=self._clock,
-                state_dir=self._state_dir,
-                superseded=self._superseded,
-                revoked=self.revocations.forbidden,
-                make_room=self.retention.make_room,
-                changed=self._note,
+                **self._common(),
             )
             performer.leaving = slot in self._removals
         return performer
 
-    def _superseded(self, record: Record) -> str:
-        """Return why the deployment is to be given up, empty if it is not."""
-        if record.id in self._cancelled:
-            return "it was cancelled"
-        wish = self._wishes.get(record.slot)
+    def _ending(self, record: Record) -> Ending | None:
         if record.slot in self._removals:
-            return "it is being removed"
-        if record.source == REVOCATION:
-            return ""
-        won = wish is not None and wish.id != record.id and not record.id.startswith(f"{wish.id}@")
-        return "another version was asked for" if won else ""
+            return Ending(event=Event.SUPERSEDE, message="it is being removed")
+        return self._wishes.ending(record)
+
+    def _stager(self, slot: str) -> Stager:
+        stager = self._stagers.get(slot)
+        if stager is None:
+            stager = self._stagers[slot] = self._lanes[staging_lane(slot)] = Stager(slot, **self._common())
+        return stager
+
+    def _common(self) -> dict[str, Any]:
+        """Return what every lane needs."""
+        return {
+            "config": self._config,
+            "store": self._store,
+            "journal": self._journal,
+            "events": self._events,
+            "refusals": self._refusals,
+            "clock": self._clock,
+            "state_dir": self._state_dir,
+            "ending": self._ending,
+            "situation": self._situation,
+            "revoked": self.revocations.forbidden,
+            "make_room": self.retention.make_room,
+            "changed": self._note,
+        }
+
+    def _situation(self, record: Record) -> Situation:
+        performer = self._performers.get(record.slot)
+        trying = {slot for slot, other in self._performers.items() if other.trying}
+        trying |= {slot for slot, pointer in self._to_boot.items() if pointer.trial and pointer.previous is not None}
+        return Situation(
+            wall_s=self._clock.wall(),
+            clock_trusted=self._clock_trusted(),
+            serves=performer is not None and performer.active is not None,
+            held_by=self.holds.holder(record.slot),
+            on_trial=next(iter(sorted(trying - {record.slot})), ""),
+        )
+
+    def _nudge(self) -> None:
+        """Let every deployment that waits look again now."""
+        for lane in self._lanes.values():
+            lane.nudge()
 
     def _all_slots(self) -> set[str]:
-        known = {wish.slot for wish in self._configured}
-        return known | self._to_boot.keys() | self._performers.keys() | self._wishes.keys() | set(self._removals)
+        known = self._to_boot.keys() | self._performers.keys()
+        return known | self._wishes.slots() | set(self._removals)
 
     def _serves_or_wanted(self, slot: str) -> bool:
         performer = self._performers.get(slot)
         serves = performer is not None and (performer.pointer is not None or performer.busy)
-        return serves or slot in self._wishes or slot in self._to_boot or slot in self._removals
+        return serves or slot in self._wishes.strongest or slot in self._to_boot or slot in self._removals
 
     def _hint(self, slot: str) -> asyncio.Event:
         return self._hints.setdefault(slot, asyncio.Event())
@@ -710,12 +832,23 @@ class Reconciler:
 
     def _look(self, slot: str) -> None:
         self._hint(slot).set()
+        self._hint(staging_lane(slot)).set()
+        for lane in (slot, staging_lane(slot)):
+            if lane in self._lanes:
+                self._lanes[lane].nudge()
         self._new_slot.set()
 
     def _note(self, record: Record) -> None:
         self._current[record.id] = record
+        self._wishes.note(record)
+        if record.lane == record.slot:
+            self._under_way[record.slot] = record
+            if record.state in FINAL:
+                del self._under_way[record.slot]
+        elif record.state is State.PREPARED:
+            self._prepared[record.slot] = record
         if record.state in FINAL:
-            self._cancelled.discard(record.id)
+            self._hint(staging_lane(record.slot)).set()
         while len(self._current) > 64:
             self._current.pop(next(iter(self._current)))
         self._wake()
@@ -724,3 +857,13 @@ class Reconciler:
         """Let everyone who follows a deployment look again."""
         if self._change is not None and not self._change.done():
             self._change.set_result(None)
+
+
+def _require_right(owner: str, asker: str, slot: str) -> None:
+    """The fleet may not cancel what a person asked for on the box.
+
+    Raises:
+        CommandError: it tries.
+    """
+    if asker == "fleet" and owner == "pin":
+        raise CommandError(f"{slot} is being deployed by a pin on the box; cancel it there")

@@ -12,7 +12,7 @@ from agent.deploy.pointer import Pointer
 from agent.deploy.ports import Collected, Inventory, Needed, Store
 from agent.deploy.revocation import Revoked
 from agent.deploy.slots import version_beside
-from agent.deploy.state import FINAL
+from agent.deploy.state import FINAL, State
 from agent.errors import AgentError, OverloadedError
 from agent.log import get_logger
 
@@ -30,7 +30,8 @@ class Retention:
     """Collects for all slots.
 
     Args:
-        slots: By name; the caller's own, so that it is always current.
+        slots: By lane; the caller's own, so that it is always current.
+        prepared: Digests that were asked to be on disk, and are not loaded yet.
         wishes, revoked: What holds now.
     """
 
@@ -43,6 +44,7 @@ class Retention:
         slots: Mapping[str, Slot],
         wishes: Callable[[], Mapping[str, Desired]],
         revoked: Callable[[], list[Revoked]],
+        prepared: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self._store = store
         self._journal = journal
@@ -50,6 +52,7 @@ class Retention:
         self._slots = slots
         self._wishes = wishes
         self._revoked = revoked
+        self._prepared = prepared
 
     async def tidy(self) -> None:
         """Remove what nothing needs, unless a deployment is under way."""
@@ -118,15 +121,15 @@ class Retention:
 
         ``more``: digests that stay, too; deployments without a digest are then taken to be of these.
         """
-        paths, digests, pinned = set(self.in_use()), set(more), self.pinned()
+        paths, digests, pinned = set(self.in_use()), more | self._prepared(), self.pinned()
         for slot in list(self._slots):
             latest = await self._journal.latest(slot)
             if latest is not None and latest.state not in FINAL:
-                if not latest.digest and not more:
+                if not latest.digest and not more and latest.state is not State.QUEUED:
                     return None
-                digests.add(latest.digest)
+                digests |= {latest.digest}
         if pinned:
             inventory = await self._store.inventory()
             paths |= {item.path for item in inventory.versions if (item.team, item.name, item.version) in pinned}
         revoked = frozenset(item.digest for item in self._revoked())
-        return Needed(paths=frozenset(paths), digests=frozenset(digests) - {""}, revoked=revoked)
+        return Needed(paths=frozenset(paths), digests=digests - {""}, revoked=revoked)

@@ -41,6 +41,11 @@ class Steps:
         self._tell(after)
         return after
 
+    async def note(self, record: Record) -> None:
+        """Write what changed while a deployment stays in its state, for whoever looks; no step, no event."""
+        await self._journal.save(record)
+        self._changed(record)
+
     def progress(self, record: Record) -> None:
         """Tell how far a download is: who follows it always, the fleet not more often than somebody could read it."""
         self._changed(record)

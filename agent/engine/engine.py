@@ -25,9 +25,11 @@ from agent.arena import Arena
 from agent.config import ClientLimitConfig, EngineConfig
 from agent.engine.admission import Admission
 from agent.engine.book import VariantBook
+from agent.engine.canary import Canary
 from agent.engine.cgroups import Groups
 from agent.engine.cores import Cores
 from agent.engine.crashes import Crashes
+from agent.engine.growth import Bounds
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
 from agent.engine.learned import Learned
@@ -38,6 +40,7 @@ from agent.engine.pool import Pool
 from agent.engine.residency import Residency, Seat
 from agent.engine.routes import Route
 from agent.engine.selftest import SelfTests
+from agent.engine.shadow import Copy, Shadow, Tally
 from agent.engine.spawn import Spawned
 from agent.engine.streams import StreamCounts
 from agent.engine.types import InferRequest, VariantSpec, VersionSpec
@@ -129,6 +132,17 @@ class Engine:
         self._latency = metrics.histogram(
             "inferd_request_duration_seconds", "Arrival to answer of successful requests", ("model", "version")
         )
+        self._handed = metrics.counter(
+            "inferd_requests_handed_over",
+            "Requests that the version before answered because the one on trial failed",
+            ("model", "version", "code"),
+        )
+        self._copies = metrics.counter(
+            "inferd_shadow_requests", "Copies for a candidate by outcome", ("model", "version", "outcome")
+        )
+        self._copy_latency = metrics.histogram(
+            "inferd_shadow_duration_seconds", "A candidate's answers to copies", ("model", "version")
+        )
         self._answers = metrics.counter("inferd_requests", "Answers by code", ("model", "version", "code"))
         self._tested = metrics.counter(
             "inferd_selftests", "Self-tests of what serves, by how they ended", ("model", "version", "result")
@@ -155,6 +169,9 @@ class Engine:
         }
         for name, (text, of) in gauges.items():
             metrics.gauge(name, text, ("model", "version"), self._gauge(of))
+        labels = ("model", "version")
+        metrics.gauge("inferd_canary_percent", "Of the routing keys that a candidate answers", labels, self._shares)
+        metrics.gauge("inferd_shadow_agreement", "Of a candidate's copies, 0..1", labels, self._agreements)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -228,7 +245,7 @@ class Engine:
         now = self._now()
         job = Job(request, number, now)
         try:
-            job.version = self._choose(request.model, request.version)
+            job.version = self._route_for(job)
             job.client = self._admission.admit(request.client, now)
             request.handle = job
             job.version.submit(job)
@@ -270,6 +287,8 @@ class Engine:
         if not config.lanes_max:
             raise LaneRefusedError("direct lanes are switched off here")
         found = self._choose(model, version)
+        if not version and self._known(model).canary is not None:
+            raise LaneRefusedError("a candidate is being tried: the daemon divides the requests")
         if self._admission.limited(client):
             raise LaneRefusedError("this client's requests are limited, so the daemon counts them")
         if found.pool is None:
@@ -286,6 +305,14 @@ class Engine:
         lane = found.pool.open_lane(next(self._numbers), terms)
         self._work.set()  # it is watched from now on
         return lane
+
+    def _route_for(self, job: Job) -> Version:
+        request = job.request
+        route = self._known(request.model)
+        version = route.choose(request.version)
+        if route.canary is not None and not request.version:
+            version, job.copy = route.canary.choose(request, job.arrived, version)
+        return version
 
     def _choose(self, model: str, version: str | None = None) -> Version:
         return self._known(model).choose(version)
@@ -362,8 +389,72 @@ class Engine:
                 raise
         return version
 
+    def try_out(self, version: Version, *, canary_percent: float, shadow_percent: float) -> None:
+        """Let a loaded candidate answer a share of the keys, and copy a share of the other requests to it.
+
+        May be repeated with other shares; what copies have shown is kept as long as their share is. The default stands
+        in for it wherever it fails. The model gives no direct lanes until ``end_try``.
+        """
+        route = self._route_of(version.model)
+        default, before = route.default, route.canary
+        if default is None or default is version:
+            return
+        same = before is not None and before.candidate is version
+        shadow = before.shadow if before is not None and same else None
+        if before is not None and (not same or shadow is None or shadow.percent != shadow_percent):
+            before.end()
+            shadow = None
+        if shadow is None and shadow_percent:
+            labels = (version.model, version.version)
+            shadow = Shadow(
+                version,
+                default,
+                shadow_percent,
+                submit=partial(self._submit_copy, version),
+                outcomes=self._copies,
+                durations=self._copy_latency.series(labels),
+                now=self._now,
+            )
+        version.stand_in = default
+        requests = (before.requests, before.diverted) if before is not None and same else (0, 0)
+        route.canary = Canary(version, canary_percent, shadow, *requests)
+        version.route(here=True)
+        if default.pool is not None:
+            default.pool.revoke_lanes()
+
+    def end_try(self, version: Version) -> None:
+        """Let the default answer everything again; repeating it does nothing."""
+        route = self._route_of(version.model)
+        if route.canary is None or route.canary.candidate is not version:
+            return
+        route.canary.end()
+        route.canary = None
+        version.route(here=version is route.default or route.beside.get(version.version) is version)
+
+    def tried(self, version: Version) -> Tally:
+        """Return what copies of requests have shown of a candidate."""
+        canary = self._route_of(version.model).canary
+        return canary.tally() if canary is not None and canary.candidate is version else Tally()
+
+    def canary(self, model: str) -> dict[str, Any] | None:
+        """Return what an operator wants to see of a model's candidate, if it has one."""
+        route = self._routes.get(model)
+        return route.canary.status() if route is not None and route.canary is not None else None
+
+    def _submit_copy(self, version: Version, copy: Copy) -> Job:
+        job = Job(copy, next(self._numbers), copy.arrived)
+        job.copied, job.version, copy.handle = True, version, job
+        try:
+            version.submit(job)
+        except AgentError:
+            job.settle()
+            raise
+        self._work.set()
+        return job
+
     def confirm(self, version: Version) -> None:
         """It has earned trust: from now on its own configuration says how long it stays in memory."""
+        version.stand_in = None
         version.stage = Stage.SERVING
         self._residency.look_again()
 
@@ -410,6 +501,13 @@ class Engine:
         report = await found.examine(timeout_s=self._config.hang_timeout_s)
         return {**named, **report.plain()}
 
+    def scale(self, model: str, bounds: Bounds) -> None:
+        """Let the versions of a model have a number of workers within ``bounds``."""
+        for version in self._loaded:
+            if version.model == model:
+                version.rebound(bounds)
+        self._work.set()
+
     def warm(self, runtime: str) -> None:
         """Start a runtime's zygote now, so that the first load need not wait for it; failures show at that load."""
         self._spawn(self._warm(self._zygote(runtime)), f"warm {runtime}")
@@ -420,6 +518,7 @@ class Engine:
 
     def activate(self, version: Version) -> Version | None:
         """Let ``version`` be its model's default from now on; return what was it before, still loaded."""
+        self.end_try(version)
         route = self._route_of(version.model)
         previous, route.default = route.default, version
         route.kept = [one for one in route.kept if one is not version]
@@ -432,6 +531,7 @@ class Engine:
         if previous is version or previous is None:
             return None
         route.kept.append(previous)
+        version.stand_in = previous if version.stage is Stage.TRYING else None
         previous.route(here=route.beside.get(previous.version) is previous)
         previous.stage = Stage.LEFT if back else Stage.BEFORE
         if previous.pool is not None:
@@ -452,11 +552,13 @@ class Engine:
 
     async def retire(self, version: Version, *, beside: bool = False, timeout_s: float = 30.0) -> None:
         """Take a version from its slot; unless another slot holds it, answer what it still holds, then unload it."""
+        self.end_try(version)
         route = self._route_of(version.model)
         route.leave(version, beside=beside)
         version.let_go(beside=beside)
         if version.holders:
             version.route(here=version is route.default or route.beside.get(version.version) is version)
+            version.stand_in = None
             version.stage = Stage.SERVING
             self._residency.look_again()
             return
@@ -590,6 +692,7 @@ class Engine:
             events=self._events,
             latency=self._latency.series((spec.model, spec.version)),
             answers=self._answers,
+            handed=self._handed,
             tested=self._tested,
             streams=StreamCounts(self._metrics, (spec.model, spec.version)),
             now=self._now,
@@ -644,6 +747,16 @@ class Engine:
     def _gauge(self, of: Callable[[Version], float]) -> Callable[[], list[tuple[tuple[str, ...], float]]]:
         return lambda: [((version.model, version.version), of(version)) for version in self._routed()]
 
+    def _canaries(self) -> list[Canary]:
+        return [route.canary for route in self._routes.values() if route.canary is not None]
+
+    def _shares(self) -> list[tuple[tuple[str, ...], float]]:
+        return [((one.candidate.model, one.candidate.version), one.percent) for one in self._canaries()]
+
+    def _agreements(self) -> list[tuple[tuple[str, ...], float]]:
+        tallies = [((one.candidate.model, one.candidate.version), one.tally()) for one in self._canaries()]
+        return [(labels, tally.agreed / tally.compared) for labels, tally in tallies if tally.compared]
+
     def _is_default(self, version: Version) -> bool:
         return self._routes[version.model].default is version
 
@@ -651,7 +764,8 @@ class Engine:
 def _status_of(route: Route[Version]) -> Iterator[dict[str, Any]]:
     named = {"model": route.model, "slot": route.model, "role": "default"}
     if route.default is not None:
-        yield {**named, **route.default.status()}
+        trying = {"canary": route.canary.status()} if route.canary is not None else {}
+        yield {**named, **route.default.status(), **trying}
     elif "" in route.expected:
         yield {**named, "ready": False, "reason": route.expected[""]}
     for version in sorted(route.beside.keys() | route.expected.keys() - {""}):

@@ -6,10 +6,14 @@ default, beside it, on trial, or kept for a rollback. Leaves out: what a version
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from agent.errors import UnavailableError, UnknownModelError
+
+if TYPE_CHECKING:
+    from agent.engine.canary import Canary
 
 
 class Addressed(Protocol):
@@ -26,13 +30,14 @@ V = TypeVar("V", bound=Addressed)
 class Route(Generic[V]):
     """The versions of one model."""
 
-    __slots__ = ("beside", "default", "expected", "kept", "model")
+    __slots__ = ("beside", "canary", "default", "expected", "kept", "model")
 
     def __init__(self, model: str) -> None:
         self.model = model
         self.default: V | None = None  # answers what names no version
         self.beside: dict[str, V] = {}  # by version; each answers what names it
         self.kept: list[V] = []  # loaded for a deployment: before its cut-over, or for a rollback; the newest last
+        self.canary: Canary | None = None  # a candidate's part in what names no version
         self.expected: dict[str, str] = {}  # why what is known does not serve yet, by version; "": the default
 
     def choose(self, version: str | None) -> V:
@@ -70,8 +75,9 @@ class Route(Generic[V]):
     @property
     def versions(self) -> list[str]:
         """The versions that requests may name, the default first; also those that are not there yet."""
-        serving = [one.version for one in self]
-        return list(dict.fromkeys([*serving, *(version for version in self.expected if version)]))
+        first = [] if self.default is None else [self.default.version]
+        others = {one.version for one in self} | self.expected.keys() - {""}
+        return list(dict.fromkeys([*first, *sorted(others, key=_order)]))
 
     @property
     def empty(self) -> bool:
@@ -97,6 +103,11 @@ class Route(Generic[V]):
         default = self.default.version if self.default is not None else None
         names = [f"{version} (default)" if version == default else version for version in self.versions]
         return f"there are {', '.join(names)}" if names else "there are no versions"
+
+
+def _order(version: str) -> list[str | int]:
+    """Return what sorts versions by their numbers: 10.0.0 after 9.0.0."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", version)]
 
 
 def _named(model: str, version: str | None) -> str:

@@ -45,7 +45,7 @@ class InferRequest(Protocol):
     which is its own, and body. ``header`` is the ``infer`` header as received, maybe one for many requests;
     ``deadline`` is absolute in the loop's time (seconds); ``regions`` is the shared memory the header names, by the
     client's numbers; the engine holds it as long as it needs it. ``handle`` belongs to the engine and starts as
-    ``None``.
+    ``None``. ``routing_key`` is what a canary's share goes by; empty: what the header says, else the client.
     """
 
     model: str
@@ -54,6 +54,7 @@ class InferRequest(Protocol):
     body: Buffer
     deadline: float
     client: str
+    routing_key: str
     regions: Sequence[tuple[int, Region]]
     handle: Any
     part: Callable[[dict[str, Any], Sequence[Buffer]], None] | None

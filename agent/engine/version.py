@@ -26,6 +26,7 @@ from agent.engine.claims import answer_of
 from agent.engine.climb import Climb
 from agent.engine.contest import contest
 from agent.engine.crashes import Crashes
+from agent.engine.growth import Bounds
 from agent.engine.job import Job, error_of
 from agent.engine.ladder import Purpose, Try, Verdict
 from agent.engine.lanes import LaneCounts
@@ -39,11 +40,13 @@ from agent.engine.streams import StreamCounts
 from agent.engine.types import Keeping, VariantSpec, VersionSpec
 from agent.errors import (
     AgentError,
+    DeadlineError,
     DeviceLostError,
     LoadError,
     OutOfMemoryError,
     OverloadedError,
     UnavailableError,
+    WorkerDiedError,
     WorkerError,
     by_code,
 )
@@ -51,6 +54,7 @@ from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 from agent.metrics import Counter, HistogramSeries
 from agent.shares import Shares
+from agent.spread import Counts, Spread
 from agent.wire import Buffer, Header
 
 _log = get_logger("version")
@@ -58,6 +62,7 @@ _log = get_logger("version")
 _FAULTS = frozenset(
     {"worker_died", "handler_failed", "inference_failed", "out_of_memory", "device_lost", "worker_failed", "internal"}
 )
+_OWN_FAILURES = _FAULTS | {UnavailableError.code}  # another version might do better
 _DRAIN_TIMEOUT_S: Final = 30.0
 _RESCUES_MAX: Final = 3  # variants that one request may run out of memory on
 _SHORT: Final = "memory did not suffice for a request"
@@ -100,6 +105,7 @@ class Version:
         events: EventBus,
         latency: HistogramSeries,
         answers: Counter,
+        handed: Counter,
         tested: Counter,
         streams: StreamCounts,
         now: Callable[[], float],
@@ -126,12 +132,17 @@ class Version:
         self.deaths = 0
         self.good = 0
         self.faults = 0
+        self.late = 0  # requests whose deadline passed while they were its own
+        self.short = 0  # answers that memory did not suffice for
+        self.spread = Spread(now())
+        self.stand_in: Version | None = None  # answers what this one fails at, while it is on trial
         self._closing = asyncio.Event()
         self._make_pool = make_pool
         self._spawn = spawn
         self._events = events
         self._latency = latency
         self._answers = answers
+        self._handed = handed
         self._tested = tested
         self._streams = streams
         self._now = now
@@ -275,6 +286,10 @@ class Version:
         """Let one slot hold it no longer."""
         self.holders -= 1
         self.beside -= beside
+
+    def recent(self) -> Counts:
+        """Return how long its answers of the last minutes took."""
+        return self.spread.recent(self._now())
 
     # Into memory and out of it
 
@@ -466,6 +481,10 @@ class Version:
             OutOfMemoryError: it could not be loaded a moment ago, for want of memory.
             OverloadedError: the queue is full, or crowded and this client holds its part.
         """
+        if self.stand_in is not None and not self.ready and (other := self._stand_in_for(job)) is not None:
+            job.version = other
+            other.submit(job)
+            return
         pool = self.pool
         if pool is None or self._closing.is_set():
             pool = self._awakened()
@@ -476,6 +495,26 @@ class Version:
         if not job.settled:
             self._shares.add(client)
             job.shares = self._shares
+
+    def _stand_in_for(self, job: Job) -> Version | None:
+        """Return who may answer a request instead of this version, which is on trial."""
+        other = self.stand_in
+        if other is None or other.closed or not other.ready or job.copied or job.settled or job.parts:
+            return None
+        tried_twice_is_wrong = job.attempts > 0 and self.pool is not None and not self.pool.idempotent
+        return None if job.request.version or tried_twice_is_wrong else other
+
+    def _pass_waiting(self, pool: Pool) -> None:
+        """Let the version before answer what would wait until this one, on trial, has a worker again."""
+        if self.stand_in is None or pool.links or pool is not self.pool:
+            return
+        for job in pool.take_waiting():
+            other = self._stand_in_for(job)
+            if other is not None:
+                self._handed.add((self.spec.model, self.spec.version, WorkerDiedError.code))
+                other.adopt(job)
+            else:
+                pool.adopt(job)
 
     def adopt(self, job: Job) -> None:
         """Take a job that is already admitted."""
@@ -520,6 +559,13 @@ class Version:
         """Note whether requests come to this version."""
         self.routed = here
         self._climb.up()
+
+    def rebound(self, bounds: Bounds) -> None:
+        """Have a number of workers within other bounds from now on, whichever variant serves."""
+        self._variants = {name: replace(variant, bounds=bounds) for name, variant in self._variants.items()}
+        for pool in list(self.pools):
+            if not pool.closed:
+                pool.rebound(bounds)
 
     def device_lost(self, device: str) -> None:
         """Leave a device that is gone: a variant that is not pinned to it finds another, if there is one."""
@@ -661,17 +707,37 @@ class Version:
             answer = header.digest = self._named(header, pool)
         if answer["kind"] == "error":
             code = answer["code"]
-            if code == OutOfMemoryError.code and self._rescued(pool, job):
+            if code == OutOfMemoryError.code:
+                self.short += 1
+                if self._rescued(pool, job):
+                    return
+            if self._failed(job, code):
                 return
-            if code in _FAULTS:
-                self.faults += 1
-            self._answers.add((self.spec.model, self.spec.version, code))
         else:
             self.good += 1
-            if not job.parts:  # a stream's duration says nothing about how fast the model answers
-                self._latency.observe(now - job.arrived)
-            self._answers.add(self._ok)
+            if not job.copied:
+                self._count_good(job, now)
         job.answer(answer, body)
+
+    def _count_good(self, job: Job, now: float) -> None:
+        if not job.parts:  # a stream's duration says nothing about how fast the model answers
+            self._latency.observe(now - job.arrived)
+            self.spread.observe(now - job.arrived, now)
+        self._answers.add(self._ok)
+
+    def _failed(self, job: Job, code: str) -> bool:
+        """Count an error; return whether another version answers the request instead."""
+        if code in _FAULTS:
+            self.faults += 1
+        elif code == DeadlineError.code:
+            self.late += 1
+        if code in _OWN_FAILURES and (other := self._stand_in_for(job)) is not None:
+            self._handed.add((self.spec.model, self.spec.version, code))
+            other.adopt(job)
+            return True
+        if not job.copied:
+            self._answers.add((self.spec.model, self.spec.version, code))
+        return False
 
     def lanes_counted(self, counts: LaneCounts) -> None:
         """Count what was answered without us."""
@@ -699,6 +765,7 @@ class Version:
         """Report a death the pool is already repairing."""
         if pool not in self._beside:  # what is only tried is no evidence against what serves
             self.deaths += 1
+        self._pass_waiting(pool)
         self._tell("worker.died", Severity.WARNING, variant=pool.spec.id, pid=pid, cause=cause, retried=retried)
 
     def worker_ready(self, pool: Pool, pid: int) -> None:
@@ -952,10 +1019,8 @@ class Version:
 
     def _fail(self, job: Job, error: AgentError) -> None:
         """Answer a job that no pool holds."""
-        if error.code in _FAULTS:
-            self.faults += 1
-        self._answers.add((self.spec.model, self.spec.version, error.code))
-        job.answer(Header(error_of(error, None)), ())
+        if not self._failed(job, error.code):
+            job.answer(Header(error_of(error, None)), ())
 
     def _tell_skipped(self, variant: str, code: str, reason: str) -> None:
         self._tell("variant.skipped", Severity.WARNING, variant=variant, code=code, reason=reason)

@@ -270,7 +270,7 @@ def test_a_deployment_that_waits_can_be_cancelled_and_nothing_changes(box: Box) 
     cancelled = box.control("cancel", MODEL, "--json")
     last = json.loads(cancelled.stdout.splitlines()[-1])
     assert cancelled.returncode == 0, cancelled.stderr
-    assert (last["state"], last["message"], last["final"]) == ("superseded", "it was cancelled", True)
+    assert (last["state"], last["message"], last["final"]) == ("canceled", "it was cancelled", True)
     models = json.loads(box.control("models", "--json").stdout)
     assert (models[0]["active"], models[0]["source"]) == ("1.0.0", "file")
     assert box.ask() == (2.0, "1.0.0")

@@ -1,4 +1,4 @@
-"""``inferhub deploy``, ``default``, ``remove`` and ``rollback``: one signed command to a device, until its end."""
+"""Verbs of ``inferhub`` that send one signed command to a device and follow it to its end: ``deploy``, ``remove``, …"""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, Final, TypeVar
 import click
 from rich.console import Console
 
+from agent.cli_plan import plan_options
+from agent.cli_rollout import rollout_options
 from agent.cli_text import human_bytes
 from tools.hub import commands
 from tools.hub.cli import Passwords, emit, json_option, key_option, password_option, wants_json
@@ -59,18 +61,32 @@ def _delivery_options(verb: Verb) -> Verb:
 @click.option("--team", required=True, help="Whose model it is; the team signs its bundles.")
 @click.option("--channel", default="stable", show_default=True, help="Followed when no VERSION is given.")
 @click.option("--beside", is_flag=True, help="Beside the default: for those who name the version.")
+@rollout_options
 @click.option("--force", is_flag=True, help="Although this version failed on the box before.")
+@plan_options
 @_delivery_options
-def deploy(model: str, team: str, channel: str, beside: bool, force: bool, **delivery: Any) -> None:
+def deploy(
+    model: str,
+    team: str,
+    channel: str,
+    beside: bool,
+    rollout: dict[str, Any] | None,
+    force: bool,
+    plan: dict[str, Any],
+    **delivery: Any,
+) -> None:
     """Make a box serve MODEL.
 
     \b
-    Example:
+    Examples:
+      inferhub deploy magika@2.0.0 --team demo --stage-only --device box-1 --broker mqtt.example:1883 --key k/op
       inferhub deploy magika@2.0.0 --team demo --device box-1 --broker mqtt.example:1883 --key keys/operator
+      inferhub deploy magika@2.0.0 --canary 5,25 --shadow 10 --wait 0 --team demo --device box-1 ...
       inferhub deploy magika@2.1.0 --team demo --beside --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
     name, _, version = model.partition("@")
-    args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel}
+    args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel, **plan}
+    args |= {"rollout": rollout} if rollout is not None else {}
     flags = {"force": force, "beside": beside}
     _carry_out("deploy", args | {flag: True for flag, given in flags.items() if given}, **delivery)
 
@@ -116,6 +132,21 @@ def rollback(model: str, **delivery: Any) -> None:
       inferhub rollback magika --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
     _carry_out("rollback", {"model": model}, **delivery)
+
+
+@click.command()
+@click.argument("model")
+@_delivery_options
+def cancel(model: str, **delivery: Any) -> None:
+    """Let a box give up what it is deploying or preparing of MODEL, as long as that does not serve.
+
+    What a person pinned on the box is left alone.
+
+    \b
+    Example:
+      inferhub cancel magika --device box-1 --broker mqtt.example:1883 --key keys/operator
+    """
+    _carry_out("cancel", {"model": model}, **delivery)
 
 
 def _carry_out(

@@ -1,0 +1,91 @@
+"""Waiting at a gate: QUEUED before bytes are fetched, WAITING_WINDOW before anything is loaded.
+
+The time waited is in the record, counted while the box runs and written now and then, so that neither a restart nor a
+clock that jumps begins the wait anew. Leaves out: what opens a gate (``gates.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from agent.clock import Clock
+from agent.config import DeployConfig
+from agent.deploy.desired import Ending
+from agent.deploy.gates import Judge, Situation
+from agent.deploy.state import Event, Record
+from agent.deploy.steps import Steps
+from agent.errors import CommandExpiredError
+
+_WRITE_S: Final = 60.0  # of waiting that a power cut may forget
+_LOOK_S_MIN: Final = 0.05
+
+
+class Waiting:
+    """Waits for one lane's deployments.
+
+    Args:
+        situation: What the box knows now.
+        ending: Why a deployment is to be given up; ``None``: it is not.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: DeployConfig,
+        steps: Steps,
+        clock: Clock,
+        situation: Callable[[Record], Situation],
+        ending: Callable[[Record], Ending | None],
+    ) -> None:
+        self._config = config
+        self._steps = steps
+        self._clock = clock
+        self._situation = situation
+        self._ending = ending
+        self._nudged = asyncio.Event()
+
+    def nudge(self) -> None:
+        """Let a deployment that waits look again now."""
+        self._nudged.set()
+
+    def reason(self, record: Record, judge: Judge) -> str:
+        """Return why ``record`` may not go on now; empty if it may."""
+        return judge(record, self._situation(record), self._config).reason
+
+    async def until_open(self, record: Record, judge: Judge) -> tuple[Record, bool]:
+        """Wait until the gate is open or the deployment is to be given up.
+
+        Returns:
+            The record, ended if it waited too long, and whether the gate is open. Nothing is awaited between the last
+            look and the return.
+        """
+        since, before_s, written_s = self._clock.monotonic(), record.waited_s, record.waited_s
+        while True:
+            self._nudged.clear()
+            record = replace(record, waited_s=before_s + self._clock.monotonic() - since)
+            if self._ending(record) is not None:
+                return record, False
+            if record.waited_s >= self._config.wait_limit_s:
+                message = f"given up after {record.waited_s:.0f} s of waiting: {record.message}"
+                return await self._steps.step(
+                    record, Event.EXPIRE, code=CommandExpiredError.code, message=message
+                ), False
+            gate = judge(record, self._situation(record), self._config)
+            if gate.open:
+                return record, True
+            if gate.reason != record.message or record.waited_s - written_s >= _WRITE_S:
+                record, written_s = replace(record, message=gate.reason), record.waited_s
+                await self._steps.note(record)
+            left_s = self._config.wait_limit_s - record.waited_s
+            await self._sleep(max(_LOOK_S_MIN, min(gate.look_s, left_s)))
+
+    async def _sleep(self, wait_s: float) -> None:
+        """Sleep so long, or until something changed."""
+        async with asyncio.TaskGroup() as group:
+            waits = [group.create_task(self._nudged.wait()), group.create_task(self._clock.sleep(wait_s))]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
