@@ -152,6 +152,7 @@ class Engine:
             interval_s=config.selftest_interval_s,
             idle_s=config.variants.idle_s,
             timeout_s=config.hang_timeout_s,
+            share_max=config.selftest_share_max,
         )
         self._add_gauges(metrics)
 

@@ -618,7 +618,7 @@ class Version:
         """Run the golden inputs again in every worker, because somebody asks, and do what follows.
 
         Raises:
-            UnavailableError: it does not serve.
+            UnavailableError: it does not serve, or no longer.
             AgentError: it cannot be loaded now; the class says why.
         """
         if self.asleep:
@@ -626,7 +626,10 @@ class Version:
             self.used_at = self._now()
         if self.pool is None or not self.ready:
             raise UnavailableError(f"{self.name}: {self.why_not}")
-        return await examine(self, self.pool, timeout_s=timeout_s, patient=False)
+        report = await examine(self, self.pool, timeout_s=timeout_s, patient=False)
+        if not report.complete:
+            raise UnavailableError(f"{self.name}: its workers left before the self-test had ended; try again")
+        return report
 
     @property
     def examinable(self) -> bool:
