@@ -15,13 +15,16 @@ MINUTES     ?= 1
 STATES ?= 10000
 KILLS  ?= 200
 SUITE  ?=
+# How many histories are simulated, deployments made, daemons killed; each target has its own default.
+N    ?=
+SEED ?=
 
 BIN  := $(VENV)/bin
 ENV  := STATE="$(STATE)" PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath $(STATE))/pycache" \
         HYPOTHESIS_STORAGE_DIRECTORY="$(abspath $(STATE))/hypothesis" INFERD_WHEELS="$(abspath $(STATE))/wheels"
 SRC  := agent handlers tools tests profiles
 
-.PHONY: help demo test test-torch system run bench bench-pull soak fuzz powercuts kills conformance lint format check clean
+.PHONY: help demo test test-torch system run bench bench-pull soak fuzz powercuts kills histories deployments deployment-kills conformance lint format check clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -80,6 +83,18 @@ powercuts: $(VENV)/.dev ## Replay STATES power cuts of a pull and an activation 
 kills: $(VENV)/.dev ## Kill a pull at KILLS random moments and resume it
 	@mkdir -p "$(STATE)"
 	@$(ENV) INFERD_KILLS=$(KILLS) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/integration/test_pull_killed.py $(PYTEST_ARGS)
+
+histories: $(VENV)/.dev ## Simulate N histories of a box under faults (20000); SEED=n repeats one
+	@mkdir -p "$(STATE)"
+	@$(ENV) INFERD_HISTORIES=$(or $(N),20000) INFERD_SEED=$(SEED) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/sim/test_histories.py $(PYTEST_ARGS)
+
+deployments: $(VENV)/.dev ## Deploy N real versions, good and bad, under load (100)
+	@mkdir -p "$(STATE)"
+	@$(ENV) INFERD_DEPLOYMENTS=$(or $(N),100) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s -k no_request tests/integration/test_deployments_real.py $(PYTEST_ARGS)
+
+deployment-kills: $(VENV)/.dev ## Kill the daemon at N random moments of deployments (100); SEED=n repeats them
+	@mkdir -p "$(STATE)"
+	@$(ENV) INFERD_DEPLOYMENT_KILLS=$(or $(N),100) INFERD_SEED=$(SEED) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s -k killed tests/integration/test_deployments_real.py $(PYTEST_ARGS)
 
 conformance: $(VENV)/.dev ## The public TUF conformance suite, checked out in SUITE, against our client
 	@test -x "$(SUITE)/env/bin/pytest" || { echo "SUITE=PATH: a checkout of the suite, see docs/conformance.md"; exit 2; }

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,19 +18,22 @@ import msgspec
 
 from agent import __version__
 from agent.bundles import collection
+from agent.bundles import manifest as manifests
 from agent.bundles.attempt import read_attempt
 from agent.bundles.floor import BUILD_TIME, FloorFile
 from agent.bundles.freshness import judge
 from agent.bundles.layout import Layout
-from agent.bundles.manifest import Index, Manifest, Variant, parse_index
+from agent.bundles.manifest import Index, Manifest, Tensor, Variant, parse_index
 from agent.bundles.puller import IndexedVersion, Puller, StoredBundle, SurveyedModel
 from agent.bundles.structure import NATIVE_FORMATS
 from agent.bundles.versions import list_versions
 from agent.clock import Clock
 from agent.config import MIB, EngineConfig, PolicyConfig, ServingConfig
+from agent.deploy.interface import CODE, Extent, Interface, Labels, Port
 from agent.deploy.ports import (
     Bundle,
     Collected,
+    Copies,
     Evidence,
     Inventory,
     Kept,
@@ -44,11 +47,14 @@ from agent.deploy.ports import (
     Survey,
 )
 from agent.deploy.reconciler import Reconciler
+from agent.deploy.rollout import Rollout
+from agent.deploy.slots import model_of, version_beside
 from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
 from agent.engine.learned import Learned
 from agent.engine.memory import HOST, estimate
 from agent.engine.meter import NvmlDevices, SystemMeter
+from agent.engine.shadow import Tally
 from agent.engine.types import Keeping, VariantSpec, VersionSpec, forwarded_header_bytes
 from agent.engine.version import Version
 from agent.errors import AgentError, NotFoundError, PolicyError, SelfTestError, StateError, TransientError
@@ -72,7 +78,17 @@ _RESIDENT_BASE: Final = 512 * MIB  # handler, requests, and what CUDA's librarie
 class SpecMaker:
     """Translates a manifest and its ranked variants into what the engine loads."""
 
-    def __init__(self, *, engine: EngineConfig, policy: PolicyConfig, serving: ServingConfig, profile: Profile) -> None:
+    def __init__(
+        self,
+        *,
+        engine: EngineConfig,
+        policy: PolicyConfig,
+        serving: ServingConfig,
+        profile: Profile,
+        unified_memory: bool = False,
+    ) -> None:
+        """``unified_memory``: the GPU shares the host's."""
+        self._unified_memory = unified_memory
         self._engine = engine
         self._policy = policy
         self._serving = serving
@@ -104,6 +120,11 @@ class SpecMaker:
             ),
         )
 
+    def _latency_ms_max(self, model: str, declared_ms: int) -> float:
+        """Return how long a golden input may take: what the publisher grants, or less where this box wants less."""
+        own_ms = self._engine.of(model).selftest_ms_max
+        return min(declared_ms, own_ms) if own_ms else declared_ms
+
     def _variant_spec(self, manifest: Manifest, variant: Variant, path: Path) -> VariantSpec:
         batching = manifest.batching
         pinned = self._engine.device_of(manifest.name) if variant.device.kind == "cuda" else ""
@@ -128,10 +149,11 @@ class SpecMaker:
                     **_plain(golden),
                     "compare": _plain(golden.per_variant.get(variant.id, golden.compare)),
                     "per_variant": {},
+                    "timeout_ms": self._latency_ms_max(manifest.name, golden.timeout_ms),
                 }
                 for golden in manifest.golden
             ],
-            "warmup": {"runs": manifest.warmup.runs, "max_ms": manifest.warmup.max_ms},
+            "warmup": _plain(manifest.warmup),
             "batching": {"max_batch": batching.max_batch, "max_delay_ms": batching.max_delay_ms, "axis": batching.axis},
             "session": _plain(variant.session),
             "threads": {
@@ -155,6 +177,7 @@ class SpecMaker:
             precision=variant.precision,
             device="cpu" if on_cpu else f"{variant.device.kind}:{device['index']}",
             pinned_device=pinned,
+            compute_min=variant.device.min_compute if not on_cpu else "",
             worker=worker,
             lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
@@ -173,6 +196,7 @@ class SpecMaker:
                 host_mib=variant.memory.host_mb,
                 device_mib=variant.memory.device_mb,
                 measured=variant.memory.source == "measured",
+                unified=self._unified_memory,
             ),
         )
 
@@ -271,7 +295,7 @@ class BundleStore:
         loop = asyncio.get_running_loop()
 
         def collect() -> list[Collected]:
-            with _held(self._layout.lock):  # perhaps after half a minute, in which deployments began and ended
+            with _locked(self._layout.lock):  # perhaps after half a minute, in which deployments began and ended
                 known = asyncio.run_coroutine_threadsafe(needed(), loop).result(_LOCK_WAIT_S)
                 return self._collect_held(known, room, dry_run)
 
@@ -308,21 +332,39 @@ class VersionInspector:
 
 
 class LoadedVersion:
-    """deploy's ``Loaded`` over the engine's ``Version``."""
+    """deploy's ``Loaded`` over the engine's ``Version``, which another slot may hold, too.
 
-    def __init__(self, version: Version) -> None:
+    Args:
+        engine: Whose it is.
+        version: What is loaded.
+        beside: It is held by a slot beside its model's default.
+        anew: What it did before now is no evidence.
+    """
+
+    def __init__(self, engine: Engine, version: Version, *, beside: bool, anew: bool = False) -> None:
         self.version = version
+        self.beside = beside
+        self._engine = engine
+        self._before = self._all() if anew else Evidence()
 
     def evidence(self) -> Evidence:
+        return self._all().since(self._before)
+
+    def _all(self) -> Evidence:
         version = self.version
         variant = version.pool.spec.id if version.pool is not None else ""
         return Evidence(
             good=version.good,
             faults=version.faults,
+            late=version.late,
+            short=version.short,
             deaths=version.deaths,
             ready=version.ready,
             reason=version.reason,
             variant=variant,
+            latency=version.spread.counts(),
+            recent=version.recent(),
+            copies=_copies(self._engine.tried(version)),
         )
 
     async def self_test(self) -> None:
@@ -338,24 +380,40 @@ class EngineHost:
         self._engine = engine
         self._specs = specs
 
-    async def load(self, bundle: Bundle) -> LoadedVersion:
-        return LoadedVersion(await self._engine.load(self._specs(bundle)))
+    async def load(self, slot: str, bundle: Bundle) -> LoadedVersion:
+        beside = bool(version_beside(slot))
+        version = await self._engine.load(self._specs(bundle), beside=beside)
+        return LoadedVersion(self._engine, version, beside=beside, anew=True)
 
-    async def restore(self, bundle: Bundle) -> LoadedVersion:
-        return LoadedVersion(await self._engine.restore(self._specs(bundle)))
+    async def restore(self, slot: str, bundle: Bundle) -> LoadedVersion:
+        beside = bool(version_beside(slot))
+        version = await self._engine.restore(self._specs(bundle), beside=beside)
+        return LoadedVersion(self._engine, version, beside=beside)
+
+    def try_out(self, loaded: Loaded, *, canary_percent: float, shadow_percent: float) -> None:
+        version = _held(loaded).version
+        self._engine.try_out(version, canary_percent=canary_percent, shadow_percent=shadow_percent)
+
+    def end_try(self, loaded: Loaded) -> None:
+        self._engine.end_try(_held(loaded).version)
 
     def confirm(self, loaded: Loaded) -> None:
-        self._engine.confirm(_version(loaded))
+        self._engine.confirm(_held(loaded).version)
 
     def activate(self, slot: str, loaded: Loaded) -> LoadedVersion | None:
-        previous = self._engine.activate(_version(loaded))
-        return LoadedVersion(previous) if previous is not None else None
+        beside, version = bool(version_beside(slot)), _held(loaded).version
+        previous = self._engine.activate_beside(version) if beside else self._engine.activate(version)
+        return LoadedVersion(self._engine, previous, beside=beside) if previous is not None else None
 
     async def retire(self, loaded: Loaded) -> None:
-        await self._engine.retire(_version(loaded), timeout_s=_RETIRE_TIMEOUT_S)
+        held = _held(loaded)
+        await self._engine.retire(held.version, beside=held.beside, timeout_s=_RETIRE_TIMEOUT_S)
 
     def expect(self, slot: str, reason: str) -> None:
-        self._engine.expect(slot, reason)
+        self._engine.expect(model_of(slot), reason, version=version_beside(slot))
+
+    def forget(self, slot: str) -> None:
+        self._engine.forget(model_of(slot), version=version_beside(slot))
 
 
 class SignedTime:
@@ -423,9 +481,11 @@ class ReportedState:
 
     def _document(self) -> dict[str, Any]:
         serving = {
-            row["model"]: {
+            row["slot"]: {
                 **{name: row.get(name) for name in ("version", "digest", "variant", "ready", "fallbacks")},
-                "reason": "" if row["ready"] else row["reason"],  # models that come and go are no news to the fleet
+                # Models that come and go are no news to the fleet, nor are the seconds to the next try.
+                "reason": "" if row["ready"] else row.get("lasting", row["reason"]),
+                "selftest": _test_failure(row.get("selftest")),
             }
             for row in self._engine.status()
         }
@@ -433,7 +493,7 @@ class ReportedState:
 
 
 @contextlib.contextmanager
-def _held(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     """Keep trust children and other collections away; ``TransientError`` if one does not end."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + _LOCK_WAIT_S
@@ -476,9 +536,14 @@ def measured_device(hardware: Hardware) -> str:
     return "/".join((hardware.fingerprint(), *runtimes, __version__))
 
 
-def _version(loaded: Loaded) -> Version:
+def _test_failure(row: Mapping[str, Any] | None) -> str:
+    """Return why the last self-test of what serves was not passed, empty if it was: its figures are no news."""
+    return "" if row is None or row["ok"] else f"{row['variant']}: {row['message']}"
+
+
+def _held(loaded: Loaded) -> LoadedVersion:
     assert isinstance(loaded, LoadedVersion)
-    return loaded.version
+    return loaded
 
 
 def _bundle(stored: StoredBundle) -> Bundle:
@@ -489,7 +554,61 @@ def _bundle(stored: StoredBundle) -> Bundle:
         version=manifest.version,
         digest=stored.manifest_sha256,
         path=stored.path,
+        interface=_interface(manifest),
         content=stored,
+        rollout=_rollout(manifest.rollout),
+    )
+
+
+def _rollout(asked: manifests.Rollout | None) -> Rollout | None:
+    if asked is None:
+        return None
+    return Rollout(
+        canary=asked.canary or None,
+        shadow=asked.shadow or None,
+        step_s=asked.step_s or None,
+        calls_min=asked.calls_min or None,
+        agreement_min=asked.min_agreement or None,
+    )
+
+
+def _copies(tally: Tally) -> Copies:
+    return Copies(
+        compared=tally.compared,
+        agreed=tally.agreed,
+        skipped=sum(tally.skipped.values()),
+        durations=tally.durations,
+        originals=tally.originals,
+        difference=tally.difference,
+    )
+
+
+def _interface(manifest: Manifest) -> Interface:
+    signature, axis = manifest.signature, manifest.batching.axis
+    stacked = all(tensor.shape and tensor.shape[0] == axis for tensor in (*signature.inputs, *signature.outputs))
+
+    def extent(size: int | str | None) -> Extent:
+        if not isinstance(size, str):
+            return Extent() if size is None else Extent(low=size, high=size)
+        bounds = signature.dims.get(size)
+        low, high = (bounds.min, bounds.max) if bounds is not None else (0, None)
+        if stacked and size == axis:  # a request's rows are one batch at most
+            rows_max = manifest.batching.max_batch
+            low, high = max(low, 1), rows_max if high is None else min(high, rows_max)
+        return Extent(low=low, high=high, name=size)
+
+    def ports(tensors: Iterable[Tensor]) -> dict[str, Port]:
+        return {
+            tensor.name: Port(dtype=tensor.dtype, shape=tuple(map(extent, tensor.shape)), layout=tensor.layout)
+            for tensor in tensors
+        }
+
+    classes = manifest.classes
+    return Interface(
+        inputs=ports(signature.inputs),
+        outputs=ports(signature.outputs),
+        handler=manifest.handler.id or CODE,
+        labels=Labels(count=classes.count, digest=manifest.file(classes.file).sha256) if classes is not None else None,
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from agent.deploy.desired import Desired
 from agent.deploy.plan import Plan
+from agent.deploy.rollout import rollout_of
+from agent.deploy.slots import slot_of
 from agent.errors import InvalidInputError
 
 _WAIT_S_MAX: Final = 60.0
@@ -21,29 +23,46 @@ def wish_of(wish_id: str, args: dict[str, Any], source: str, *, medium: str = ""
     ``medium``: a folder to take it from.
 
     Raises:
-        InvalidInputError: a name or version that no store can hold.
+        InvalidInputError: a name or version that no store can hold, or a rollout that makes no sense.
     """
-    version = args.get("version") or ""
     channel = args.get("channel") or "stable"
     if not args.get("team"):
         raise InvalidInputError(f"{args.get('model')!r} is new on this box: name its team (--team TEAM)")
     names = {"model": text_of(args, "model"), "team": text_of(args, "team"), "channel": channel}
     for what, value in names.items():
-        if not isinstance(value, str) or not _NAME.fullmatch(value):
-            raise InvalidInputError(f"{what} {value!r}: lower-case letters, digits, '.', '_', '-', at most 64")
-    if not isinstance(version, str) or (version and not _VERSION.fullmatch(version)):
-        raise InvalidInputError(f"version {version!r}: three numbers such as 1.4.0, or 1.4.0-rc.1")
+        _check_name(what, value)
+    version = version_of(args)
+    if args.get("beside") and not version:
+        raise InvalidInputError("which version is to be kept beside the default? name it: MODEL@VERSION")
+    plan = plan_of(args)
+    if args.get("beside") and plan.rollout is not None:
+        raise InvalidInputError("a version beside the default answers those who name it: it gets no share of others")
+    if args.get("beside") and plan.stage_only:
+        raise InvalidInputError("a version that is only staged is beside nothing: stage it first, then --beside")
     return Desired(
         id=wish_id,
-        slot=names["model"],
+        slot=slot_of(names["model"], version if args.get("beside") else ""),
         team=names["team"],
         version=version,
         channel=names["channel"],
         source=source,
         force=bool(args.get("force")),
         medium=medium,
-        plan=plan_of(args),
+        plan=plan,
     )
+
+
+def name_of(args: dict[str, Any], name: str) -> str:
+    """Return a model's or team's name that must be there."""
+    return _check_name(name, text_of(args, name))
+
+
+def version_of(args: dict[str, Any]) -> str:
+    """Return the version that is named, an empty text if none is."""
+    version = args.get("version") or ""
+    if not isinstance(version, str) or (version and not _VERSION.fullmatch(version)):
+        raise InvalidInputError(f"version {version!r}: three numbers such as 1.4.0, or 1.4.0-rc.1")
+    return version
 
 
 def plan_of(args: dict[str, Any]) -> Plan:
@@ -57,6 +76,8 @@ def plan_of(args: dict[str, Any]) -> Plan:
         ignore_window=_flag(args, "ignore_window"),
         force_after_s=_seconds(args, "force_after_s"),
         not_after=_seconds(args, "not_after"),
+        allow_incompatible=_flag(args, "allow_incompatible"),
+        rollout=rollout_of(args.get("rollout")),
     )
     if plan.ignore_window and plan.force_after_s is not None:
         raise InvalidInputError("'ignore_window' and 'force_after_s' exclude each other: the first waits for nothing")
@@ -106,3 +127,9 @@ def _seconds(args: dict[str, Any], name: str) -> float | None:
 def shortened(args: dict[str, Any]) -> dict[str, str]:
     """Return arguments as an audit event may hold them."""
     return {name: str(value)[:200] for name, value in list(args.items())[:16]}
+
+
+def _check_name(what: str, value: Any) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise InvalidInputError(f"{what} {value!r}: lower-case letters, digits, '.', '_', '-', at most 64")
+    return value

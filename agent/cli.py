@@ -16,11 +16,13 @@ from typing import Any, Final
 import click
 from rich.console import Console
 
-from agent import __version__, cli_store
+from agent import __version__, cli_store, cli_versions
 from agent.cli_hold import hold
 from agent.cli_plan import plan_options
 from agent.cli_probe import probe_command
 from agent.cli_progress import POLL_S, follow
+from agent.cli_rollout import deployment, rollout_options
+from agent.cli_selftest import selftest_command
 from agent.cli_session import FINAL_GOOD, change, connected, end_text, json_option, print_json
 from agent.cli_text import (
     deployments_text,
@@ -55,6 +57,7 @@ def main(context: click.Context, socket_path: str) -> None:
       inferctl infer magika README.md
       inferctl deploy magika@2.0.0
       inferctl rollback magika
+      inferctl default magika 1.0.0
       inferctl sideload /media/usb
       inferctl events --follow
     """
@@ -63,6 +66,10 @@ def main(context: click.Context, socket_path: str) -> None:
 
 main.add_command(probe_command)
 main.add_command(hold)
+main.add_command(selftest_command)
+main.add_command(cli_versions.default)
+main.add_command(deployment)
+main.add_command(cli_versions.remove)
 
 
 @main.command()
@@ -92,9 +99,9 @@ def models(socket_path: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("target", metavar="MODEL[@VERSION]")
 @click.argument("file", type=click.File("rb"))
-@click.option("--version", "version", help="A certain version; default: the active one.")
+@click.option("--version", "version", help="Another way to name the version.")
 @click.option("--content-type", default="application/octet-stream", show_default=True)
 @click.option("--deadline-ms", type=int, help="Give up after so many milliseconds, queue time included.")
 @click.option("--stream", is_flag=True, help="Print each part of the answer as it comes.")
@@ -102,7 +109,7 @@ def models(socket_path: str, as_json: bool) -> None:
 @click.pass_obj
 def infer(
     socket_path: str,
-    model: str,
+    target: str,
     file: Any,
     version: str | None,
     content_type: str,
@@ -112,11 +119,18 @@ def infer(
 ) -> None:
     """Send FILE (``-`` = standard input) to MODEL as a raw request and print the answer.
 
+    Without a version the default answers; with one, that version, if it is the default, beside it, or on trial.
+
     \b
-    Example:
+    Examples:
       inferctl infer magika /bin/ls
+      inferctl infer magika@1.0.0 /bin/ls
       echo "Once upon a time" | inferctl infer --stream writer -
     """
+    model, _, named = target.partition("@")
+    if named and version and named != version:
+        raise click.UsageError(f"which version: {named} or {version}?")
+    version = named or version
     if stream:
         with connected(socket_path) as client:
             _print_parts(
@@ -137,8 +151,11 @@ def infer(
 @click.argument("target", metavar="MODEL[@VERSION]")
 @click.option("--team", help="Who publishes it; only needed for a model that is new on this box.")
 @click.option("--channel", default="stable", show_default=True, help="Followed when no version is named.")
+@click.option("--beside", is_flag=True, help="Keep the default; VERSION answers the requests that name it.")
+@rollout_options
 @click.option("--force", is_flag=True, help="Also a version that failed on this box before.")
 @plan_options
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @click.option("--no-wait", is_flag=True, help="Return at once instead of following the deployment.")
 @json_option
 @click.pass_obj
@@ -147,28 +164,52 @@ def deploy(
     target: str,
     team: str | None,
     channel: str,
+    beside: bool,
+    rollout: dict[str, Any] | None,
     force: bool,
+    allow_incompatible: bool,
     plan: dict[str, Any],
     no_wait: bool,
     as_json: bool,
 ) -> None:
     """Pin MODEL to a version on this box: fetch, verify, self-test, switch over, watch, confirm or roll back.
 
+    A version with other inputs, outputs, class labels or another handler than the one that serves is refused before it
+    is loaded; --allow-incompatible lets it through. The pin stands against fleet commands until ``inferctl unpin
+    MODEL``. With --json each step and each progress of the download is one line; the last one has ``"final": true``.
+
+    With --beside the version is brought here and tried in the same way, and then kept for those who name it, until
+    ``inferctl remove MODEL@VERSION``; ``inferctl default MODEL VERSION`` lets it answer everybody.
+
     Windows of [deploy] and applications that hold MODEL may keep it waiting, and one model at a time is on trial. With
     --stage-only nothing is pinned: the version is brought here and kept until a deploy of it, which needs no network.
 
-    The pin stands against fleet commands until ``inferctl unpin MODEL``. With --json each step and each progress of the
-    download is one line; the last one has ``"final": true``.
+    With --canary and --shadow it first meets a share of the requests, or copies of some, beside what serves; what each
+    has shown is in ``inferctl deployment ID``. ``inferctl rollback MODEL`` and ``inferctl cancel MODEL`` end that.
 
     \b
     Examples:
       inferctl deploy magika@2.0.0
+      inferctl deploy magika@2.0.0 --shadow 20 --canary 5,25,50 --step-s 600
+      inferctl deploy magika@2.1.0 --beside
       inferctl deploy detector --team vision --channel canary
       inferctl deploy magika@2.0.0 --stage-only
       inferctl deploy magika@2.0.0 --force-after 2h
+      inferctl deploy detector@3.0.0 --allow-incompatible
     """
     model, _, version = target.partition("@")
-    args = {"model": model, "version": version, "team": team, "channel": channel, "force": force}
+    args: dict[str, Any] = {
+        "model": model,
+        "version": version,
+        "team": team,
+        "channel": channel,
+        "force": force,
+        "allow_incompatible": allow_incompatible,
+    }
+    if beside:
+        args["beside"] = True
+    if rollout is not None:
+        args["rollout"] = rollout
     change(socket_path, "deploy", args | plan, no_wait=no_wait, as_json=as_json)
 
 
@@ -253,24 +294,24 @@ def cancel(socket_path: str, model: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("target", metavar="MODEL[@VERSION]")
 @json_option
 @click.pass_obj
-def load(socket_path: str, model: str, as_json: bool) -> None:
+def load(socket_path: str, target: str, as_json: bool) -> None:
     """Load MODEL into memory now, as its next request would.
 
     \b
     Example:
       inferctl load detector
     """
-    _move(socket_path, "load", model, as_json=as_json)
+    _move(socket_path, "load", target, as_json=as_json)
 
 
 @main.command()
-@click.argument("model")
+@click.argument("target", metavar="MODEL[@VERSION]")
 @json_option
 @click.pass_obj
-def unload(socket_path: str, model: str, as_json: bool) -> None:
+def unload(socket_path: str, target: str, as_json: bool) -> None:
     """Give MODEL's memory back now; what it holds is answered, and its next request loads it again.
 
     Refused for a model that is pinned in the configuration, and while one of its versions is on trial.
@@ -279,16 +320,17 @@ def unload(socket_path: str, model: str, as_json: bool) -> None:
     Example:
       inferctl unload detector
     """
-    _move(socket_path, "unload", model, as_json=as_json)
+    _move(socket_path, "unload", target, as_json=as_json)
 
 
-def _move(socket_path: str, verb: str, model: str, *, as_json: bool) -> None:
-    with connected(socket_path) as client, Console(stderr=True).status(f"{verb}ing {shown(model)}"):
-        value = client.call(verb, {"model": model})
+def _move(socket_path: str, verb: str, target: str, *, as_json: bool) -> None:
+    model, _, version = target.partition("@")
+    with connected(socket_path) as client, Console(stderr=True).status(f"{verb}ing {shown(target)}"):
+        value = client.call(verb, {"model": model, "version": version})
     if as_json:
         print_json(value)
         return
-    click.echo(f"{shown(model)}: {residency_text(value)}")
+    click.echo(f"{shown(target)}: {residency_text(value)}")
 
 
 @main.command()
@@ -332,28 +374,6 @@ def inspect(socket_path: str, target: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model")
-@json_option
-@click.pass_obj
-def selftest(socket_path: str, model: str, as_json: bool) -> None:
-    """Run MODEL's golden inputs now, in the worker that serves.
-
-    \b
-    Example:
-      inferctl selftest magika
-    """
-    with connected(socket_path) as client:
-        value = client.call("selftest", {"model": model})
-    if as_json:
-        print_json(value)
-    else:
-        for golden in value.get("golden", []):
-            end = "ok" if golden.get("ok") else golden.get("reason", "failed")
-            click.echo(f"{shown(golden.get('id'))}: {shown(end)}")
-    sys.exit(0 if value.get("ok") else 1)
-
-
-@main.command()
 @click.option("--follow", "-f", is_flag=True, help="Go on printing events as they happen.")
 @json_option
 @click.pass_obj
@@ -374,7 +394,7 @@ def events(socket_path: str, follow: bool, as_json: bool) -> None:
 
 def _failures(client: Client, status: dict[str, Any]) -> dict[str, str]:
     """Return how the newest deployment of each model that is not ready ended, unless it ended well."""
-    ready = {row["model"] for row in status["models"] if row["ready"]}
+    ready = {row["slot"] for row in status["models"] if row["ready"]}
     if all(slot["slot"] in ready for slot in status.get("slots", [])) and len(ready) == len(status["models"]):
         return {}
     newest: dict[str, dict[str, Any]] = {}

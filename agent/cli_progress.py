@@ -14,6 +14,7 @@ from agent.client import Client
 
 POLL_S: Final = 20.0
 _WAITING: Final = ("queued", "fetch_wait", "waiting_window")
+_CANARY: Final = "canary"
 
 
 def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = False) -> dict[str, Any]:
@@ -52,6 +53,8 @@ def step_text(record: dict[str, Any]) -> str:
     text = f"{record['slot']} {record['version']}: {record['state']}"
     if record["state"] in _WAITING and record["message"]:
         text += f" ({record['message']})"
+    if record["state"] == _CANARY:
+        text += f" at {record['percent']:g} %" if record["percent"] else ", copies only"
     return shown(text)
 
 

@@ -240,10 +240,10 @@ def _profile_lines(device: Mapping[str, Any]) -> list[Text]:
 def _model_lines(rows: Rows, slots: Rows, failures: Mapping[str, str]) -> list[Text]:
     lines: list[Text] = []
     for row in rows:
-        lines += _serving_lines(row) if "version" in row else _absent_lines(row["model"], row["reason"])
+        lines += _serving_lines(row) if "version" in row else _absent_lines(row["slot"], row["reason"])
         if not row["ready"]:
-            lines.append(_last_failure(failures.get(row["model"])))
-    known = {row["model"] for row in rows}
+            lines.append(_last_failure(failures.get(row["slot"])))
+    known = {row["slot"] for row in rows}
     for slot in slots:
         if slot["slot"] not in known and slot["wanted"]:
             lines += _absent_lines(slot["slot"], f"{slot['wanted']} is wanted ({slot['source']}), nothing serves yet")
@@ -268,13 +268,17 @@ def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
     answers, sandbox = row["answers"], (row["sandbox"] or {}).get("level", "unknown")
     ready = ("ready", "green") if row["ready"] else (f"not ready: {shown(row['reason'])}", "red")
     residency = row.get("residency")
+    name = f"{shown(row['model'])} {shown(row['version'])}" + " beside" * (row.get("role") == "beside")
     if residency is not None and not residency["loaded"]:
         note = [] if not row["ready"] else [f"  {shown(row['reason'])}; {shown(residency_text(residency))}"]
-        return [Text.assemble((f"{shown(row['model'])} {shown(row['version'])}", "bold"), " ", ready), *map(Text, note)]
+        return [
+            Text.assemble((name, "bold"), " ", ready),
+            *map(Text, note),
+        ]
     facts = f"{answers['good']} good answers, {answers['faults']} faults{_latency(row['latency_s'])}"
     return [
         Text.assemble(
-            (f"{shown(row['model'])} {shown(row['version'])}", "bold"),
+            (name, "bold"),
             " ",
             ready,
             f", {shown(row['variant'])} on {shown(row['device'])}, sandbox {shown(sandbox)}",
@@ -282,8 +286,18 @@ def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
         Text(f"  {facts}"),
         *_confinement_lines(row),
         *_worker_lines(row),
+        *_test_lines(row.get("selftest")),
         *(Text(f"  not {shown(skip['variant'])}: {shown(skip['reason'])}") for skip in row["fallbacks"]),
         *(Text(f"  {shown(line)}") for one in row.get("variants", ()) for line in variant_lines(one)),
+    ]
+
+
+def _test_lines(test: Mapping[str, Any] | None) -> list[Text]:
+    """Return why the last self-test of what serves was not passed."""
+    if test is None or test["ok"]:
+        return []
+    return [
+        Text(f"  self-test of {shown(test['variant'])} failed {duration(test['age_s'])} ago: {shown(test['message'])}")
     ]
 
 

@@ -7,10 +7,12 @@ msgspec structs instead of dataclasses: they refuse unknown keys and name the of
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 import socket
 import tomllib
+from collections.abc import Sequence
 from datetime import UTC, tzinfo
 from pathlib import Path
 from types import UnionType
@@ -26,12 +28,14 @@ MIB: Final = 1024 * KIB
 _BUDGET_BYTES_MIN: Final = 16 * MIB  # the largest chunk a bundle may have
 EXIT_BAD_CONFIG: Final = 78  # EX_CONFIG, of the process: systemd need not try again at once
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION: Final = re.compile(r"\d{1,9}\.\d{1,9}\.\d{1,9}(-[0-9A-Za-z.-]{1,32})?")
 _TIME: Final = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
 _GPU: Final = re.compile(r"cuda:(0|[1-9][0-9]?)")
 _UNKNOWN_KEY: Final = re.compile(r"unknown field `(.+)`")
 _STORE_SCHEMES: Final = ("file://", "http://", "https://", "s3://")
 _BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?$")
 _KEEP_ALIVE_S: Final = 300.0  # of a lazy model, unless the configuration says otherwise
+_SHARES_MAX: Final = 12  # of a canary
 _DEVICE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Role = Literal["infer", "read", "operate", "admin"]
@@ -275,8 +279,10 @@ class ModelEngineConfig(Section, frozen=True):
     load: LoadWhen | None = None  # "eager" or "lazy", instead of ``load`` in ``[engine]``
     keep_alive_s: float | KeepAlive | None = None  # instead of ``keep_alive_s`` in ``[engine]``
     pin: bool = False  # never unloaded for another model, nor for idleness
+    selftest_ms_max: float = 0.0  # a golden input that takes longer fails; 0: than the publisher grants
 
     def __post_init__(self) -> None:
+        _require(0 <= self.selftest_ms_max <= 3_600_000, "selftest_ms_max: 0..3600000")
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
         _require(not self.device or bool(_GPU.fullmatch(self.device)), "device: cuda:NUMBER")
         if self.workers is not None:
@@ -336,6 +342,7 @@ class EngineConfig(Section, frozen=True):
     memory_budget_bytes: int = 0  # instead of that share; 0: the share holds
     device_memory_share: float = 0.8  # of each GPU's memory, for models together
     memory_wait_s: float = 10.0  # a load waits so long for models in use; then its requests are told to come back
+    selftest_interval_s: float = 300.0  # a loaded model's golden inputs run again so often while it is idle; 0: never
 
     def __post_init__(self) -> None:
         _require_workers(self.workers)
@@ -357,6 +364,7 @@ class EngineConfig(Section, frozen=True):
         _require(self.memory_budget_bytes >= 0, "memory_budget_bytes: not negative")
         _require(0 < self.device_memory_share <= 1, "device_memory_share: above 0, at most 1")
         _require(0 <= self.memory_wait_s <= 3600, "memory_wait_s: 0..3600")
+        _require(0 <= self.selftest_interval_s <= 366 * 86_400, "selftest_interval_s: 0..a year")
 
     def of(self, model: str) -> ModelEngineConfig:
         """Return the entry of ``model``, an empty one if it has none."""
@@ -426,6 +434,14 @@ class DeployConfig(Section, frozen=True):
     probation_calls_min: int = 20  # and so many good answers; idle models are probed by their golden inputs
     probation_limit_s: float = 600.0  # without enough good answers by then, the version is rolled back
     probation_errors_max: float = 0.02  # share of failed answers above the previous version's
+    latency_factor_max: float = 2.0  # 95 % of its answers within so many times the time of the version before
+    latency_slack_ms: float = 20.0  # and so much more: differences on a busy small box say nothing
+    canary: tuple[float, ...] = ()  # percent of the routing keys a new version gets at first, growing; empty: all
+    shadow_percent: float = 0.0  # of the requests are copied to a new version first, compared and dropped
+    canary_s: float = 300.0  # each share, and the copying before the first, lasts at least so long
+    canary_calls_min: int = 50  # and until so many good answers, or comparisons of copies
+    canary_limit_s: float = 86_400.0  # without them by then, the version is given up
+    agreement_min: float = 0.95  # of the compared copies, 0..1; a wish or manifest may ask for more
     starts_in_trial_max: int = 3  # starts during one trial after a crash or power cut; with more it is rolled back
     trial_retry_cap_s: float = 3600.0  # a version with nothing to roll back to is started again, at most so far apart
     fetch_retry_cap_s: float = 300.0  # longest wait between tries while the store cannot be reached
@@ -443,6 +459,13 @@ class DeployConfig(Section, frozen=True):
         _require(0 <= self.probation_s <= self.probation_limit_s, "probation_s: 0..probation_limit_s")
         _require(self.probation_calls_min >= 0, "probation_calls_min: not negative")
         _require(0 <= self.probation_errors_max <= 1, "probation_errors_max: 0..1")
+        _require(1 <= self.latency_factor_max <= 1000, "latency_factor_max: 1..1000")
+        _require(0 <= self.latency_slack_ms <= 60_000, "latency_slack_ms: 0..60000")
+        _require(not canary_fault(self.canary), f"canary: {canary_fault(self.canary)}")
+        _require(0 <= self.shadow_percent <= 100, "shadow_percent: 0..100")
+        _require(0 <= self.canary_s <= self.canary_limit_s <= 2_592_000, "canary_s: 0..canary_limit_s, at most 30 days")
+        _require(0 <= self.canary_calls_min <= 1_000_000, "canary_calls_min: 0..1000000")
+        _require(0 <= self.agreement_min <= 1, "agreement_min: 0..1")
         _require(1 <= self.starts_in_trial_max <= 100, "starts_in_trial_max: 1..100")
         _require(self.trial_retry_cap_s > 0, "trial_retry_cap_s: above 0")
         _require(self.fetch_retry_cap_s > 0, "fetch_retry_cap_s: above 0")
@@ -524,10 +547,15 @@ class ModelConfig(Section, frozen=True):
     team: str  # whose signature its bundles need
     version: str = ""  # exact version; empty: follow ``channel``
     channel: str = "stable"  # followed when no version is named
+    beside: tuple[str, ...] = ()  # versions kept beside it, each answering the requests that name it
+    allow_incompatible: bool = False  # also a version that callers of the one before would notice: docs/deployment.md
 
     def __post_init__(self) -> None:
         _require(bool(_NAME.fullmatch(self.name)), "name: lower-case letters, digits, '.', '_', '-', at most 64")
         _require(bool(_NAME.fullmatch(self.team)), "team: lower-case letters, digits, '.', '_', '-', at most 64")
+        for version in self.beside:
+            _require(bool(_VERSION.fullmatch(version)), f"beside: {version!r} is no exact version such as 1.4.0")
+        _require(len(set(self.beside)) == len(self.beside), "beside: a version is named twice")
 
 
 class LogConfig(Section, frozen=True):
@@ -612,6 +640,14 @@ def _kind_at(key: str) -> Any:
         for _ in brackets:
             kind = next(iter(get_args(kind)), None)
     return section_of(kind) or kind
+
+
+def canary_fault(shares: Sequence[float]) -> str:
+    """Return what is wrong with the shares of a canary; empty if nothing is."""
+    grows = all(before < after for before, after in itertools.pairwise(shares))
+    if grows and len(shares) <= _SHARES_MAX and all(0 < share <= 100 for share in shares):
+        return ""
+    return f"growing percentages above 0, at most 100 and {_SHARES_MAX} of them, such as 5, 25, 50"
 
 
 def section_of(kind: Any) -> type[Section] | None:

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from agent import __version__
-from agent.arguments import integer_of, shortened, text_of, wait_s_of, wish_of
+from agent.arguments import integer_of, shortened, text_of, version_of, wait_s_of, wish_of
 from agent.config import Config
 from agent.control_holds import AtEnd, HoldVerbs
 from agent.control_store import StoreVerbs
+from agent.control_versions import VersionVerbs
 from agent.deploy.desired import Desired
 from agent.deploy.reconciler import Reconciler
+from agent.deploy.slots import slot_of, version_beside
 from agent.deploy.state import FINAL, State
 from agent.engine.engine import Engine, pss_bytes
 from agent.errors import (
@@ -29,7 +31,6 @@ from agent.errors import (
     CommandError,
     ForbiddenError,
     NotFoundError,
-    UnavailableError,
     by_code,
 )
 from agent.events import EventBus, Severity, Stream
@@ -90,6 +91,7 @@ class Control:
         gpus: GpuWatch,
     ) -> None:
         self._store = store
+        self._versions = VersionVerbs(reconciler)
         self._box = box
         self._engine = engine
         self._reconciler = reconciler
@@ -111,6 +113,7 @@ class Control:
             "rollback": ("operate", self._rollback),
             "pin": ("operate", self._pin),
             "unpin": ("operate", self._unpin),
+            **self._versions.verbs(),
             **store.verbs(),
             "cancel": ("operate", self._cancel),
             _HOLD: ("infer", self._hold_nothing),
@@ -159,11 +162,15 @@ class Control:
             return await self._status({}, "fleet")
         if name == "cancel":
             return await self._cancel_for_fleet(text_of(args, "model"))
-        if name not in ("deploy", "rollback"):
+        if name == "remove":
+            return await self._versions.remove(args, by_fleet=True)
+        if name not in ("deploy", "default", "rollback"):
             raise CommandError(f"no command {name!r}")
         model = text_of(args, "model")
         if name == "deploy":
             wish = wish_of(command_id, args, "fleet")
+        elif name == "default":
+            wish = await self._versions.default_wish(args, command_id, "fleet")
         else:
             wish = await self._rollback_wish(model, command_id, "fleet")
         await self._reconciler.want(wish)
@@ -227,20 +234,18 @@ class Control:
     async def _models(self, _args: dict[str, Any], _peer: str) -> list[dict[str, Any]]:
         rows = []
         for slot in self._reconciler.slots():
-            name = str(slot["slot"])
+            model, version = str(slot["model"]), version_beside(str(slot["slot"]))
             try:
-                state = self._engine.model_state(name)
+                state = self._engine.model_state(model, version)
                 rows.append({**slot, "ready": state.ready, "reason": state.reason})
             except AgentError as error:
                 rows.append({**slot, "ready": False, "reason": str(error)})
-            active = self._engine.active(name)
-            rows[-1] |= {"variants": active.status()["variants"] if active is not None else []}
-            try:
-                rows[-1] |= {"metadata": self._engine.describe(name)}
-            except AgentError:
-                rows[-1] |= {"metadata": None}
-            version = self._engine.active(name)
-            rows[-1] |= {"residency": version.residency() if version is not None else None}
+            found = self._engine.find(model, version)
+            rows[-1] |= {
+                "variants": found.status()["variants"] if found is not None else [],
+                "metadata": self._engine.describe(model, version) if found is not None else None,
+                "residency": found.residency() if found is not None else None,
+            }
         return rows
 
     async def _recent_events(self, args: dict[str, Any], _peer: str) -> list[dict[str, Any]]:
@@ -270,7 +275,8 @@ class Control:
             if known is None:
                 raise NotFoundError(f"deployment {deployment_id!r} has not begun or is not known") from None
             record = known
-        return {**record.plain(), "final": record.state in FINAL}
+        trying = self._engine.canary(record.slot) if record.state is State.CANARY else None
+        return {**record.plain(), "final": record.state in FINAL, **({"trying": trying} if trying else {})}
 
     async def _inspect(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         """Return what the named version, or the active one, and its models say about themselves."""
@@ -282,10 +288,8 @@ class Control:
         return await self._inspector.inspect(team, model, version or str(active))
 
     async def _self_test(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
-        version = self._engine.active(text_of(args, "model"))
-        if version is None:
-            raise UnavailableError(f"{args['model']!r} serves nothing")
-        return await version.self_test(timeout_s=30.0)
+        model, named = text_of(args, "model"), version_of(args)
+        return await self._engine.self_test(model, named, wake=bool(args.get("wake", True)))
 
     async def _deploy(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         model = text_of(args, "model")
@@ -321,19 +325,19 @@ class Control:
 
     async def _load(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         """Return once the model is in memory."""
-        model = text_of(args, "model")
-        await self._engine.load_now(model)
-        return self._residency_of(model)
+        model, version = text_of(args, "model"), version_of(args)
+        await self._engine.load_now(model, version)
+        return self._residency_of(model, version)
 
     async def _unload(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         """Return once the model has left memory; its next request loads it again."""
-        model = text_of(args, "model")
-        await self._engine.unload_now(model)
-        return self._residency_of(model)
+        model, version = text_of(args, "model"), version_of(args)
+        await self._engine.unload_now(model, version)
+        return self._residency_of(model, version)
 
-    def _residency_of(self, model: str) -> dict[str, Any]:
-        version = self._engine.active(model)
-        return {"model": model, **(version.residency() if version is not None else {"loaded": False})}
+    def _residency_of(self, model: str, version: str) -> dict[str, Any]:
+        found = self._engine.find(model, version)
+        return {"model": slot_of(model, version), **(found.residency() if found is not None else {"loaded": False})}
 
     async def _rollback_wish(self, model: str, wish_id: str, source: str) -> Desired:
         known = await self._reconciler.find(wish_id)

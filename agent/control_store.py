@@ -109,7 +109,7 @@ class StoreVerbs:
         """Return the versions that failed here; the newest deployments and the disk tell what they are called."""
         names = {(item.name, item.digest): item.version for item in inventory.versions}
         for record in await self._reconciler.history(limit=200):
-            names.setdefault((record.slot, record.digest[:12]), record.version)
+            names.setdefault((record.model, record.digest[:12]), record.version)
         return [
             {"slot": slot, "version": names.get((slot, digest[:12]), ""), "digest": digest, "reason": reason}
             for slot, digest, reason in await self._reconciler.quarantine()

@@ -15,7 +15,7 @@ import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,14 +37,16 @@ from agent.adapters import (
 from agent.arena import Arena, ArenaKeeper
 from agent.bundles.puller import Puller
 from agent.clock import SystemClock
-from agent.config import EXIT_BAD_CONFIG, Config, ServingConfig
+from agent.config import EXIT_BAD_CONFIG, Config, ModelConfig, ServingConfig
 from agent.control import Box, Control
 from agent.control_store import StoreVerbs
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
+from agent.deploy.plan import Plan
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.refusals import Refusals
 from agent.deploy.sideload import KnownMedia, MediumWatch, Sideload
+from agent.deploy.slots import slot_of
 from agent.deploy.watch import Watch
 from agent.engine.book import VariantBook
 from agent.engine.engine import Engine
@@ -74,31 +76,13 @@ from agent.telemetry.reporter import Reporter
 from agent.telemetry.status import TelemetryStatus
 from agent.telemetry.timesource import KernelClock, boot_id
 from agent.telemetry.topics import Topics
+from agent.watchdog import Watchdog
 from agent.wire import Limits
 
 _log = get_logger("daemon")
 _PROGRESS_TIMEOUT_S: Final = 10.0
 _BOOT_GRACE_S: Final = 10.0
 _NOTIFY_PATIENCE_S: Final = 2.0  # for a service manager that is busy
-
-
-class Watchdog:
-    """Tell systemd that we are alive as long as the loop turns and the journal answers; a model is no part of it."""
-
-    name = "daemon.watchdog"
-
-    def __init__(self, interval_s: float, journal: Journal) -> None:
-        self._interval_s = interval_s
-        self._journal = journal
-
-    async def run(self) -> None:
-        """Feed until cancelled; raise when the journal's disk does not answer. A refusal is an answer."""
-        while True:
-            async with asyncio.timeout(_PROGRESS_TIMEOUT_S):
-                with suppress(AgentError):
-                    await self._journal.wanted()
-            sdnotify.notify("WATCHDOG=1")
-            await asyncio.sleep(self._interval_s)
 
 
 def check(config: Config) -> None:
@@ -216,7 +200,13 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             profile,
             on_refused=lambda source, error, about: refusals.source(error, source=source, **about),
         )
-        specs = SpecMaker(engine=config.engine, policy=config.policy, serving=config.serving, profile=profile)
+        specs = SpecMaker(
+            engine=config.engine,
+            policy=config.policy,
+            serving=config.serving,
+            profile=profile,
+            unified_memory=any(gpu.integrated for gpu in hardware.gpus),
+        )
         journal = Journal(state_dir / "journal.db")
         stack.push_async_callback(journal.close)
         store = BundleStore(
@@ -234,7 +224,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             events=events,
             clock=clock,
             state_dir=state_dir,
-            configured=[_configured(model) for model in config.models],
+            configured=[wish for model in config.models for wish in _configured(model)],
             poll_interval_s=config.store.poll_interval_s,
             refusals=refusals,
             clock_trusted=lambda: standing().clock_trusted,
@@ -328,7 +318,15 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
                 )
                 components += [inbox, reported]
         if watchdog_s is not None:
-            components.append(Watchdog(watchdog_s, journal))
+            parts = {"journal": journal.wanted, "engine": engine.progress}
+            components.append(
+                Watchdog(
+                    parts,
+                    feed=lambda: sdnotify.notify("WATCHDOG=1"),
+                    interval_s=watchdog_s,
+                    patience_s=_PROGRESS_TIMEOUT_S,
+                )
+            )
         await stack.enter_async_context(supervisor.running(*components))
         # Listeners: innermost, so that intake stops first.
         # What is on disk is served before anybody may ask, unless a model takes its time.
@@ -424,21 +422,28 @@ def _binds(config: Config, profile: Profile) -> bool:
     return config.engine.pin_cores == "always" or (config.engine.pin_cores == "profile" and profile.pin_cores)
 
 
-def _configured(model: Any) -> Desired:
-    wanted = model.version or model.channel
-    return Desired(
-        id=f"file:{model.team}/{model.name}:{wanted}",
+def _configured(model: ModelConfig) -> list[Desired]:
+    """Return the wishes of one entry: for its default, and for each version beside it."""
+    entry = f"{model.team}/{model.name}"
+    agreed = ":incompatible" if model.allow_incompatible else ""  # another wish: one that was refused is tried again
+    default = Desired(
+        id=f"file:{entry}:{model.version or model.channel}{agreed}",
         slot=model.name,
         team=model.team,
         version=model.version,
         channel=model.channel,
+        plan=Plan(allow_incompatible=model.allow_incompatible),
     )
+    return [default] + [
+        Desired(id=f"beside:{entry}:{version}", slot=slot_of(model.name, version), team=model.team, version=version)
+        for version in model.beside
+    ]
 
 
 def _birth(engine: Engine) -> dict[str, Any]:
     active = [
         {
-            "slot": row["model"],
+            "slot": row["slot"],
             "version": row.get("version"),
             "digest": row.get("digest"),
             "variant": row.get("variant"),

@@ -37,6 +37,7 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     │   ├── ChunkMismatchError (chunk_mismatch)
     │   ├── NoVariantError (no_variant)             nothing in the bundle can run on this box
     │   ├── TargetNotFoundError (bundle_not_found)
+    │   ├── IncompatibleError (incompatible_signature)  callers of what serves would notice the change
     │   └── PolicyError (policy_refused)            this box's policy does not allow it
     ├── StoreError (store_failed)
     │   ├── OfflineError* (offline)                 the store cannot be reached
@@ -280,6 +281,12 @@ class TargetNotFoundError(BundleError):
     """The store has no such model or version, or the team may not sign it."""
 
     code = "bundle_not_found"
+
+
+class IncompatibleError(BundleError):
+    """A version takes, gives or means something else than the one that serves; the message says what."""
+
+    code = "incompatible_signature"
 
 
 class PolicyError(BundleError):

@@ -104,6 +104,7 @@ class GpuMemory(msgspec.Struct, frozen=True, kw_only=True):
     index: int  # as the GPU was numbered when the daemon started
     uuid: str
     free_bytes: int
+    compute: str = ""  # "8.7"; empty: unknown
 
 
 class Unread(msgspec.Struct, frozen=True, kw_only=True):

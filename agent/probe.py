@@ -117,7 +117,7 @@ def free_memory(hardware: Hardware, nvml: Callable[[], Nvml] = Nvml) -> tuple[Gp
     """Return the GPUs that tell now how much memory they have free; a lost one does not."""
     seen = readings(hardware, nvml)
     return tuple(
-        GpuMemory(index=gpu.index, uuid=gpu.uuid, free_bytes=reading.memory_free_bytes)
+        GpuMemory(index=gpu.index, uuid=gpu.uuid, free_bytes=reading.memory_free_bytes, compute=gpu.compute)
         for gpu in hardware.gpus
         if isinstance(reading := seen.get(gpu.uuid), Reading) and reading.memory_free_bytes is not None
     )

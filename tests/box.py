@@ -5,6 +5,7 @@ The publisher's library makes keys and store once per test session (``store_once
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from click.testing import CliRunner
 
+from agent.cli import main as inferctl_main
 from tests.models import FEATURES, HANDLERS, write_scale_model
 from tools.demo import magika
-from tools.demo.stage import Stage
+from tools.demo.stage import PASSWORD, Stage
 from tools.hub import safetensors
+from tools.inferhub import main as inferhub
 
 MODEL = "scale"
 
@@ -132,7 +136,22 @@ compare = [{{ output = "y", metric = "allclose", rtol = 1e-5, atol = 1e-6 }}]
         return rows
 
 
+class NearBox(Box):
+    """A box whose publisher and ``inferctl`` run in this process: no interpreter starts for each command."""
+
+    def control(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        done = CliRunner().invoke(inferctl_main, ["--socket", str(self.socket), *arguments])
+        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+    def hub(self, *arguments: object) -> dict[str, Any]:
+        done = CliRunner().invoke(inferhub, [*map(str, arguments), "--json"], env={"INFERHUB_KEY_PASSWORD": PASSWORD})
+        lines = [line for line in done.output.splitlines() if line.startswith("{")]
+        assert done.exit_code == 0, done.output
+        answer: dict[str, Any] = json.loads(lines[-1])
+        return answer
+
+
 def copy_box(template: Path, folder: Path) -> Box:
     """Return a box over a copy of a prepared store."""
-    shutil.copytree(template, folder, symlinks=True)
+    shutil.copytree(template, folder, symlinks=True, ignore=shutil.ignore_patterns("*.sock"))
     return Box(folder, fresh=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from agent.engine.growth import Bounds
 from agent.engine.types import VariantSpec, VersionSpec
-from tests.fakes import hostile
+from tests.fakes import fickle, hostile
 
 FEATURES = 4
 
@@ -33,6 +34,8 @@ def write_scale_model(path: Path, *, factor: float = 2.0) -> None:
 HANDLERS: dict[str, str] = {
     # Runs what it is sent.
     "hostile": hostile.SOURCE,
+    # Goes wrong when files in its bundle say so.
+    "fickle": fickle.SOURCE,
     # Takes its time: the body says how many seconds. Once its bundle holds a file "refuse" no further one starts.
     "slow": '''
 import time
@@ -52,6 +55,25 @@ class SlowHandler(Handler):
 
     def preprocess(self, body, content_type):
         time.sleep(float(bytes(body)))
+        return {"x": np.ones((1, 4), dtype=np.float32)}
+
+    def postprocess(self, outputs, rows):
+        return {"y": outputs["y"].tolist()}
+''',
+    # As "slow", but a fifth of a second later.
+    "late": '''
+import time
+
+import numpy as np
+
+from handlers.base import Handler
+
+
+class LateHandler(Handler):
+    """Sleeps for too long, then answers."""
+
+    def preprocess(self, body, content_type):
+        time.sleep(float(bytes(body)) + 0.2)
         return {"x": np.ones((1, 4), dtype=np.float32)}
 
     def postprocess(self, outputs, rows):
@@ -108,6 +130,29 @@ class OddHandler(Handler):
 
     def postprocess(self, outputs, rows):
         return {"y": outputs["y"].tolist()}
+''',
+    # Passes its self-test, which asks the model alone, and then does what its bundle's file "how" says to any body.
+    "broken": '''
+import os
+import signal
+import time
+
+from handlers.base import Handler
+
+
+class BrokenHandler(Handler):
+    """Raises, dies or hangs."""
+
+    def preprocess(self, body, content_type):
+        how = self.context.path("how").read_text()
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hang":
+            time.sleep(3600)
+        raise RuntimeError("broken")
+
+    def postprocess(self, outputs, rows):
+        return None
 ''',
     # Streams what its body says, and counts in memory what became of its generators.
     "steps": '''
@@ -273,4 +318,5 @@ def scale_version(
                 bounds=bounds or Bounds(),
             )
         )
-    return VersionSpec(model="scale", version=version, digest=f"{version:0<64}"[:64], variants=tuple(variants))
+    digest = sha256(f"{folder} {version}".encode()).hexdigest()
+    return VersionSpec(model="scale", version=version, digest=digest, variants=tuple(variants))

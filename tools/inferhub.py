@@ -36,6 +36,8 @@ VERBS: Final = {
     "deploy": "tools.hub.fleet_cli:deploy",
     "cancel": "tools.hub.fleet_cli:cancel",
     "rollback": "tools.hub.fleet_cli:rollback",
+    "default": "tools.hub.fleet_cli:default",
+    "remove": "tools.hub.fleet_cli:remove",
 }
 
 

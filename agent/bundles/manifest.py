@@ -260,6 +260,11 @@ class Rollout(Part, frozen=True):
     soak_s: float = 300.0
     max_error_rate: float = 0.02
     fallback: Literal["previous", "none"] = "previous"
+    canary: tuple[float, ...] = ()  # percent of the routing keys, growing
+    shadow: float = 0.0  # percent of the requests that are copied and compared first
+    step_s: float = 0.0  # each of these lasts at least so long; 0: as the box says
+    calls_min: int = 0  # and until so many good answers; 0: as the box says
+    min_agreement: float = 0.0  # of the copies, 0..1; the box may ask for more
 
 
 class Manifest(Part, frozen=True):

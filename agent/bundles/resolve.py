@@ -48,6 +48,7 @@ from agent.errors import (
     OfflineError,
     PolicyError,
     RollbackDetectedError,
+    StateError,
     StoreError,
     TargetNotFoundError,
     TransientError,
@@ -213,7 +214,7 @@ class Resolver:
         """
         try:
             return self._read_local_operators()
-        except BundleError:
+        except (BundleError, StateError):
             with self._locked():  # a refresh in another process may have been half way
                 return self._read_local_operators()
 

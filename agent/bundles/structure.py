@@ -11,16 +11,19 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from agent.bundles import names
+from agent.config import canary_fault
 from agent.errors import UnsafeBundleError
 
 if TYPE_CHECKING:
-    from agent.bundles.manifest import Compare, File, Handler, Index, Manifest, Signature, Variant
+    from agent.bundles.manifest import Compare, File, Handler, Index, Manifest, Rollout, Signature, Variant
 
 FILES_MAX: Final = 4096
 CHUNKS_MAX: Final = 200_000
 CHUNK_BYTES_MAX: Final = 16 * 1024 * 1024
 VARIANTS_MAX: Final = 64
 GOLDEN_MAX: Final = 256
+WARMUP_SHAPES_MAX: Final = 64
+DIM_MAX: Final = 1 << 24  # of one dimension of an input to warm up with
 LABELS_MAX: Final = 64
 VERSIONS_MAX: Final = 10_000
 BATCH_MAX: Final = 4096
@@ -202,10 +205,36 @@ def _check_optional(manifest: Manifest, files: Mapping[str, File]) -> None:
         _refers(manifest.license.file, files, "license.file")
     _bounded(manifest.warmup.runs, 0, 10_000, "warmup.runs")
     _bounded(manifest.warmup.max_ms, 1, 3_600_000, "warmup.max_ms")
+    _check_warmup_shapes(manifest)
+    if manifest.rollout is not None:
+        _check_rollout(manifest.rollout)
     _bounded(manifest.batching.max_batch, 1, BATCH_MAX, "batching.max_batch")
     _require(0 <= manifest.batching.max_delay_ms <= 60_000, "batching.max_delay_ms: 0 to 60000")
     features = manifest.requires.features
     _require(len(features) <= 64, "requires.features: more than 64")
+
+
+def _check_warmup_shapes(manifest: Manifest) -> None:
+    _require(len(manifest.warmup.shapes) <= WARMUP_SHAPES_MAX, f"warmup.shapes: more than {WARMUP_SHAPES_MAX}")
+    inputs = {tensor.name: tensor.shape for tensor in manifest.signature.inputs}
+    for shapes in manifest.warmup.shapes:
+        for name, shape in shapes.items():
+            _require(name in inputs, f"warmup.shapes: {name!r} is not an input of the signature")
+            declared = inputs[name]
+            fits = len(shape) == len(declared) and all(
+                1 <= size <= DIM_MAX and (not isinstance(wanted, int) or size == wanted)
+                for size, wanted in zip(shape, declared, strict=True)
+            )
+            _require(fits, f"warmup.shapes: {name!r} has the shape {list(declared)}, not {list(shape)}")
+
+
+def _check_rollout(rollout: Rollout) -> None:
+    fault = canary_fault(rollout.canary)
+    _require(not fault, f"rollout.canary: {fault}")
+    _require(0 <= rollout.shadow <= 100, "rollout.shadow: 0 to 100")
+    _require(0 <= rollout.step_s <= 2_592_000, "rollout.step_s: 0 to 2592000")
+    _bounded(rollout.calls_min, 0, 1_000_000, "rollout.calls_min")
+    _require(0 <= rollout.min_agreement <= 1, "rollout.min_agreement: 0 to 1")
 
 
 def _refers(path: str, files: Mapping[str, File], where: str, *, roles: Collection[str] = ()) -> None:

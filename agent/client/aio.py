@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 from agent.client.bounds import READ_BYTES, SEND_BUFFER_BYTES, lane_wait_s, reconnects, restarting, wait_s
 from agent.client.inbox import Inbox
-from agent.client.lanes import Lanes
+from agent.client.lanes import Lanes, Target
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
@@ -120,7 +120,7 @@ class AsyncClient:
             )
 
         try:
-            frame = await self._ask(build, deadline_ms, self._retries, plan, None if version else model)
+            frame = await self._ask(build, deadline_ms, self._retries, plan, (model, version or None))
             if plan is None and len(frame.body) <= STAGED_BYTES_MIN:
                 return result_of(frame)
             return tensors_of(frame, model, plan, self._memory)
@@ -179,7 +179,7 @@ class AsyncClient:
                 params=params,
             )
 
-        return result_of(await self._ask(build, deadline_ms, self._retries, None, None if version else model))
+        return result_of(await self._ask(build, deadline_ms, self._retries, None, (model, version or None)))
 
     async def stream(
         self,
@@ -287,15 +287,15 @@ class AsyncClient:
         deadline_ms: float | None,
         retries: int,
         plan: Plan | None = None,
-        model: str | None = None,
+        target: Target | None = None,
     ) -> Frame:
-        """Return the answer to the frame that ``build`` makes; ``model`` may be asked on its direct lane."""
+        """Return the answer to the frame that ``build`` makes; ``target`` may be asked on its direct lane."""
         patience_s = wait_s(deadline_ms, self._timeout_s)
         request_id = next(self._ids)
         frame = build(request_id)
         broken: _BrokenError | None = None
         tries = retries + 1
-        lane = await self._lane(model) if model is not None else None
+        lane = await self._lane(target) if target is not None else None
         if lane is not None:
             try:
                 lane_patience_s = lane_wait_s(deadline_ms, self._timeout_s)
@@ -318,32 +318,32 @@ class AsyncClient:
                 broken = error
         raise UnavailableError(f"the connection to {self._path} broke {retries + 1} times: {broken}")
 
-    async def _lane(self, model: str) -> _Lane | None:
+    async def _lane(self, target: Target) -> _Lane | None:
         """Return the model's lane, asking for one if it is time to."""
-        lane = self._lanes.get(model)
+        lane = self._lanes.get(target)
         if lane is not None:
             if not lane.line.leaving and lane.line.broken is None:
                 return lane
-            self._lanes.drop(model, lane, time.monotonic(), farewell=lane.line.leaving)
-        if not self._lanes.wanted(model, time.monotonic()):
+            self._lanes.drop(target, lane, time.monotonic(), farewell=lane.line.leaving)
+        if not self._lanes.wanted(target, time.monotonic()):
             return None
         async with self._opening:
-            lane = self._lanes.get(model)
-            if lane is not None or not self._lanes.wanted(model, time.monotonic()):
+            lane = self._lanes.get(target)
+            if lane is not None or not self._lanes.wanted(target, time.monotonic()):
                 return lane
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    return await self._open_lane(model)
+                    return await self._open_lane(target)
             except (AgentError, _BrokenError, TimeoutError):  # refused; or no daemon, which the request will find out
-                self._lanes.refused(model, time.monotonic())
+                self._lanes.refused(target, time.monotonic())
                 return None
 
-    async def _open_lane(self, model: str) -> _Lane:
+    async def _open_lane(self, target: Target) -> _Lane:
         line = await self._connected()
         request_id = next(self._ids)
-        value = value_of(await line.ask(request_id, lane_frame(request_id, model)))
+        value = value_of(await line.ask(request_id, lane_frame(request_id, *target)))
         lane = _Lane(_Line(line.take_socket(request_id), is_lane=True), int(value["lane"]), line)
-        self._lanes.add(model, lane)
+        self._lanes.add(target, lane)
         return lane
 
     async def _ask_on_lane(

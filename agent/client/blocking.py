@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from agent.client.bounds import READ_BYTES, SEND_BUFFER_BYTES, lane_wait_s, reconnects, restarting, wait_s
-from agent.client.lanes import Lanes
+from agent.client.lanes import Lanes, Target
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
@@ -136,7 +136,7 @@ class Client:
             )
 
         try:
-            frame = self._ask(build, deadline_ms, self._retries, plan, None if version else model)
+            frame = self._ask(build, deadline_ms, self._retries, plan, (model, version or None))
             if plan is None and len(frame.body) <= STAGED_BYTES_MIN:
                 return result_of(frame)
             return tensors_of(frame, model, plan, self._memory)
@@ -198,7 +198,7 @@ class Client:
                 params=params,
             )
 
-        return result_of(self._ask(build, deadline_ms, self._retries, None, None if version else model))
+        return result_of(self._ask(build, deadline_ms, self._retries, None, (model, version or None)))
 
     def stream(
         self,
@@ -306,14 +306,14 @@ class Client:
         deadline_ms: float | None,
         retries: int,
         plan: Plan | None = None,
-        model: str | None = None,
+        target: Target | None = None,
     ) -> Frame:
-        """Return the answer to the frame that ``build`` makes; ``model`` may be asked on its direct lane."""
+        """Return the answer to the frame that ``build`` makes; ``target`` may be asked on its direct lane."""
         patience_s = wait_s(deadline_ms, self._timeout_s)
         request_id = next(self._ids)
         frame = build(request_id)
         with self._lock:
-            lane = self._lane(model) if model is not None else None
+            lane = self._lane(target) if target is not None else None
             if lane is not None:
                 lane_patience_s = lane_wait_s(deadline_ms, self._timeout_s)
                 answer = self._ask_on_lane(lane, frame, request_id, lane_patience_s, plan)
@@ -321,7 +321,7 @@ class Client:
                     return answer
                 if not lane.unsent:
                     if not retries:
-                        raise UnavailableError(f"the direct lane to {model} broke")
+                        raise UnavailableError(f"the direct lane to {lane.target[0]} broke")
                     retries -= 1
             while True:
                 reused = self._sock is not None
@@ -377,29 +377,29 @@ class Client:
                 elif frame.header["kind"] == "error" and frame.id is None:
                     raise error_of(frame)
 
-    def _lane(self, model: str) -> _Lane | None:
+    def _lane(self, target: Target) -> _Lane | None:
         """Return the model's lane, asking for one if it is time to."""
-        lane = self._lanes.get(model)
-        if lane is not None or not self._lanes.wanted(model, time.monotonic()):
+        lane = self._lanes.get(target)
+        if lane is not None or not self._lanes.wanted(target, time.monotonic()):
             return lane
         request_id = next(self._ids)
         try:
             sock = self._connected(self._timeout_s)
-            _send_all(sock, lane_frame(request_id, model))
+            _send_all(sock, lane_frame(request_id, *target))
             value, passed = self._receive_with_socket(sock, request_id)
         except AgentError:  # refused; or no daemon, which the request itself will find out
-            self._lanes.refused(model, time.monotonic())
+            self._lanes.refused(target, time.monotonic())
             return None
         except OSError as error:
             self._disconnect()
             if isinstance(error, BlockingIOError):  # the socket's timeout
-                self._lanes.refused(model, time.monotonic())
+                self._lanes.refused(target, time.monotonic())
             return None
         except BaseException:
             self._disconnect()
             raise
-        lane = _Lane(passed, model, int(value["lane"]))
-        self._lanes.add(model, lane)
+        lane = _Lane(passed, target, int(value["lane"]))
+        self._lanes.add(target, lane)
         return lane
 
     def _receive_with_socket(self, sock: socket.socket, request_id: int) -> tuple[Any, socket.socket]:
@@ -438,7 +438,7 @@ class Client:
 
     def _drop_lane(self, lane: _Lane) -> None:
         lane.close()
-        self._lanes.drop(lane.model, lane, time.monotonic(), farewell=lane.farewell or lane.unsent)
+        self._lanes.drop(lane.target, lane, time.monotonic(), farewell=lane.farewell or lane.unsent)
 
     def _lend_all(self, lane: _Lane, plan: Plan) -> None:
         """Let the lane's worker know the regions of a request."""
@@ -454,7 +454,7 @@ class Client:
                 value_of(self._exchange(sock, lend_frame(request_id, lane.number, region), request_id))
                 lane.known.add(region.number)
         except AgentError as error:  # this worker cannot have them: no lane to it for a while
-            self._lanes.refused(lane.model, time.monotonic())
+            self._lanes.refused(lane.target, time.monotonic())
             raise _UnsentError(str(error)) from error
         except OSError:
             self._disconnect()
@@ -554,8 +554,8 @@ class Client:
 class _Lane:
     """A socket straight to a model's worker."""
 
-    def __init__(self, sock: socket.socket, model: str, number: int) -> None:
-        self.model = model
+    def __init__(self, sock: socket.socket, target: Target, number: int) -> None:
+        self.target = target
         self.number = number
         self.known: set[int] = set()  # regions the worker knows
         self.farewell = False  # the worker takes nothing more

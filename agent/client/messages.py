@@ -243,9 +243,10 @@ def detach_frame(request_id: int, region: Region) -> list[Buffer]:
     return encode({"kind": "detach", "id": request_id, "region": region.number})
 
 
-def lane_frame(request_id: int, model: str) -> list[Buffer]:
+def lane_frame(request_id: int, model: str, version: str | None = None) -> list[Buffer]:
     """Return the wish for a direct lane to a model's worker; its socket comes with the reply."""
-    return encode({"kind": "lane", "id": request_id, "model": model})
+    named = {"version": version} if version else {}
+    return encode({"kind": "lane", "id": request_id, "model": model, **named})
 
 
 def lend_frame(request_id: int, lane: int, region: Region) -> list[Buffer]:

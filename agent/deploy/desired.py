@@ -13,7 +13,8 @@ from typing import Final
 
 from agent.deploy.plan import ORDINARY, Plan
 from agent.deploy.pointer import Pointer
-from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, Event, Record, State
+from agent.deploy.slots import model_of
+from agent.deploy.state import BEFORE_CUTOVER, FINAL, TABLE, TRIAL, Event, Record, State
 from agent.errors import CanceledError, CommandExpiredError
 
 PRECEDENCE: Final = ("pin", "fleet", "file")  # strongest first
@@ -41,6 +42,11 @@ class Desired:
     force: bool = False  # although it failed here before
     medium: str = ""  # the folder to take it from, instead of the configured stores
     plan: Plan = ORDINARY
+
+    @property
+    def model(self) -> str:
+        """Of which the slot is."""
+        return model_of(self.slot)
 
     @property
     def place(self) -> str:
@@ -150,12 +156,12 @@ def ending(record: Record, wish: Desired | None, *, cancelled: bool, now_s: floa
         cancelled: Somebody asked to give it up.
         now_s: Unix seconds; ``None``: the clock cannot be right.
     """
-    before = record.state in BEFORE_CUTOVER
-    if cancelled and before:
+    if cancelled and record.state in BEFORE_CUTOVER:
         return Ending(event=Event.CANCEL, message="it was cancelled", code=CanceledError.code)
     limit = record.plan.not_after
-    if before and limit is not None and now_s is not None and now_s > limit:
-        message = f"it was to be carried out until {now_s - limit:.0f} s ago"
+    late = limit is not None and now_s is not None and now_s > limit
+    if late and (record.state, Event.EXPIRE) in TABLE:
+        message = f"it was to be carried out until {(now_s or 0.0) - (limit or 0.0):.0f} s ago"
         return Ending(event=Event.EXPIRE, message=message, code=CommandExpiredError.code)
     if wish is not None and record.source != REVOCATION and not serves(record, wish):
         return Ending(event=Event.SUPERSEDE, message="another version was asked for")

@@ -26,7 +26,7 @@ class Situation:
 
     wall_s: float  # Unix seconds, as the system believes them
     clock_trusted: bool
-    serves: bool  # the slot serves something now
+    serves: bool  # some version of the model serves now
     held_by: str = ""  # the application that asked for no change now, as people are told; empty: none did
     on_trial: str = ""  # another slot whose new version is on trial; empty: none is
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS deployment (
 );
 CREATE INDEX IF NOT EXISTS deployment_slot ON deployment (slot, number);
 CREATE TABLE IF NOT EXISTS desired (slot TEXT, source TEXT, row TEXT NOT NULL, PRIMARY KEY (slot, source));
+CREATE TABLE IF NOT EXISTS leaving (slot TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS refused (slot TEXT, digest TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest));
 CREATE TABLE IF NOT EXISTS revoked (digest TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS overtaken (id TEXT PRIMARY KEY, row TEXT NOT NULL);
@@ -135,25 +136,37 @@ class Journal:
         rows = await self._do(lambda: self._query("SELECT row FROM desired"))
         return list(_decoded(rows, Desired))
 
-    async def refuse(self, slot: str, digest: str, reason: str) -> None:
+    async def leave(self, slots: Iterable[str]) -> None:
+        """Forget what anybody wants of these slots, and remember, until ``left``, that they are to be removed."""
+        await self._do(lambda: self._leave(list(slots)))
+
+    async def leaving(self) -> list[str]:
+        """Return the slots that are to be removed."""
+        return [slot for (slot,) in await self._do(lambda: self._query("SELECT slot FROM leaving"))]
+
+    async def left(self, slot: str) -> None:
+        """Note that the slot is removed."""
+        await self._do(lambda: self._execute("DELETE FROM leaving WHERE slot = ?", slot))
+
+    async def refuse(self, model: str, digest: str, reason: str) -> None:
         """Remember a version that failed here."""
-        await self._do(lambda: self._execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", slot, digest, reason))
+        await self._do(lambda: self._execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", model, digest, reason))
 
-    async def forgive(self, slot: str, digest: str) -> None:
+    async def forgive(self, model: str, digest: str) -> None:
         """Forget that a version failed here."""
-        await self._do(lambda: self._execute("DELETE FROM refused WHERE slot = ? AND digest = ?", slot, digest))
+        await self._do(lambda: self._execute("DELETE FROM refused WHERE slot = ? AND digest = ?", model, digest))
 
-    async def refused(self, slot: str, digest: str) -> str:
+    async def refused(self, model: str, digest: str) -> str:
         """Return why the version failed here, or an empty text."""
         rows = await self._do(
-            lambda: self._query("SELECT reason FROM refused WHERE slot = ? AND digest = ?", slot, digest)
+            lambda: self._query("SELECT reason FROM refused WHERE slot = ? AND digest = ?", model, digest)
         )
         return str(rows[0][0]) if rows else ""
 
     async def all_refused(self) -> list[tuple[str, str, str]]:
-        """Return slot, digest and reason of every version that failed here."""
+        """Return model, digest and reason of every version that failed here."""
         rows = await self._do(lambda: self._query("SELECT slot, digest, reason FROM refused ORDER BY slot, digest"))
-        return [(slot, digest, reason) for slot, digest, reason in rows]
+        return [(model, digest, reason) for model, digest, reason in rows]
 
     async def revoke(self, revoked: Revoked) -> None:
         """Remember, for good, that a version was revoked."""
@@ -164,13 +177,13 @@ class Journal:
         """Return every version that is known to be revoked."""
         return list(_decoded(await self._do(lambda: self._query("SELECT row FROM revoked")), Revoked))
 
-    async def note_served(self, slot: str, digest: str) -> None:
-        """Remember that a version earned trust in this slot."""
-        await self._do(lambda: self._execute("INSERT OR IGNORE INTO served VALUES (?, ?)", slot, digest))
+    async def note_served(self, model: str, digest: str) -> None:
+        """Remember that a version of the model earned trust here."""
+        await self._do(lambda: self._execute("INSERT OR IGNORE INTO served VALUES (?, ?)", model, digest))
 
-    async def served(self, slot: str) -> frozenset[str]:
-        """Return the digests of the versions that earned trust in this slot."""
-        rows = await self._do(lambda: self._query("SELECT digest FROM served WHERE slot = ?", slot))
+    async def served(self, model: str) -> frozenset[str]:
+        """Return the digests of the model's versions that earned trust here."""
+        rows = await self._do(lambda: self._query("SELECT digest FROM served WHERE slot = ?", model))
         return frozenset(digest for (digest,) in rows)
 
     async def _do(self, work: Callable[[], _T]) -> _T:
@@ -214,21 +227,19 @@ class Journal:
                 "DELETE FROM deployment WHERE number <= (SELECT max(number) FROM deployment) - ?", (_KEEP_FINISHED,)
             )
 
+    def _leave(self, slots: list[str]) -> None:
+        database = self._open_database()
+        with database:
+            for slot in slots:
+                database.execute("INSERT OR IGNORE INTO leaving VALUES (?)", (slot,))
+                places = database.execute("SELECT source FROM desired WHERE slot = ?", (slot,)).fetchall()
+                for (place,) in places:
+                    _replace_wish(database, slot, place, None, "its slot is removed")
+
     def _want(self, slot: str, place: str, wish: Desired | None, reason: str) -> None:
         database = self._open_database()
         with database:
-            rows = database.execute("SELECT row FROM desired WHERE slot = ? AND source = ?", (slot, place)).fetchall()
-            for old in _decoded(rows, Desired):
-                begun = database.execute(
-                    "SELECT 1 FROM deployment WHERE id = ? OR substr(id, 1, ?) = ?",
-                    (old.id, len(old.id) + 1, f"{old.id}@"),
-                ).fetchone()
-                if begun is None and (wish is None or wish.id != old.id):
-                    row = json.dumps(asdict(Overtaken(wish=old, event=Event.SUPERSEDE, message=reason)))
-                    database.execute("INSERT OR IGNORE INTO overtaken VALUES (?, ?)", (old.id, row))
-            database.execute("DELETE FROM desired WHERE slot = ? AND source = ?", (slot, place))
-            if wish is not None:
-                database.execute("INSERT INTO desired VALUES (?, ?, ?)", (slot, place, json.dumps(asdict(wish))))
+            _replace_wish(database, slot, place, wish, reason)
 
     def _execute(self, statement: str, *values: object) -> None:
         with self._open_database():
@@ -277,3 +288,19 @@ def _decoded(rows: list[tuple[str, ...]], kind: type[_T]) -> Iterator[_T]:
             yield msgspec.json.decode(row, type=kind)
         except (msgspec.DecodeError, UnicodeEncodeError) as error:
             _log.error("journal row cannot be read", kind=kind.__name__, reason=str(error))
+
+
+def _replace_wish(database: sqlite3.Connection, slot: str, place: str, wish: Desired | None, reason: str) -> None:
+    """Put ``wish`` in its place; what stood there and never began is overtaken, for ``reason``."""
+    rows = database.execute("SELECT row FROM desired WHERE slot = ? AND source = ?", (slot, place)).fetchall()
+    for old in _decoded(rows, Desired):
+        begun = database.execute(
+            "SELECT 1 FROM deployment WHERE id = ? OR substr(id, 1, ?) = ?",
+            (old.id, len(old.id) + 1, f"{old.id}@"),
+        ).fetchone()
+        if begun is None and (wish is None or wish.id != old.id):
+            row = json.dumps(asdict(Overtaken(wish=old, event=Event.SUPERSEDE, message=reason)))
+            database.execute("INSERT OR IGNORE INTO overtaken VALUES (?, ?)", (old.id, row))
+    database.execute("DELETE FROM desired WHERE slot = ? AND source = ?", (slot, place))
+    if wish is not None:
+        database.execute("INSERT INTO desired VALUES (?, ?, ?)", (slot, place, json.dumps(asdict(wish))))

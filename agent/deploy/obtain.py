@@ -21,6 +21,7 @@ from agent.deploy.pointer import Pointer, target_of
 from agent.deploy.ports import Bundle, Progress, Store
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
+from agent.deploy.slots import model_of
 from agent.deploy.state import FINAL, STEPS_BEFORE_CUTOVER_MAX, Event, Record, State
 from agent.deploy.steps import Steps
 from agent.errors import AgentError, BudgetError, BundleError, DiskFullError, PolicyError, StoreError
@@ -58,6 +59,7 @@ class Obtainer:
         make_room: Callable[[frozenset[str]], Awaitable[bool]],
     ) -> None:
         self._slot = slot
+        self._model = model_of(slot)
         self._config = config
         self._store = store
         self._journal = journal
@@ -79,6 +81,7 @@ class Obtainer:
         """Another deployment begins: what the one before waited for is over."""
         self._waiting_since = None
         self._not_before = 0.0
+        self._medium = ""
         self._retry.reset()
         self._steps.defer_progress()
 
@@ -103,7 +106,7 @@ class Obtainer:
         try:
             return await self._from_disk(record, pointer)
         except BundleError as error:
-            return await self._failed(record, error), None
+            return await self._failed(record, error, record.medium), None
 
     async def wait(self, record: Record) -> Record:
         """Do the work of FETCH_WAIT: ask again and again until the store answers; one transition however long."""
@@ -116,16 +119,13 @@ class Obtainer:
         await self._until_medium(0.1 + self._retry.next())
         if self._ending(record):
             return record
+        medium = record.medium or self._medium
         try:
             await self._store.resolve(
-                team=record.team,
-                name=record.slot,
-                version=record.wanted,
-                channel=record.channel,
-                medium=record.medium or self._medium,
+                team=record.team, name=record.model, version=record.wanted, channel=record.channel, medium=medium
             )
         except AgentError as error:
-            return await self._failed(record, error)
+            return await self._failed(record, error, medium)
         return await self._again(record)
 
     async def _again(self, record: Record) -> Record:
@@ -140,7 +140,7 @@ class Obtainer:
             AgentError: the disk could not be read.
         """
         for kept in (await self._store.inventory()).versions:
-            if (kept.team, kept.name) == (record.team, self._slot) and record.digest.startswith(kept.digest):
+            if (kept.team, kept.name) == (record.team, self._model) and record.digest.startswith(kept.digest):
                 try:
                     return await self._store.check(kept.path)
                 except BundleError as error:
@@ -150,7 +150,7 @@ class Obtainer:
     async def _from_disk(self, record: Record, pointer: Pointer | None) -> tuple[Record, Bundle | None]:
         known = [target for target in (pointer and pointer.previous, pointer and pointer.active) if target]
         known += [target_of(kept, self._state_dir) for kept in (await self._store.inventory()).versions]
-        model = (record.team, self._slot, record.wanted)
+        model = (record.team, self._model, record.wanted)
         target = next((item for item in known if (item.team, item.name, item.version) == model), None)
         if target is None:
             raise BundleError(f"version {record.wanted} is not kept on this box")
@@ -167,8 +167,9 @@ class Obtainer:
     ) -> tuple[Record, Bundle | None]:
         confirmed = pointer.active.digest if pointer is not None and not pointer.trial and serves else ""
         progress: asyncio.Queue[Progress | None] = asyncio.Queue()
+        medium = record.medium or self._medium
         async with asyncio.TaskGroup() as group:
-            fetch = group.create_task(self._fetch(record, progress), name=f"fetch {self._slot}")
+            fetch = group.create_task(self._fetch(record, medium, progress), name=f"fetch {self._slot}")
             while (seen := await progress.get()) is not None:
                 record = await self._follow(record, seen, confirmed)
                 if record.state in FINAL or self._ending(record):
@@ -179,7 +180,7 @@ class Obtainer:
                     return await self._steps.step(record, Event.WAIT, message=reason), None
         outcome = fetch.result()
         if isinstance(outcome, AgentError):
-            return await self._failed(record, outcome), None
+            return await self._failed(record, outcome, medium), None
         return await self._staged(record, outcome), outcome
 
     async def _staged(self, record: Record, bundle: Bundle) -> Record:
@@ -187,16 +188,18 @@ class Obtainer:
             record = await self._steps.step(record, Event.DONE, version=bundle.version, digest=bundle.digest)
         return record
 
-    async def _fetch(self, record: Record, progress: asyncio.Queue[Progress | None]) -> Bundle | AgentError:
+    async def _fetch(
+        self, record: Record, medium: str, progress: asyncio.Queue[Progress | None]
+    ) -> Bundle | AgentError:
         """Return the bundle or why there is none; ``None`` ends the progress."""
         try:
             return await self._store.fetch(
                 team=record.team,
-                name=record.slot,
+                name=record.model,
                 version=record.wanted,
                 channel=record.channel,
                 on_progress=progress.put_nowait,
-                medium=record.medium or self._medium,
+                medium=medium,
             )
         except AgentError as error:
             return error
@@ -209,7 +212,7 @@ class Obtainer:
             found = {"version": seen.version, "digest": seen.digest}
             if confirmed == seen.digest:
                 return await self._steps.step(record, Event.ALREADY, **found)
-            refused = await self._journal.refused(self._slot, seen.digest)
+            refused = await self._journal.refused(self._model, seen.digest)
             if refused and not record.force:
                 message = f"version {seen.version} failed here before: {refused}; deploy it with force to try again"
                 return await self._steps.step(record, Event.REJECT, code="refused_before", message=message, **found)
@@ -221,12 +224,14 @@ class Obtainer:
             return await self._steps.step(record, Event.DONE)
         return record
 
-    async def _failed(self, record: Record, error: AgentError) -> Record:
+    async def _failed(self, record: Record, error: AgentError, medium: str) -> Record:
+        """``medium``: what was asked. One that was offered meanwhile is still to be asked."""
         cause = {"code": error.code, "message": str(error)}
-        medium, self._medium = self._medium, ""
+        if medium == self._medium:
+            self._medium = ""
         if isinstance(error, BundleError):
-            version, source = record.version or record.wanted, record.medium or medium
-            self._refusals.bundle(error, team=record.team, name=self._slot, version=version, source=source)
+            version = record.version or record.wanted
+            self._refusals.bundle(error, team=record.team, name=self._model, version=version, source=medium)
         if medium and not record.medium:  # it was only offered: the store is waited for again
             _log.warning("medium is of no use", slot=self._slot, medium=medium, **cause)
             return record if record.state is State.FETCH_WAIT else await self._offline(record, cause)
@@ -251,7 +256,7 @@ class Obtainer:
         """Let go what nothing needs, but nothing of this deployment."""
         try:
             offered = await self._store.resolve(
-                team=record.team, name=self._slot, version=record.wanted, channel=record.channel, medium=record.medium
+                team=record.team, name=self._model, version=record.wanted, channel=record.channel, medium=record.medium
             )
             digest = offered.digest
         except AgentError:

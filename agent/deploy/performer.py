@@ -15,21 +15,26 @@ from typing import Any, Final
 from agent.clock import Clock
 from agent.config import DeployConfig
 from agent.deploy import lane, trial
+from agent.deploy.candidate import probe_if_idle, watch_share
 from agent.deploy.desired import SUPERSEDED, Desired, Ending, Overtaken, record_of
 from agent.deploy.gates import Judge, Situation, before_fetch, before_load
+from agent.deploy.interface import Interface, differences
 from agent.deploy.journal import Journal
 from agent.deploy.obtain import Obtainer
 from agent.deploy.pointer import Pointer, Pointers, Target, target_of
-from agent.deploy.ports import Bundle, Host, Loaded, Store
-from agent.deploy.probation import Verdict, judge
+from agent.deploy.ports import Bundle, Evidence, Host, Loaded, Store
+from agent.deploy.probation import Verdict, judge, summary
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
+from agent.deploy.rollout import Course, course_of
+from agent.deploy.slots import model_of
 from agent.deploy.state import BEFORE_CUTOVER, TRIAL, WAITING, Event, Record, State
 from agent.deploy.steps import Steps
 from agent.deploy.waiting import Waiting
 from agent.errors import (
     AgentError,
     BundleError,
+    IncompatibleError,
     PolicyError,
     SelfTestError,
     StateError,
@@ -41,6 +46,7 @@ from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
+_UNDECIDED: Final = "canary_undecided"  # nothing speaks against the version, so it is not remembered as bad
 
 
 class Performer:
@@ -66,11 +72,14 @@ class Performer:
         changed: Callable[[Record], None],
     ) -> None:
         self.slot = slot
+        self.leaving = False  # nobody wants the slot any more: a trial ends, whatever comes after it
         self.pointer: Pointer | None = None
         self.active: Loaded | None = None
         self.busy = False  # a deployment is under way and does not only wait
         self.trying = False  # what serves may be replaced, or was, and the new version is not confirmed yet
         self.held_until: float | None = None  # monotonic; on trial, not loaded, and nothing else could be
+        self.candidate_version = ""  # that is tried beside what serves
+        self.model = model_of(slot)  # what failed or served anywhere on this box is remembered by model
         self._config = config
         self._store = store
         self._host = host
@@ -98,9 +107,12 @@ class Performer:
             revoked=revoked,
             make_room=make_room,
         )
+        self._interfaces: dict[str, Interface] = {}  # what callers count on, by digest, of what the pointer names
         self._before: Loaded | None = None  # what served before the trial, still loaded
         self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
+        self._course = Course()
+        self._trial_began: Evidence | None = None  # what the version on trial had shown at its cut-over
         self._work: lane.Work = {
             State.RECEIVED: self._received,
             State.QUEUED: self._queued,
@@ -111,6 +123,7 @@ class Performer:
             State.STAGED: self._staged,
             State.WAITING_WINDOW: self._wait_for_window,
             State.LOADING: self._load,
+            State.CANARY: self._canary,
             State.CUTOVER: self._cut_over,
             State.PROBATION: self._probation,
             State.ROLLING_BACK: self._roll_back,
@@ -193,7 +206,7 @@ class Performer:
             else:
                 self.pointer = Pointer(slot=self.slot, active=pointer.previous)
                 if pointer.trial and not isinstance(error, StoreError):
-                    await self._journal.refuse(self.slot, pointer.active.digest, str(error))
+                    await self._journal.refuse(self.model, pointer.active.digest, str(error))
                 self._point(self.pointer)
                 return
         if isinstance(error, BundleError):  # damaged on disk: whoever wants it fetches it again
@@ -224,6 +237,17 @@ class Performer:
             await self._host.retire(loaded)
         self._host.expect(self.slot, reason)
 
+    async def remove(self) -> None:
+        """Forget what the slot serves: the pointer first, then requests, then memory. No deployment is under way."""
+        self._pointers.remove(self.slot)
+        self.pointer, self.held_until = None, None
+        before, self._before = self._before, None
+        active, self.active = self.active, None
+        self._host.forget(self.slot)
+        for loaded in (before, active):
+            if loaded is not None:
+                await self._host.retire(loaded)
+
     def rest(self) -> None:
         """Nothing is being deployed, so nothing of it is on trial, whatever the pointer says."""
         self.trying = False
@@ -242,9 +266,11 @@ class Performer:
         bundle = await self._store.check(self._state_dir / target.path)
         if bundle.digest != target.digest:
             raise UntrustedError(f"{target.path} holds another manifest than the pointer names")
+        self._interfaces[bundle.digest] = bundle.interface
         pointer = self.pointer
         on_trial = pointer is not None and pointer.trial and target == pointer.active
-        loaded = await (self._host.load(bundle) if on_trial else self._host.restore(bundle))
+        self._trial_began = None
+        loaded = await (self._host.load(self.slot, bundle) if on_trial else self._host.restore(self.slot, bundle))
         self._host.activate(self.slot, loaded)
         return loaded
 
@@ -288,7 +314,7 @@ class Performer:
         try:
             await lane.perform(record, self._work, self._steps, self._ending)
         finally:
-            self.busy = False
+            self.busy, self.candidate_version = False, ""
             self.trying = self._on_trial
             await self._discard_candidate()
 
@@ -300,12 +326,20 @@ class Performer:
     async def give_up(self, record: Record) -> None:
         """End an interrupted deployment because another wish won."""
         if record.state in BEFORE_CUTOVER:
-            await self._steps.step(record, Event.SUPERSEDE, message="another version was asked for")
+            message = self._end_text(record) or "another version was asked for"
+            await self._steps.step(record, Event.SUPERSEDE, message=message)
+        elif self.leaving and record.state is State.PROBATION:
+            message = self._end_text(record)
+            await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=SUPERSEDED, message=message))
         elif self.held_until is not None and record.state is State.PROBATION:
             message = "another version was asked for while it was held back"
             await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=SUPERSEDED, message=message))
         else:
             await self.resume(record)
+
+    def _end_text(self, record: Record) -> str:
+        end = self._ending(record)
+        return end.message if end is not None else ""
 
     # The work of each state
 
@@ -325,6 +359,8 @@ class Performer:
         return record
 
     async def _staged(self, record: Record) -> Record:
+        if noticed := self._noticed(record):
+            return await self._steps.step(record, Event.REJECT, code=IncompatibleError.code, message=noticed)
         if reason := self._waiting.reason(record, before_load):
             return await self._steps.step(record, Event.WAIT, message=reason)
         return await self._start_to_load(record)
@@ -349,6 +385,20 @@ class Performer:
                 return await self._steps.step(record, Event.RESUME, message="")
         return await self._steps.step(record, Event.DONE, message="")
 
+    def _noticed(self, record: Record) -> str:
+        """Return what callers of the confirmed version would notice, empty if nothing or if that is agreed to."""
+        confirmed = self.pointer.confirmed if self.pointer is not None else None
+        serving = self._interfaces.get(confirmed.digest) if confirmed is not None else None
+        if confirmed is None or serving is None or self._bundle is None:
+            return ""
+        found = differences(serving, self._bundle.interface)
+        if not found or record.local or record.plan.allow_incompatible:
+            return ""
+        return (
+            f"version {record.version} cannot take the place of {confirmed.version} unnoticed: {'; '.join(found)}; "
+            "deploy it with allow_incompatible once its callers are ready"
+        )
+
     async def _load(self, record: Record) -> Record:
         if self._bundle is None:
             return await self._steps.step(record, Event.RESUME)
@@ -356,13 +406,70 @@ class Performer:
             message = revoked_text(record.version, reason)
             return await self._steps.step(record, Event.REJECT, code=PolicyError.code, message=message)
         try:
-            self._candidate = await self._host.load(self._bundle)
+            self._candidate = await self._host.load(self.slot, self._bundle)
         except AgentError as error:
             if isinstance(error, SelfTestError):  # what else fails may be the box's fault, and may pass
-                await self._journal.refuse(self.slot, record.digest, str(error))
+                await self._journal.refuse(self.model, record.digest, str(error))
             event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
             return await self._steps.step(record, event, code=error.code, message=str(error))
-        return await self._steps.step(record, Event.DONE, variant=self._candidate.evidence().variant)
+        variant = self._candidate.evidence().variant
+        self._course = course_of(record.plan.rollout, self._bundle.rollout, self._config)
+        if self._course.shares and self._may_share(record):
+            if reason := await self._missing_beside():
+                message = (
+                    f"what serves cannot stay beside it, which a canary needs ({reason}); --canary none --shadow 0"
+                )
+                return await self._steps.step(record, Event.FAIL, code="canary_impossible", message=message)
+            return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._course.shares[0])
+        return await self._steps.step(record, Event.DONE, variant=variant)
+
+    def _may_share(self, record: Record) -> bool:
+        """Whether a confirmed version serves beside which this one could be tried; a rollback is in a hurry."""
+        pointer = self.pointer
+        return self.active is not None and pointer is not None and not pointer.trial and not record.local
+
+    async def _missing_beside(self) -> str:
+        """Return why what serves does not answer beside the candidate: memory may hold one of them only."""
+        if self.active is None or self.active.evidence().ready:
+            return ""
+        try:
+            await self.active.self_test()
+        except AgentError as error:
+            return str(error)
+        return ""
+
+    async def _canary(self, record: Record) -> Record:
+        """Watch the candidate at its share; then it gets the next, or everything."""
+        candidate, serving = self._candidate, self.active
+        if candidate is None or serving is None:
+            return await self._steps.step(record, Event.RESUME)
+        self.candidate_version = record.version
+        outcome = await watch_share(
+            candidate,
+            serving,
+            record.percent,
+            self._course,
+            config=self._config,
+            host=self._host,
+            clock=self._clock,
+            interrupted=lambda: self._end_text(record) or self._revoked(record.digest),
+        )
+        evidence = (*record.evidence, outcome.evidence)
+        if reason := self._revoked(record.digest):
+            self._host.end_try(candidate)
+            message = revoked_text(record.version, reason)
+            return await self._steps.step(record, Event.FAIL, code=PolicyError.code, message=message, evidence=evidence)
+        if outcome.judgement is None:
+            return replace(record, evidence=evidence)  # given up by whoever goes by the states
+        if outcome.judgement.verdict is Verdict.ROLL_BACK:
+            code = _UNDECIDED if outcome.judgement.undecided else "canary_failed"
+            return await self._steps.step(
+                record, Event.FAIL, code=code, message=outcome.judgement.reason, evidence=evidence
+            )
+        following = next((share for share in self._course.shares if share > record.percent), None)
+        if following is None:
+            return await self._steps.step(record, Event.DONE, evidence=evidence)
+        return await self._steps.step(record, Event.SHARE, percent=following, evidence=evidence)
 
     async def _cut_over(self, record: Record) -> Record:
         if self._candidate is not None and self._bundle is not None:
@@ -377,6 +484,10 @@ class Performer:
                 )
             except (AgentError, OSError) as error:
                 return await self._steps.step(record, Event.FAIL, code="pointer_failed", message=str(error))
+            named = {active.digest, confirmed.digest if confirmed is not None else ""}
+            self._interfaces[active.digest] = self._bundle.interface
+            self._interfaces = {digest: known for digest, known in self._interfaces.items() if digest in named}
+            self._trial_began, self.candidate_version = self._candidate.evidence(), ""
             replaced = self._host.activate(self.slot, self._candidate)
             self.active, self._candidate, self.held_until = self._candidate, None, None
             if self._before is None:
@@ -391,15 +502,17 @@ class Performer:
             return await self._confirm(record, "it was confirmed before")
         if self.active is None:
             return await self._steps.step(record, Event.FAIL, code="boot_failed", message="it is not loaded")
-        base = self._before.evidence() if self._before is not None else None
-        answered = base.good + base.faults if base is not None else 0
-        baseline = base.faults / answered if base is not None and answered else 0.0
-        started = self._clock.monotonic()
+        before = self._before.evidence() if self._before is not None else None
+        if before is not None:  # of all its answers the last minutes' tell how long they take
+            before = replace(before, latency=before.recent)
+        began, first = self._clock.monotonic(), self._trial_began or Evidence()
         probe_s = max(_TRIAL_POLL_S, self._config.probation_s / max(1, self._config.probation_calls_min) / 2)
         while True:
-            judgement = judge(
-                self.active.evidence(), self._clock.monotonic() - started, self._config, baseline_faults=baseline
-            )
+            elapsed_s, shown = self._clock.monotonic() - began, self.active.evidence().since(first)
+            judgement = judge(shown, elapsed_s, self._config, before=before)
+            if judgement.verdict is not Verdict.WAIT:
+                found = {**summary(shown, before, elapsed_s, 100.0), "verdict": judgement.reason}
+                record = replace(record, evidence=(*record.evidence, found))
             if judgement.verdict is Verdict.CONFIRM:
                 return await self._confirm(record, judgement.reason)
             if judgement.verdict is Verdict.ROLL_BACK:
@@ -408,21 +521,18 @@ class Performer:
                 message = revoked_text(record.version, reason)
                 return await self._steps.step(record, Event.FAIL, code=PolicyError.code, message=message)
             end = self._ending(record)
-            if end is not None and self.pointer is not None and self.pointer.previous is not None:
+            previous = self.pointer.previous if self.pointer is not None else None
+            if end is not None and (previous is not None or self.leaving):
                 return await self._steps.step(
-                    record, Event.SUPERSEDE, code=SUPERSEDED, message="another version was asked for while on trial"
+                    record, Event.SUPERSEDE, code=SUPERSEDED, message=f"{end.message} while on trial"
                 )
-            await self._clock.sleep(probe_s)
-            try:
-                await self.active.self_test()
-            except AgentError as error:
-                _log.warning("self-test on trial failed", slot=self.slot, error=str(error))
+            await probe_if_idle(self.active, self._clock, probe_s)
 
     async def _confirm(self, record: Record, reason: str) -> Record:
         if self.pointer is not None and self.pointer.trial:
             self._point(replace(self.pointer, trial=False, starts_in_trial=0, running=False))
-        await self._journal.forgive(self.slot, record.digest)
-        await self._journal.note_served(self.slot, record.digest)
+        await self._journal.forgive(self.model, record.digest)
+        await self._journal.note_served(self.model, record.digest)
         if self.active is not None:
             self._host.confirm(self.active)
         record = await self._steps.step(record, Event.DONE, message=reason)
@@ -434,8 +544,8 @@ class Performer:
     async def _roll_back(self, record: Record) -> Record:
         """Pointer first, then requests, then memory."""
         failed, pointer = self.active, self.pointer
-        if record.code != SUPERSEDED:
-            await self._journal.refuse(self.slot, record.digest, record.message)
+        if record.code not in (SUPERSEDED, _UNDECIDED):
+            await self._journal.refuse(self.model, record.digest, record.message)
         previous = pointer.previous if pointer is not None and pointer.trial else None
         try:
             if pointer is None or not pointer.trial:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+from agent.deploy.interface import Interface
+from agent.deploy.rollout import Rollout
+from agent.spread import NOTHING, Counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +21,9 @@ class Bundle:
     version: str
     digest: str
     path: Path
+    interface: Interface
     content: Any
+    rollout: Rollout | None = None  # what its publisher asks for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,15 +39,74 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Copies:
+    """What copies of requests have shown of a candidate; its answers to them went nowhere."""
+
+    compared: int = 0
+    agreed: float = 0.0  # of those; a copy may agree in part
+    skipped: int = 0  # chosen, but not copied
+    durations: Counts = NOTHING  # of its answers
+    originals: Counts = NOTHING  # of the answers that clients got
+    difference: str = ""  # the last one
+
+    @property
+    def agreement(self) -> float:
+        """The share of the copies that agree, 0..1."""
+        return self.agreed / self.compared if self.compared else 1.0
+
+    def since(self, earlier: Copies) -> Copies:
+        """Return what was added after ``earlier``; copies that were begun anew count whole."""
+        if earlier.compared > self.compared or earlier.skipped > self.skipped:
+            return self
+        return replace(
+            self,
+            compared=self.compared - earlier.compared,
+            agreed=self.agreed - earlier.agreed,
+            skipped=self.skipped - earlier.skipped,
+            durations=self.durations.since(earlier.durations),
+            originals=self.originals.since(earlier.originals),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What a loaded version has shown since it was loaded."""
+    """What a loaded version has shown since it was loaded, or since a moment."""
 
     good: int = 0
     faults: int = 0  # errors of the model, not of callers
+    late: int = 0  # requests whose deadline passed
+    short: int = 0  # requests that memory did not suffice for
     deaths: int = 0
     ready: bool = True
     reason: str = ""
     variant: str = ""
+    latency: Counts = NOTHING  # of clients' requests, but for those on direct lanes
+    recent: Counts = NOTHING  # the same of the last minutes
+    copies: Copies = Copies()
+
+    @property
+    def failed(self) -> int:
+        """Requests that a client would call failed."""
+        return self.faults + self.late
+
+    @property
+    def fault_share(self) -> float:
+        """The failed ones' share of all, 0..1."""
+        answered = self.good + self.failed
+        return self.failed / answered if answered else 0.0
+
+    def since(self, earlier: Evidence) -> Evidence:
+        """Return what was added after ``earlier``."""
+        return replace(
+            self,
+            good=self.good - earlier.good,
+            faults=self.faults - earlier.faults,
+            late=self.late - earlier.late,
+            short=self.short - earlier.short,
+            deaths=self.deaths - earlier.deaths,
+            latency=self.latency.since(earlier.latency),
+            copies=self.copies.since(earlier.copies),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,18 +257,25 @@ class Loaded(Protocol):
 class Host(Protocol):
     """Loads versions and routes slots to them."""
 
-    async def load(self, bundle: Bundle) -> Loaded:
+    async def load(self, slot: str, bundle: Bundle) -> Loaded:
         """Start the version beside what serves; raise ``AgentError`` if no variant works.
 
-        It stays in memory until it is confirmed, and so does what it replaces until that is retired.
+        It stays in memory until it is confirmed, and so does what it replaces until that is retired. One that another
+        slot has loaded is not loaded again; the two then end apart.
         """
 
-    async def restore(self, bundle: Bundle) -> Loaded:
+    async def restore(self, slot: str, bundle: Bundle) -> Loaded:
         """Bring back a version that was confirmed, maybe to be started by its first request only.
 
         Raises:
             AgentError: it is to be started now, and no variant works.
         """
+
+    def try_out(self, loaded: Loaded, *, canary_percent: float, shadow_percent: float) -> None:
+        """Let a candidate answer a share of its slot's requests, and copy others to it; may be repeated."""
+
+    def end_try(self, loaded: Loaded) -> None:
+        """Let what serves answer everything again; repeating it does nothing."""
 
     def confirm(self, loaded: Loaded) -> None:
         """It has earned trust: it need not stay in memory while nobody uses it."""
@@ -216,3 +288,6 @@ class Host(Protocol):
 
     def expect(self, slot: str, reason: str) -> None:
         """Say why a known slot does not serve yet."""
+
+    def forget(self, slot: str) -> None:
+        """Let a slot be unknown once nothing of it is loaded."""

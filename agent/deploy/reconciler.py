@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from typing import Any, Final
 from agent.backoff import Backoff
 from agent.clock import Clock
 from agent.config import DeployConfig
-from agent.deploy.desired import REVOCATION, STAGING, TRANSIENT, Action, Desired, decide, may_pass, serves
+from agent.deploy.desired import REVOCATION, STAGING, TRANSIENT, Action, Desired, Ending, decide, may_pass, serves
 from agent.deploy.gates import Situation
 from agent.deploy.holds import EVERY_MODEL, Holds
 from agent.deploy.journal import Journal
@@ -25,11 +25,13 @@ from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
 from agent.deploy.ports import Host, Kept, Mark, News, Store
 from agent.deploy.refusals import Refusals
+from agent.deploy.removal import Removals, leaving
 from agent.deploy.retention import Retention
 from agent.deploy.revocation import Measure, OnRevoked, Revoked
 from agent.deploy.revocations import Revocations, fall_back_id
+from agent.deploy.slots import model_of, slot_of, version_beside
 from agent.deploy.stager import Stager
-from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, Record, State, staging_lane
+from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, Event, Record, State, staging_lane
 from agent.deploy.wishes import Wishes
 from agent.errors import AgentError, BundleError, CommandError, NotFoundError, PolicyError
 from agent.events import EventBus, Severity, Stream
@@ -40,7 +42,7 @@ _REVIVE_S: Final = 30.0
 _FIRST_POLL_S: Final = 60.0  # for a model that has nothing to serve yet, or whose trouble may have passed
 
 _HELD: Final = frozenset({Action.RESUME, Action.NOTHING, Action.POLL})  # none ends a hold
-_PAST_GATE: Final = TRIAL | {State.LOADING}
+_PAST_GATE: Final = TRIAL | {State.LOADING, State.CANARY}
 _RESTING: Final = FINAL | {State.PROBATION}
 
 
@@ -102,10 +104,12 @@ class Reconciler:
         self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
         self._change: asyncio.Future[None] | None = None
         self._new_slot = asyncio.Event()
+        self._running: set[str] = set()  # slots that have a task
         self._to_boot: dict[str, Pointer] = {}
         self._held = ""  # why nothing may serve
         self._offers: dict[str, Offer] = {}
         self._stepped_back: dict[str, str] = {}  # digests of older versions that were told, by slot
+        self._removals = Removals(journal, self._pointers, events)
         self.revocations = Revocations(journal, state_dir / "revoked.json", events, on_revoked)
         self.retention = Retention(
             store=store,
@@ -136,10 +140,11 @@ class Reconciler:
         with contextlib.suppress(AgentError):  # a cut may have come between a refresh and its being learned
             await self.revocations.learn(await self._store.heard())
         with contextlib.suppress(AgentError):
+            await self._removals.load()
             await self._wishes.refresh()
-        for slot in self._wishes.slots():
+        for slot in self._wishes.strongest or self._wishes.configured:
             self._host.expect(slot, "its first version has not arrived yet")
-        self._to_boot = {pointer.slot: pointer for pointer in pointers}
+        self._to_boot = {pointer.slot: pointer for pointer in pointers if pointer.slot not in self._removals}
         for slot in self._to_boot:
             self._host.expect(slot, "it is being loaded")
         if not self._to_boot:
@@ -148,16 +153,16 @@ class Reconciler:
     async def run(self) -> None:
         """Component: keep every slot's task alive; each first serves what its pointer names."""
         async with asyncio.TaskGroup() as group:
-            running: set[str] = set()
+            self._running = set()
             while True:
                 self._new_slot.clear()
-                for slot in self._wishes.slots() | self._to_boot.keys() | self._performers.keys():
-                    if slot not in running:
-                        running.add(slot)
+                for slot in self._all_slots():
+                    if slot not in self._running:
+                        self._running.add(slot)
                         group.create_task(self._keep(slot), name=f"slot {slot}")
-                for slot in self._wishes.staged:
-                    if (lane := staging_lane(slot)) not in running:
-                        running.add(lane)
+                for slot in self._wishes.staging_slots():
+                    if (lane := staging_lane(slot)) not in self._running:
+                        self._running.add(lane)
                         group.create_task(self._keep_staging(slot), name=f"staging {slot}")
                 await self._new_slot.wait()
 
@@ -175,9 +180,21 @@ class Reconciler:
         """Record a wish of the pin or the fleet and look at its slot now.
 
         Raises:
-            CommandError: a local pin holds the slot and the wish is the fleet's.
+            CommandError: a local pin holds the slot and the wish is the fleet's; or the slot is being removed, or
+                would be beside nothing.
             PolicyError: the version was revoked.
         """
+        if wish.slot in self._removals or wish.model in self._removals:
+            raise CommandError(f"{wish.slot} is being removed; try again once it is gone")
+        if (
+            wish.model not in self._wishes.strongest
+            and self.active_version(wish.model) is None
+            and wish.model != wish.slot
+        ):
+            raise CommandError(
+                f"{wish.model} has no default version that {wish.version} could be beside; "
+                f"deploy it first: inferctl deploy {wish.model}@{wish.version}"
+            )
         if reason := self.revocations.against(wish):
             raise PolicyError(f"{wish.slot} {wish.version} was revoked: {reason}")
         held = self._wishes.strongest.get(wish.slot)
@@ -193,6 +210,65 @@ class Reconciler:
             raise NotFoundError(f"no slot {slot!r}")
         await self._wishes.withdraw(slot, "pin")
         self._look(slot)
+
+    async def remove(self, model: str, version: str = "", *, by_fleet: bool = False) -> list[str]:
+        """Let a version beside the default, or a whole model, be neither wanted nor served any more.
+
+        Returns:
+            The slots that go; ``removed`` waits for them. Those of a removal that is under way are among them.
+
+        Raises:
+            NotFoundError: there is no such model or version.
+            CommandError: the configuration wants it, it is the default, or a local pin holds it against the fleet.
+        """
+        slots = leaving(
+            model,
+            version,
+            slots={slot for slot in self._all_slots() if self._serves_or_wanted(slot)},
+            configured=self._wishes.configured,
+            default=self.active_version(model),
+        )
+        wishes = [wish for slot in slots if (wish := self._wishes.strongest.get(slot)) is not None]
+        pinned = [wish.slot for wish in wishes if wish.source == "pin"]
+        if by_fleet and pinned:
+            raise CommandError(f"{', '.join(pinned)} is pinned on the box; unpin it first")
+        await self._removals.begin(slots)
+        await self._wishes.refresh()
+        for slot in slots:
+            self._performer(slot).leaving = True
+            self._look(slot)
+        self._wake()
+        return slots
+
+    async def removed(self, slots: Collection[str]) -> None:
+        """Return once these slots are gone."""
+        while self.going(slots):
+            await self._changed()
+
+    def going(self, slots: Iterable[str]) -> list[str]:
+        """Return those that are being removed."""
+        return [slot for slot in slots if slot in self._removals]
+
+    async def earned_trust(self, model: str, version: str) -> str:
+        """Return the team of a version that is on this box's disk and may serve at once, without another trial.
+
+        Raises:
+            NotFoundError: it is not here.
+            CommandError: it was never confirmed here, or has failed since.
+        """
+        kept = (await self._store.inventory()).versions
+        found = next((item for item in kept if (item.name, item.version) == (model, version)), None)
+        advice = f"inferctl deploy {slot_of(model, version)}"
+        if found is None:
+            raise NotFoundError(f"{slot_of(model, version)} is not on this box; {advice} brings it")
+        failed = {digest[:12]: reason for name, digest, reason in await self.quarantine() if name == model}
+        if found.digest in failed:
+            raise CommandError(f"{slot_of(model, version)} failed here: {failed[found.digest]}; {advice} --force")
+        pointers = [performer.pointer for performer in self._performers.values() if performer.pointer is not None]
+        trusted = {pointer.confirmed.digest for pointer in pointers if pointer.confirmed is not None}
+        if found.digest not in {digest[:12] for digest in trusted | await self._journal.served(model)}:
+            raise CommandError(f"{slot_of(model, version)} has not earned trust here yet; {advice} tries it")
+        return found.team
 
     async def cancel(self, slot: str, *, source: str = "pin") -> str:
         """Give up what is being deployed to ``slot`` or prepared for it, and the pin that asked for it.
@@ -227,7 +303,7 @@ class Reconciler:
         return await self._journal.get(wish.id) is None
 
     def previous_version(self, slot: str) -> tuple[str, str]:
-        """Return team and version a rollback of ``slot`` would go to.
+        """Return team and version a rollback of ``slot`` would go to; while a candidate is tried, what serves.
 
         Raises:
             NotFoundError: unknown slot, or no earlier version is kept.
@@ -237,6 +313,8 @@ class Reconciler:
         pointer = performer.pointer if performer is not None else None
         if pointer is None:
             raise NotFoundError(f"{slot!r} serves nothing that could be rolled back")
+        if performer is not None and performer.candidate_version:
+            return pointer.active.team, pointer.active.version
         if pointer.previous is None:
             raise NotFoundError(f"{slot!r}: no earlier version is kept on this box")
         if reason := self.revocations.forbidden(pointer.previous.digest):
@@ -258,10 +336,11 @@ class Reconciler:
         news = list(news)
         fresh = await self.revocations.learn(news)
         for model in news:
-            performer = self._performers.get(model.name)
-            self.revocations.tell_deprecated(model, performer.pointer if performer is not None else None)
+            for performer in self._performers.values():
+                if model_of(performer.slot) == model.name:
+                    self.revocations.tell_deprecated(model, performer.pointer)
         for item in fresh:
-            self._look(item.name)
+            self._look_at(item.name)
         return fresh
 
     def hold(self, reason: str) -> None:
@@ -273,10 +352,14 @@ class Reconciler:
 
     def models(self) -> list[tuple[str, str]]:
         """Return team and name of every model that serves or is wanted here."""
-        found = {(wish.team, wish.slot) for wish in self._wishes.strongest.values()}
+        found = {(wish.team, wish.model) for wish in self._wishes.strongest.values()}
         pointers = [performer.pointer for performer in self._performers.values()]
         found |= {(pointer.active.team, pointer.active.name) for pointer in pointers if pointer is not None}
         return sorted(found)
+
+    def wanted(self) -> list[str]:
+        """Return the slots that serve or are wanted here."""
+        return sorted(slot for slot in self._all_slots() if self._serves_or_wanted(slot))
 
     async def offer(self, slot: str, medium: str) -> Record | None:
         """Let ``slot`` take what its wish asks for from the folder ``medium``; wait until that has begun.
@@ -297,7 +380,7 @@ class Reconciler:
             performer.offer(medium)
             return latest
         offered = await self._store.resolve(
-            team=wish.team, name=slot, version=wish.version, channel=wish.channel, medium=medium
+            team=wish.team, name=wish.model, version=wish.version, channel=wish.channel, medium=medium
         )
         if performer.pointer is not None and performer.pointer.active.digest == offered.digest:
             return None
@@ -309,13 +392,13 @@ class Reconciler:
         return await self.beyond(await asyncio.shield(offer.begun), (-1, -1))
 
     async def quarantine(self) -> list[tuple[str, str, str]]:
-        """Return slot, digest and reason of the versions that failed here and are not tried again by themselves."""
+        """Return model, digest and reason of the versions that failed here and are not tried again by themselves."""
         return await self._journal.all_refused()
 
-    async def release(self, slot: str, digest: str) -> None:
+    async def release(self, model: str, digest: str) -> None:
         """Let a version that failed here be tried again."""
-        await self._journal.forgive(slot, digest)
-        self._look(slot)
+        await self._journal.forgive(model, digest)
+        self._look_at(model)
 
     # Views
 
@@ -351,9 +434,12 @@ class Reconciler:
                 return record
             if record is None and not self._wishes.may_come(deployment_id):
                 raise NotFoundError(f"no deployment {deployment_id!r}")
-            if self._change is None or self._change.done():
-                self._change = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._change)
+            await self._changed()
+
+    async def _changed(self) -> None:
+        if self._change is None or self._change.done():
+            self._change = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._change)
 
     async def find(self, deployment_id: str) -> Record | None:
         """Return the deployment of that id, if there ever was one here."""
@@ -363,18 +449,18 @@ class Reconciler:
         """Return the newest deployments, newest first."""
         return await self._journal.history(limit=limit)
 
-    def past_gate(self, slot: str) -> list[dict[str, str]]:
-        """Return the deployments of ``slot`` (``*``: of all) that no hold can keep waiting any more."""
+    def past_gate(self, model: str) -> list[dict[str, str]]:
+        """Return the deployments of ``model`` (``*``: of all) that no hold can keep waiting any more."""
         return [
             {"slot": name, "deployment": record.id, "version": record.version, "state": str(record.state)}
             for name, record in self._under_way.items()
-            if slot in (name, EVERY_MODEL) and record.state in _PAST_GATE
+            if model in (record.model, EVERY_MODEL) and record.state in _PAST_GATE
         ]
 
     def slots(self) -> list[dict[str, object]]:
         """Return wish and pointer of every slot."""
         rows: list[dict[str, object]] = []
-        for slot in sorted(self._performers.keys() | self._wishes.strongest.keys()):
+        for slot in sorted(filter(self._serves_or_wanted, self._all_slots()), key=lambda slot: (model_of(slot), slot)):
             performer, wish = self._performers.get(slot), self._wishes.strongest.get(slot)
             under_way, prepared = self._under_way.get(slot), self._prepared.get(slot)
             waits = under_way is not None and under_way.state in (State.QUEUED, State.WAITING_WINDOW)
@@ -382,6 +468,8 @@ class Reconciler:
             rows.append(
                 {
                     "slot": slot,
+                    "model": model_of(slot),
+                    "beside": bool(version_beside(slot)),
                     "source": wish.source if wish is not None else None,
                     "wanted": (wish.version or f"channel {wish.channel}") if wish is not None else None,
                     "active": pointer.active.version if pointer is not None else None,
@@ -391,7 +479,7 @@ class Reconciler:
                     else None,
                     "trial": pointer.trial if pointer is not None else False,
                     "waits": under_way.message if under_way is not None and waits else "",
-                    "held_by": self.holds.holder(slot),
+                    "held_by": self.holds.holder(model_of(slot)),
                     "prepared": prepared.version if prepared is not None else None,
                 }
             )
@@ -416,6 +504,8 @@ class Reconciler:
             hint.clear()
             try:
                 await self._act(slot, performer, hint)
+                if self._performers.get(slot) is not performer:
+                    return  # removed
                 backoff.reset()
             except (AgentError, OSError) as error:
                 self._tell_stuck(slot, error)
@@ -443,6 +533,8 @@ class Reconciler:
         action = decide(wish, performer.pointer, latest)
         if action is Action.BEGIN and wish is not None and self.revocations.against(wish):
             action = Action.NOTHING  # what the wish names is never loaded again
+        if slot in self._removals:
+            return await self._remove(performer, latest)
         stopped = ""
         if latest is None or latest.state in FINAL:
             measure, kept = await self.revocations.measure(performer.pointer, self._store)
@@ -468,6 +560,19 @@ class Reconciler:
             await self._poll(performer, hint, wish, latest)
         else:
             await hint.wait()
+        return None
+
+    async def _remove(self, performer: Performer, latest: Record | None) -> None:
+        """End the slot's deployment, or else the slot."""
+        slot, pointer = performer.slot, performer.pointer
+        if latest is not None and latest.state not in FINAL:
+            return await performer.give_up(latest)
+        await performer.remove()
+        await self._removals.finish(slot, pointer)
+        del self._performers[slot], self._lanes[slot], self._hints[slot]
+        self._running.discard(slot)
+        self._wake()
+        await self.retention.tidy()
         return None
 
     async def _read_wishes(self) -> None:
@@ -617,12 +722,12 @@ class Reconciler:
         """Return what the store offers for the wish now, ``None`` if it cannot tell or nothing that may be taken."""
         try:
             offered = await self._store.resolve(
-                team=wish.team, name=wish.slot, version=wish.version, channel=wish.channel
+                team=wish.team, name=wish.model, version=wish.version, channel=wish.channel
             )
             reason = await self._steps_back(wish, pointer, offered)
         except AgentError as error:
             if isinstance(error, BundleError):
-                self._refusals.bundle(error, team=wish.team, name=wish.slot, version=wish.version, polled=True)
+                self._refusals.bundle(error, team=wish.team, name=wish.model, version=wish.version, polled=True)
             _log.info("poll failed", slot=wish.slot, code=error.code, reason=str(error))
             return None
         if not reason:
@@ -660,7 +765,13 @@ class Reconciler:
                 pointers=self._pointers,
                 **self._common(),
             )
+            performer.leaving = slot in self._removals
         return performer
+
+    def _ending(self, record: Record) -> Ending | None:
+        if record.slot in self._removals:
+            return Ending(event=Event.SUPERSEDE, message="it is being removed")
+        return self._wishes.ending(record)
 
     def _stager(self, slot: str) -> Stager:
         stager = self._stagers.get(slot)
@@ -678,7 +789,7 @@ class Reconciler:
             "refusals": self._refusals,
             "clock": self._clock,
             "state_dir": self._state_dir,
-            "ending": self._wishes.ending,
+            "ending": self._ending,
             "situation": self._situation,
             "revoked": self.revocations.forbidden,
             "make_room": self.retention.make_room,
@@ -686,14 +797,13 @@ class Reconciler:
         }
 
     def _situation(self, record: Record) -> Situation:
-        performer = self._performers.get(record.slot)
         trying = {slot for slot, other in self._performers.items() if other.trying}
         trying |= {slot for slot, pointer in self._to_boot.items() if pointer.trial and pointer.previous is not None}
         return Situation(
             wall_s=self._clock.wall(),
             clock_trusted=self._clock_trusted(),
-            serves=performer is not None and performer.active is not None,
-            held_by=self.holds.holder(record.slot),
+            serves=any(other.active is not None for other in self._performers.values() if other.model == record.model),
+            held_by=self.holds.holder(record.model),
             on_trial=next(iter(sorted(trying - {record.slot})), ""),
         )
 
@@ -702,8 +812,22 @@ class Reconciler:
         for lane in self._lanes.values():
             lane.nudge()
 
+    def _all_slots(self) -> set[str]:
+        known = self._to_boot.keys() | self._performers.keys()
+        return known | self._wishes.slots() | set(self._removals)
+
+    def _serves_or_wanted(self, slot: str) -> bool:
+        performer = self._performers.get(slot)
+        serves = performer is not None and (performer.pointer is not None or performer.busy)
+        return serves or slot in self._wishes.strongest or slot in self._to_boot or slot in self._removals
+
     def _hint(self, slot: str) -> asyncio.Event:
         return self._hints.setdefault(slot, asyncio.Event())
+
+    def _look_at(self, model: str) -> None:
+        for slot in self._all_slots():
+            if model_of(slot) == model:
+                self._look(slot)
 
     def _look(self, slot: str) -> None:
         self._hint(slot).set()

@@ -11,6 +11,7 @@ from agent.deploy.journal import Journal
 from agent.deploy.pointer import Pointer
 from agent.deploy.ports import Collected, Inventory, Needed, Store
 from agent.deploy.revocation import Revoked
+from agent.deploy.slots import version_beside
 from agent.deploy.state import FINAL, State
 from agent.errors import AgentError, OverloadedError
 from agent.log import get_logger
@@ -100,11 +101,11 @@ class Retention:
     def in_use(self) -> dict[Path, list[str]]:
         """Return the version directories that pointers name, and as what."""
         found: dict[Path, list[str]] = {}
-        for slot in self._slots.values():
+        for name, slot in self._slots.items():
             pointer = slot.pointer
             if pointer is None:
                 continue
-            role = "on trial" if pointer.trial else "active"
+            role = "on trial" if pointer.trial else ("beside" if version_beside(name) else "active")
             found.setdefault(self._state_dir / pointer.active.path, []).append(role)
             if pointer.previous is not None:
                 found.setdefault(self._state_dir / pointer.previous.path, []).append("previous")
@@ -113,7 +114,7 @@ class Retention:
     def pinned(self) -> set[tuple[str, str, str]]:
         """Return team, name and version of every pin that names one."""
         wishes = self._wishes().values()
-        return {(wish.team, wish.slot, wish.version) for wish in wishes if wish.source == "pin" and wish.version}
+        return {(wish.team, wish.model, wish.version) for wish in wishes if wish.source == "pin" and wish.version}
 
     async def needed(self, more: frozenset[str] = frozenset()) -> Needed | None:
         """Return what must stay on disk; ``None`` if a deployment is under way whose version is not known yet.

@@ -13,6 +13,7 @@ from typing import Literal
 
 from agent.deploy.pointer import Pointer
 from agent.deploy.ports import Kept
+from agent.deploy.slots import version_beside
 
 OnRevoked = Literal["fallback", "stop", "warn"]
 
@@ -51,12 +52,12 @@ def decide(
         pointer: What the slot serves.
         revoked: Digests.
         kept: The versions on disk.
-        served: Digests that earned trust in this slot: only to those a box returns without asking anybody.
+        served: The model's digests that earned trust here: only to those a box returns without asking anybody.
         policy: The box's.
     """
     if pointer.active.digest not in revoked:
         return Measure.NONE, None
-    if policy != "fallback":
+    if policy != "fallback" or version_beside(pointer.slot):  # a version beside the default has no other to give
         return (Measure.WARN if policy == "warn" else Measure.STOP), None
     model = (pointer.active.team, pointer.active.name)
     bad = {digest[:12] for digest in revoked}

@@ -80,7 +80,7 @@ class Revocations:
 
     def against(self, wish: Desired) -> str:
         """Return why what the wish names may not be loaded, an empty text if it may."""
-        named = (wish.team, wish.slot, wish.version)
+        named = (wish.team, wish.model, wish.version)
         found = (item for item in self._known.values() if (item.team, item.name, item.version) == named)
         return next((self.forbidden(item.digest) for item in found), "")
 
@@ -92,7 +92,7 @@ class Revocations:
             pointer,
             revoked=self._known,
             kept=(await store.inventory()).versions,
-            served=await self._journal.served(pointer.slot),
+            served=await self._journal.served(pointer.active.name),
             policy=self._policy,
         )
         before = await self._journal.get(fall_back_id(pointer, kept)) if kept is not None else None

@@ -92,7 +92,7 @@ class Sideload:
             await self._reconciler.want(wish)
             taken = [Taken(slot=wish.slot, deployment=wish.id)]
         else:
-            taken = [await self._offer(slot, path) for _, slot in self._reconciler.models()]
+            taken = [await self._offer(slot, path) for slot in self._reconciler.wanted()]
         report = Report(path=path, origin=refresh.survey.origin, issued=refresh.survey.issued, taken=tuple(taken))
         self._tell(report, refresh)
         return report

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from agent.deploy.plan import ORDINARY, Plan
+from agent.deploy.slots import model_of
 from agent.errors import IllegalTransitionError
 
 TRANSITIONS_MAX: Final = 64  # catches loops that individual counters miss
@@ -32,6 +33,7 @@ class State(StrEnum):
     STAGED = "staged"  # complete and verified on disk
     WAITING_WINDOW = "waiting_window"  # until it may be loaded: windows, holds, the box's one trial
     LOADING = "loading"  # beside what serves, golden self-test included
+    CANARY = "canary"  # a share of the requests, or copies of them, go to the new version; the pointer is untouched
     CUTOVER = "cutover"  # pointer written, requests go to the new version
     PROBATION = "probation"
     CONFIRMED = "confirmed"
@@ -54,6 +56,7 @@ class Event(StrEnum):
     REJECT = "reject"
     OFFLINE = "offline"
     ALREADY = "already"  # what is asked for serves already
+    SHARE = "share"  # the new version gets its first share of the requests, or the next
     RESUME = "resume"  # a restart found it in the middle
     WAIT = "wait"  # not now
     PREPARE = "prepare"  # no more than this was asked for
@@ -73,6 +76,7 @@ BEFORE_CUTOVER: Final = (
     State.STAGED,
     State.WAITING_WINDOW,
     State.LOADING,
+    State.CANARY,
 )
 # A restart finds these as it left them: it costs no transition, however often a box that waits is switched off.
 WAITING: Final = frozenset({State.QUEUED, State.FETCH_WAIT, State.WAITING_WINDOW})
@@ -97,12 +101,16 @@ TABLE: Final[Mapping[tuple[State, Event], State]] = {
     (State.VERIFYING, Event.OFFLINE): State.FETCH_WAIT,
     (State.VERIFYING, Event.REJECT): State.REJECTED,
     (State.STAGED, Event.DONE): State.LOADING,
+    (State.STAGED, Event.REJECT): State.REJECTED,  # callers of what serves would notice
     (State.STAGED, Event.PREPARE): State.PREPARED,
     (State.STAGED, Event.WAIT): State.WAITING_WINDOW,
     (State.WAITING_WINDOW, Event.DONE): State.LOADING,
     (State.WAITING_WINDOW, Event.REJECT): State.REJECTED,  # it was damaged or revoked meanwhile
     (State.LOADING, Event.DONE): State.CUTOVER,
+    (State.LOADING, Event.SHARE): State.CANARY,
     (State.LOADING, Event.REJECT): State.REJECTED,
+    (State.CANARY, Event.SHARE): State.CANARY,
+    (State.CANARY, Event.DONE): State.CUTOVER,
     (State.CUTOVER, Event.DONE): State.PROBATION,
     (State.CUTOVER, Event.RESUME): State.RECEIVED,  # the pointer was not written yet
     (State.CUTOVER, Event.FAIL): State.ROLLING_BACK,
@@ -121,7 +129,8 @@ TABLE: Final[Mapping[tuple[State, Event], State]] = {
             (Event.RESUME, State.RECEIVED),
         )
     },
-    **{(state, Event.EXPIRE): State.EXPIRED for state in BEFORE_CUTOVER if state is not State.LOADING},
+    **{(state, Event.EXPIRE): State.EXPIRED for state in BEFORE_CUTOVER[:-2]},  # LOADING, CANARY: it is carried out
+    (State.CANARY, Event.FAIL): State.ROLLING_BACK,  # it has answered
 }  # fmt: skip
 
 FINAL: Final = frozenset(State) - {state for state, _ in TABLE}
@@ -147,6 +156,8 @@ class Record:
     version: str = ""  # resolved
     digest: str = ""  # sha256 of the manifest, lower-case hex
     variant: str = ""  # that serves
+    percent: float = 0.0  # of the routing keys that it answers in CANARY
+    evidence: tuple[dict[str, Any], ...] = ()  # of each share it has had, then of its probation
     previous: str = ""  # version that served when it was created
     waited_s: float = 0.0  # for windows and holds, while the box was running
     bytes_done: int = 0
@@ -156,6 +167,11 @@ class Record:
     message: str = ""
     created: float = 0.0  # Unix seconds
     updated: float = 0.0
+
+    @property
+    def model(self) -> str:
+        """Of which the slot is."""
+        return model_of(self.slot)
 
     @property
     def eta_s(self) -> int | None:

@@ -45,9 +45,23 @@ class Wishes:
         self.staged = {wish.slot: wish for wish in self._asked if wish.plan.stage_only}
         self.known = True
 
+    @property
+    def configured(self) -> set[str]:
+        """The slots that the configuration file names."""
+        return {wish.slot for wish in self._configured}
+
     def slots(self) -> set[str]:
-        """Return every slot of which something is wanted to serve; before the journal is read, the configured ones."""
-        return set(self.strongest) or {wish.slot for wish in self._configured}
+        """Return every slot of which something is wanted to serve; before the journal is read, the configured ones.
+
+        A wish whose end is still to be told counts.
+        """
+        ended = {item.wish.slot for item in self._overtaken.values() if not item.wish.plan.stage_only}
+        return (set(self.strongest) or self.configured) | ended
+
+    def staging_slots(self) -> set[str]:
+        """Return every slot of which something is to be prepared, or was and its end is still to be told."""
+        ended = {item.wish.slot for item in self._overtaken.values() if item.wish.plan.stage_only}
+        return set(self.staged) | ended
 
     async def want(self, wish: Desired) -> None:
         """Record a wish. One that was made before, and lost since, is not revived: a command may come twice."""

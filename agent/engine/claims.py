@@ -14,8 +14,9 @@ import msgspec
 
 from agent.engine.job import error_of
 from agent.engine.ladder import Measured
-from agent.errors import LoadError, by_code
+from agent.errors import LoadError, WorkerError, by_code
 
+_MESSAGE_MAX: Final = 500  # characters of what a worker says went wrong
 _RESULT_FIELDS: Final = (("tensors", list), ("content_type", str), ("params", dict))
 
 
@@ -42,6 +43,36 @@ class _Golden(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     ok: bool
     ms: float
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One comparison: what was found, and what it was held against."""
+
+    output: str
+    metric: str
+    ok: bool
+    found: float | None
+    bound: str
+
+
+class GoldenResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How one golden input ended."""
+
+    id: str
+    ok: bool
+    ms: float
+    ms_max: float
+    checks: list[Check]
+    reason: str
+
+
+class Tested(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker found when it ran golden inputs."""
+
+    ok: bool
+    golden: list[GoldenResult] = []
+    code: str = ""
+    message: str = ""
 
 
 class _Hello(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +125,20 @@ def measured_of(value: object) -> Measured | str:
     if not all(math.isfinite(number) for number in (found.p50_ms, found.cosine, found.top1 or 0.0)):
         return "the worker's measurement is no number"
     return Measured(p50_ms=found.p50_ms, cosine=found.cosine, top1=found.top1)
+
+
+def selftest_of(value: object) -> Tested:
+    """Return what a worker says of its self-test; nonsense is a test that was not passed."""
+    try:
+        found = msgspec.convert(value, Tested)
+    except (msgspec.ValidationError, RecursionError) as error:
+        return Tested(ok=False, code=WorkerError.code, message=f"the worker's self-test is malformed: {error}")
+    figures = [figure for row in found.golden for figure in (row.ms, *(check.found or 0.0 for check in row.checks))]
+    if not all(map(math.isfinite, figures)):
+        return Tested(ok=False, code=WorkerError.code, message="the worker's self-test holds what is no number")
+    ok = found.ok and all(row.ok for row in found.golden)
+    code = "" if ok else by_code(found.code or WorkerError.code, "").code
+    return Tested(ok=ok, golden=found.golden, code=code, message=found.message[:_MESSAGE_MAX])
 
 
 def answer_of(header: Mapping[str, Any]) -> dict[str, Any]:

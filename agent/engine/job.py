@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from agent.engine.admission import Client
 from agent.engine.types import InferRequest
@@ -12,12 +12,19 @@ from agent.shares import Shares
 from agent.wire import Buffer, Header, error_header
 
 
+class Copy(Protocol):
+    """A copy of a request for another version, see ``shadow.py``."""
+
+    def original_answered(self, header: Header, body: Sequence[Buffer], *, streamed: bool) -> None:
+        """The request has its answer."""
+
+
 class Job:
     """One admitted request. ``number`` is its id towards workers, unique in the engine."""
 
     __slots__ = (
-        "arrived", "attempts", "begun", "body_bytes", "client", "dispatched", "link", "number", "parts", "regions",
-        "request", "settled", "shares", "version",
+        "arrived", "attempts", "begun", "body_bytes", "client", "copied", "copy", "dispatched", "link", "number",
+        "parts", "regions", "request", "settled", "shares", "version",
     )  # fmt: skip
 
     def __init__(self, request: InferRequest, number: int, arrived: float) -> None:
@@ -35,6 +42,8 @@ class Job:
         self.client: Client | None = None  # whose rate and quota it counts against
         self.shares: Shares | None = None  # of the queue it has a place in
         self.settled = False  # answered or withdrawn
+        self.copied = False  # it is a copy: nobody's request
+        self.copy: Copy | None = None  # to be begun once this is answered
         for _, region in self.regions:
             region.hold()
 
@@ -42,6 +51,9 @@ class Job:
         """Give the one answer."""
         self.settle()
         self.request.answer(header, body)
+        copy, self.copy = self.copy, None
+        if copy is not None:
+            copy.original_answered(header, body, streamed=self.parts > 0)
 
     def part(self, header: dict[str, Any], body: Sequence[Buffer]) -> None:
         """Pass on one part of the answer."""

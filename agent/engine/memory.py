@@ -39,10 +39,20 @@ class Need:
 
     sizes: Mapping[str, int]
     source: Source = Source.ESTIMATED
+    unseen_bytes: int = 0  # of the host's, for a GPU that shares it: no process's figures show them
 
     def times(self, workers: int) -> Need:
         """Return the need of so many workers."""
         return Need(sizes={place: size * workers for place, size in self.sizes.items()}, source=self.source)
+
+    def learned(self, known: Mapping[str, int]) -> Need:
+        """Return the need by what was seen of a worker, by kind of place; what was not seen stays as estimated."""
+        seen = {place: known[kind] for place in self.sizes if (kind := kind_of(place)) in known}
+        if HOST in seen:
+            seen[HOST] += self.unseen_bytes
+        whole = seen.keys() == self.sizes.keys() and not self.unseen_bytes
+        source = Source.MEASURED if whole else self.source
+        return Need(sizes={**self.sizes, **seen}, source=source, unseen_bytes=self.unseen_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +96,14 @@ class Plan:
     reason: str = ""
 
 
-def estimate(*, runtime: str, place: str, file_bytes: int, host_mib: int, device_mib: int, measured: bool) -> Need:
+def kind_of(place: str) -> str:
+    """Return under which name a place's figures are learned: a variant takes the same of each GPU of a box."""
+    return place.partition(":")[0]
+
+
+def estimate(
+    *, runtime: str, place: str, file_bytes: int, host_mib: int, device_mib: int, measured: bool, unified: bool = False
+) -> Need:
     """Return what a worker will take, by its manifest.
 
     Args:
@@ -96,6 +113,7 @@ def estimate(*, runtime: str, place: str, file_bytes: int, host_mib: int, device
         host_mib: What the manifest says of host memory; 0 if nothing.
         device_mib: Likewise of the device's.
         measured: Whether the publisher measured that.
+        unified: Whether the device has no memory of its own but shares the host's, as Jetson boards do.
     """
     overhead = _OVERHEAD_BYTES.get(runtime, _OVERHEAD_OTHER_BYTES)
     guess = _WEIGHTS_FACTOR * file_bytes
@@ -104,7 +122,10 @@ def estimate(*, runtime: str, place: str, file_bytes: int, host_mib: int, device
     if place == HOST:
         return Need(sizes={HOST: (host_mib * _MIB or guess) + overhead}, source=source)
     host = (host_mib * _MIB or file_bytes) + overhead + _CUDA_HOST_BYTES
-    return Need(sizes={HOST: host, place: (device_mib * _MIB or guess) + _CUDA_DEVICE_BYTES}, source=source)
+    device = (device_mib * _MIB or guess) + _CUDA_DEVICE_BYTES
+    if unified:
+        return Need(sizes={HOST: host + device}, source=source, unseen_bytes=device)
+    return Need(sizes={HOST: host, place: device}, source=source)
 
 
 def plan(need: Need, tenants: Sequence[Tenant], rooms: Mapping[str, Room], *, may_unload: bool) -> Plan:

@@ -23,10 +23,11 @@ from agent.config import EngineConfig
 from agent.engine.cgroups import Group
 from agent.engine.claims import hello_of, part_of
 from agent.engine.cores import Cores
-from agent.engine.growth import Move, Seen, Trend, step
+from agent.engine.crashes import Crashes
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, LaneCounts, Terms, counts_of
 from agent.engine.link import WorkerLink
+from agent.engine.sizing import Sizing
 from agent.engine.streams import check_room
 from agent.engine.types import VariantSpec
 from agent.engine.zygote import Exit, WorkerProcess
@@ -39,6 +40,7 @@ from agent.errors import (
     LoadError,
     OutOfMemoryError,
     OverloadedError,
+    SelfTestError,
     UnloadableError,
     WorkerDiedError,
     WorkerError,
@@ -52,7 +54,6 @@ _HELD_BYTES_MAX: Final = 64 * 1024 * 1024  # bodies a worker may hold before oth
 _ATTEMPTS_MAX: Final = 2
 _LEAVE_TIMEOUT_S: Final = 5.0
 _MEMORY_FOLDER: Final = Path("/dev/shm")
-_GROW_AGAIN_S: Final = (2.0, 300.0)  # after a growth that failed: the first pause, and the longest
 
 
 class Forker(Protocol):
@@ -130,6 +131,7 @@ class Pool:
         version: str,
         cores: Cores,
         seat: Seat,
+        crashes: Crashes,
         make_group: Callable[[int], Group | None] = lambda limit_bytes: None,
         place: Callable[[VariantSpec], Awaitable[VariantSpec]] | None = None,
         size_before: int = 0,
@@ -153,7 +155,7 @@ class Pool:
         self._arena = arena
         self._numbers = numbers
         self._loop = asyncio.get_running_loop()
-        self._deaths: deque[float] = deque(maxlen=config.deaths_max)
+        self._crashes = crashes
         self._backoff = Backoff(first_s=config.restart_first_s, cap_s=config.restart_cap_s)
         self._starting: dict[WorkerLink, asyncio.Future[None]] = {}
         self._calls: dict[int, tuple[WorkerLink, asyncio.Future[Any]]] = {}
@@ -167,10 +169,7 @@ class Pool:
         self._make_group = make_group
         self._place = place
         self._size_before = size_before
-        self._trend = Trend()
-        self._grown_at = 0.0  # loop seconds
-        self._grow_from = 0.0  # loop seconds
-        self._grow_backoff = Backoff(first_s=_GROW_AGAIN_S[0], cap_s=_GROW_AGAIN_S[1])
+        self._sizing = Sizing(self, spawn=spawn, now=self._loop.time)
 
     @property
     def resident_bytes_max(self) -> int:
@@ -194,8 +193,7 @@ class Pool:
         self._seat.settle()
         for _ in range(1, self.size):
             self._spawn(self._restart(0.0, replaces=False), f"start {self.spec.id}")
-        if min(self._size_before, self.spec.bounds.most) > self.size:
-            self._spawn(self._catch_up(), f"grow {self.spec.id}")
+        self._sizing.catch_up(self._size_before)
 
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then let the workers go; jobs over the time are failed."""
@@ -410,21 +408,20 @@ class Pool:
             if max(link.silent_s(now), link.running_s) > self._config.hang_timeout_s:
                 _log.error("worker hangs; killing it", variant=self.spec.id, pid=link.process.pid)
                 link.kill()
-        if self.spec.bounds.most > self.spec.bounds.least and not self._closed.is_set():
-            self._resize(now)
+        self._sizing.sweep(now)
 
-    async def call(self, method: str, *, timeout_s: float, **arguments: Any) -> Any:
-        """Call ``selftest``, ``measure`` or ``ping`` on a worker and return its value.
+    async def call(self, method: str, *, timeout_s: float, link: WorkerLink | None = None, **arguments: Any) -> Any:
+        """Call ``selftest``, ``measure`` or ``ping`` on a worker, ``link`` if given, and return its value.
 
         A worker that does not answer in time hangs in native code, which nothing else could end: it is killed.
 
         Raises:
             WorkerDiedError: no worker, it died, or it did not answer in time.
         """
-        if not self.links:
+        if not self.links or (link is not None and link not in self.links):
             raise WorkerDiedError("no worker is running")
         number, future = next(self._numbers), self._loop.create_future()
-        link = self.links[number % len(self.links)]
+        link = link or self.links[number % len(self.links)]
         self._calls[number] = (link, future)
         link.post({"kind": "call", "id": number, "method": method, **arguments})
         try:
@@ -435,6 +432,36 @@ class Pool:
             raise WorkerDiedError(f"the worker did not answer {method} within {timeout_s:g} s") from error
         finally:
             self._calls.pop(number, None)
+
+    # Size, see ``sizing.py``
+
+    @property
+    def spare(self) -> list[WorkerLink]:
+        """The workers that owe nothing to anybody."""
+        called = {link for link, _ in self._calls.values()}
+        now = self._loop.time()
+        return [link for link in self.links if not link.owed and link not in called and not link.lanes_in_use(now)]
+
+    async def start_one(self) -> None:
+        """Start the worker that ``size`` already counts.
+
+        Raises:
+            WorkerError: it does not start, or there is no room for it in memory.
+        """
+        reason = await self._seat.room(self)
+        if reason:
+            raise OutOfMemoryError(reason)
+        await self._start_worker()
+
+    def let_go(self, link: WorkerLink) -> None:
+        """Let a worker that owes nothing leave."""
+        self.links.remove(link)
+        self._leaving.add(link)
+        self._spawn(self._see_off(link), f"see off {link.process.pid}")
+
+    def resized(self, change: str, reason: str) -> None:
+        """Tell that the pool has ``grown`` or ``shrunk``, or was ``held`` where it is."""
+        self._owner.pool_resized(change, self.size, reason)
 
     # Inside
 
@@ -624,9 +651,9 @@ class Pool:
         now = self._loop.time()
         if now - link.ready_at > self._config.deaths_window_s:
             self._backoff.reset()
-        if self._count_death(now) and not self.links:
+        if self._crashes.note(now) and not self.links:
             last = f", the last: {self.cause}" if self.cause else ""
-            self._lose(WorkerDiedError(f"{len(self._deaths)} deaths within {self._config.deaths_window_s:g} s{last}"))
+            self._lose(WorkerDiedError(f"{self._crashes}{last}"))
         else:
             self._spawn(self._restart(self._backoff.next()), f"restart {self.spec.id}")
 
@@ -678,12 +705,13 @@ class Pool:
                     return
                 _log.error("worker does not start", variant=self.spec.id, code=error.code, error=str(error))
                 self.cause = str(error)
-                hopeless = isinstance(error, UnloadableError)  # what fails the same way each time is not tried again
-                if (self._count_death(self._loop.time()) or hopeless) and not self.links:
+                # What fails the same way each time is not tried again, nor are wrong answers of a fresh worker.
+                hopeless = isinstance(error, UnloadableError | SelfTestError)
+                if (self._crashes.note(self._loop.time()) or hopeless) and not self.links:
                     self._lose(error)
                     return
                 if self.links and self.size > self.spec.bounds.least:
-                    self._hold(error)
+                    self._sizing.hold(error)
                     return
                 delay_s = self._backoff.next()
             else:
@@ -694,89 +722,10 @@ class Pool:
         """Whether workers are wanted: also while the pool drains, if the last died and left jobs behind."""
         return not self._closed.is_set() or bool(self.waiting)
 
-    # Size
-
-    def _resize(self, now: float) -> None:
-        seen = Seen(
-            now=now,
-            ready=len(self.links),
-            wanted=self.size,
-            busy=sum(1 for link in self.links if link.owed or link.lanes_in_use(now)),
-            delay_s=self._queued_s(now),
-            held=now < self._grow_from,
-        )
-        self._trend, move = step(self._trend, seen, self.spec.bounds)
-        if move is Move.GROW:
-            self.size += 1
-            reason = f"requests queued for {seen.delay_s * 1000:.0f} ms"
-            self._spawn(self._grow(reason), f"grow {self.spec.id}")
-        elif move is Move.SHRINK:
-            self._shrink()
-
-    def _queued_s(self, now: float) -> float:
-        """Return how long the oldest request that the last growth could have helped has queued (seconds)."""
-        if not all(link.owed for link in self.links):
-            return 0.0  # the next request finds an idle worker
-        delay = max((link.queued_s(self._grown_at) for link in self.links), default=0.0)
-        if self.waiting:
-            delay = max(delay, now - max(self.waiting[0].arrived, self._grown_at))
-        return delay
-
-    async def _catch_up(self) -> None:
-        """Grow to the size of the version before, one worker at a time."""
-        while self.size < min(self._size_before, self.spec.bounds.most) and not self.held and not self._closed.is_set():
-            self.size += 1
-            await self._grow(f"the version before had {self._size_before} workers")
-
-    async def _grow(self, why: str) -> None:
-        """Start the worker that ``size`` already counts, if memory allows it."""
-        try:
-            reason = await self._seat.room(self)
-            if reason:
-                raise OutOfMemoryError(reason)
-            await self._start_worker()
-        except (WorkerError, OSError) as error:
-            if not self._closed.is_set():
-                self._hold(error)
-            return
-        if self._closed.is_set():
-            return
-        self.held = ""
-        self._grown_at = self._loop.time()
-        self._grow_backoff.reset()
-        self._owner.pool_resized("grown", self.size, why)
-
-    def _hold(self, error: Exception) -> None:
-        """Do with one worker fewer, for a while."""
-        self.size -= 1
-        self._grow_from = self._loop.time() + _GROW_AGAIN_S[0] + self._grow_backoff.next()
-        first, self.held = not self.held, str(error)
-        if first:  # later ones, until a worker has started, show in the status only
-            self._owner.pool_resized("held", self.size, self.held)
-
-    def _shrink(self) -> None:
-        """Let one worker go that owes nothing; so nothing can be lost. It revokes its idle lanes as it leaves."""
-        called = {link for link, _ in self._calls.values()}
-        now = self._loop.time()
-        idle = [link for link in self.links if not link.owed and link not in called and not link.lanes_in_use(now)]
-        if not idle:
-            return
-        link = idle[-1]
-        self.size -= 1
-        self.links.remove(link)
-        self._leaving.add(link)
-        self._spawn(self._see_off(link), f"see off {link.process.pid}")
-        self._owner.pool_resized("shrunk", self.size, f"not needed for {self.spec.bounds.shrink_idle_s:g} s")
-
-    def _count_death(self, now: float) -> bool:
-        """Note one death; return whether there were too many within the window."""
-        self._deaths.append(now)
-        config = self._config
-        return len(self._deaths) == config.deaths_max and now - self._deaths[0] < config.deaths_window_s
-
     def _lose(self, error: WorkerError) -> None:
         if not self._closed.is_set():
             self._closed.set()
+            self._crashes.forget()
             self._seat.leave()
             self._owner.pool_lost(self, error)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from agent.engine.learned import Learned
-from agent.engine.memory import HOST, Move, Need, Room, Source, Tenant, expired, held, plan
+from agent.engine.memory import HOST, Move, Need, Room, Source, Tenant, expired, held, kind_of, plan
 from agent.engine.meter import Meter
 from agent.engine.types import Keeping, VariantSpec
 from agent.errors import AgentError, LoadError, OutOfMemoryError, OverloadedError
@@ -78,6 +78,10 @@ class Lodger(Protocol):
 
     @property
     def digest(self) -> str: ...
+
+    @property
+    def beside(self) -> int:
+        """Above 0: it is kept beside its model's default, so that neither takes the other's place."""
 
     def wanted(self) -> bool:
         """Whether anybody still waits for what it loads."""
@@ -152,7 +156,9 @@ class Residency:
         self._unloads = metrics.counter("inferd_model_unloads", "Unloads from memory", ("model", "cause"))
         metrics.gauge("inferd_memory_held_bytes", "Memory that models hold, by account", ("place",), self._held)
         metrics.gauge("inferd_memory_budget_bytes", "Memory that models may take", ("place",), self._budgets)
-        metrics.gauge("inferd_model_memory_bytes", "Memory a model holds, by account", ("model", "place"), self._each)
+        metrics.gauge(
+            "inferd_model_memory_bytes", "Memory a model holds, by account", ("model", "version", "place"), self._each
+        )
 
     async def run(self) -> None:
         """Unload what has been idle for long enough, and keep what was learned, until cancelled."""
@@ -186,12 +192,7 @@ class Residency:
     def need_of(self, digest: str, variant: VariantSpec) -> Need:
         """Return what a worker of the variant will take: as learned here, else as estimated."""
         known = self._learned.of(digest, variant.id)
-        if known is None:
-            return variant.need
-        estimated = variant.need.sizes
-        learned = {place: known[_kind(place)] for place in estimated if _kind(place) in known}
-        whole = learned.keys() == estimated.keys()
-        return Need(sizes={**estimated, **learned}, source=Source.MEASURED if whole else variant.need.source)
+        return variant.need if known is None else variant.need.learned(known)
 
     async def admit(self, seat: Seat, pool: Held) -> None:
         """See ``Seat.take``."""
@@ -249,7 +250,7 @@ class Residency:
         uses = await asyncio.to_thread(lambda: [self._meter.worker(pid) for pid in asked])
         digest, variant = seat.lodger.digest, seat.variant
         for sizes in uses:
-            self._learned.note(digest, variant.id, {_kind(place): size for place, size in sizes.items()})
+            self._learned.note(digest, variant.id, {kind_of(place): size for place, size in sizes.items()})
         seat.need = self.need_of(digest, variant)
         self._news.set()
 
@@ -297,7 +298,7 @@ class Residency:
         """Return a seat as decisions see it; ``fewer``: without the one worker that is being asked for."""
         lodger, pool = seat.lodger, seat.pool
         assert pool is not None
-        sibling = asker is not None and lodger is not asker and lodger.model == asker.model
+        sibling = asker is not None and lodger is not asker and _one_place(lodger, asker)
         # A version on trial takes the place of the one that serves, which in turn waits for how the trial begins.
         tried = sibling and asker is not None and bool(asker.held_by) and not lodger.held_by
         waits = sibling and asker is not None and not asker.held_by
@@ -331,7 +332,7 @@ class Residency:
         freed = held(self._tenant(seat) for seat in leaving if seat.need.source is Source.MEASURED)
         async with asyncio.TaskGroup() as group:
             for seat in leaving:
-                busy_too = seat.lodger.model == replaced_by.model
+                busy_too = _one_place(seat.lodger, replaced_by)
                 group.create_task(self._send_out(seat, "room", reason, busy_too=busy_too))
         give_up = self._now() + _RETURN_S
         devices = [place for place in freed if place != HOST and place in before]
@@ -368,14 +369,14 @@ class Residency:
         sums: dict[tuple[str, ...], float] = {}
         for seat in self._seats:
             for place, size in self._tenant(seat).need.sizes.items():
-                key = (seat.lodger.model, place)
+                key = (seat.lodger.model, seat.lodger.version, place)
                 sums[key] = sums.get(key, 0) + size
         return sums.items()
 
 
-def _kind(place: str) -> str:
-    """Return under which name a place's figures are learned: a variant takes the same of each GPU of a box."""
-    return place.partition(":")[0]
+def _one_place(one: Lodger, other: Lodger) -> bool:
+    """Whether one of them is to take the other's place."""
+    return one.model == other.model and not (one.beside or other.beside)
 
 
 def _refusal(reason: str) -> OverloadedError:

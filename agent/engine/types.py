@@ -45,7 +45,7 @@ class InferRequest(Protocol):
     which is its own, and body. ``header`` is the ``infer`` header as received, maybe one for many requests;
     ``deadline`` is absolute in the loop's time (seconds); ``regions`` is the shared memory the header names, by the
     client's numbers; the engine holds it as long as it needs it. ``handle`` belongs to the engine and starts as
-    ``None``.
+    ``None``. ``routing_key`` is what a canary's share goes by; empty: what the header says, else the client.
     """
 
     model: str
@@ -54,6 +54,7 @@ class InferRequest(Protocol):
     body: Buffer
     deadline: float
     client: str
+    routing_key: str
     regions: Sequence[tuple[int, Region]]
     handle: Any
     part: Callable[[dict[str, Any], Sequence[Buffer]], None] | None
@@ -82,6 +83,7 @@ class VariantSpec:
     window: int = 64  # requests a worker may hold at once; at least twice its batch
     bounds: Bounds = field(default_factory=Bounds)  # of the number of its workers
     pinned_device: str = ""  # "cuda:1", by configuration; empty: the GPU with the most free memory
+    compute_min: str = ""  # "8.0": the least compute capability of its GPU; empty: any
     resident_bytes_max: int = 0  # memory a worker may really use, where there are control groups; 0: no limit
     threads: int = 1  # a worker's, for one operation: so many cores it is bound to, where workers are bound
     need: Need = _UNKNOWN_NEED  # a worker's memory, until it is learned here

@@ -15,28 +15,37 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
 from agent.config import VariantsConfig
+from agent.engine import views
 from agent.engine.book import VariantBook
 from agent.engine.claims import answer_of
+from agent.engine.climb import Climb
 from agent.engine.contest import contest
+from agent.engine.crashes import Crashes
 from agent.engine.job import Job, error_of
 from agent.engine.ladder import Purpose, Try, Verdict
 from agent.engine.lanes import LaneCounts
+from agent.engine.link import WorkerLink
+from agent.engine.memory import Need
 from agent.engine.pool import Pool
 from agent.engine.residency import Residency
+from agent.engine.selftest import Act, Report, SelfTestRecord, examine
 from agent.engine.standing import Standing
 from agent.engine.streams import StreamCounts
-from agent.engine.types import OIP_DATATYPES, Keeping, VariantSpec, VersionSpec
+from agent.engine.types import Keeping, VariantSpec, VersionSpec
 from agent.errors import (
     AgentError,
+    DeadlineError,
     DeviceLostError,
     LoadError,
     OutOfMemoryError,
     OverloadedError,
     UnavailableError,
+    WorkerDiedError,
     WorkerError,
     by_code,
 )
@@ -44,6 +53,7 @@ from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
 from agent.metrics import Counter, HistogramSeries
 from agent.shares import Shares
+from agent.spread import Counts, Spread
 from agent.wire import Buffer, Header
 
 _log = get_logger("version")
@@ -51,6 +61,7 @@ _log = get_logger("version")
 _FAULTS = frozenset(
     {"worker_died", "handler_failed", "inference_failed", "out_of_memory", "device_lost", "worker_failed", "internal"}
 )
+_OWN_FAILURES = _FAULTS | {UnavailableError.code}  # another version might do better
 _DRAIN_TIMEOUT_S: Final = 30.0
 _RESCUES_MAX: Final = 3  # variants that one request may run out of memory on
 _SHORT: Final = "memory did not suffice for a request"
@@ -93,11 +104,14 @@ class Version:
         events: EventBus,
         latency: HistogramSeries,
         answers: Counter,
+        handed: Counter,
+        tested: Counter,
         streams: StreamCounts,
         now: Callable[[], float],
         config: VariantsConfig,
         book: VariantBook,
         memory_wait_s: float,
+        make_crashes: Callable[[], Crashes],
         lost: Mapping[str, str],
     ) -> None:
         """``lost`` is kept current: the devices that are lost, and why."""
@@ -108,17 +122,27 @@ class Version:
         self.may_unload = True
         self.load_until = 0.0
         self.pool: Pool | None = None
-        self.reason = "loading"  # why it cannot serve; empty while it can
+        self._reason = "loading"  # see ``reason``
+        self._retried = False  # whether when it is tried again belongs to the reason
+        self.tests = SelfTestRecord()
+        self.holders = 0  # slots that hold it
+        self.beside = 0  # of them those beside the default
         self.routed = False  # whether requests come: otherwise nothing better is looked for
         self.deaths = 0
         self.good = 0
         self.faults = 0
+        self.late = 0  # requests whose deadline passed while they were its own
+        self.short = 0  # answers that memory did not suffice for
+        self.spread = Spread(now())
+        self.stand_in: Version | None = None  # answers what this one fails at, while it is on trial
         self._closing = asyncio.Event()
         self._make_pool = make_pool
         self._spawn = spawn
         self._events = events
         self._latency = latency
         self._answers = answers
+        self._handed = handed
+        self._tested = tested
         self._streams = streams
         self._now = now
         self._config = config
@@ -128,6 +152,7 @@ class Version:
         self._shares = Shares()
         self._ok = (spec.model, spec.version, "ok")
         self._variants = {variant.id: variant for variant in spec.variants}
+        self._crashes = {variant: make_crashes() for variant in self._variants}
         self._standing = Standing(spec, config, book, now=now)
         self._aside: Pool | None = None  # being started for requests that the serving one has no memory for
         self._beside: set[Pool] = set()  # not serving yet
@@ -144,8 +169,7 @@ class Version:
         self._wake_from = 0.0  # loop seconds
         self._hello: dict[str, Any] = {}  # the last worker's
         self._walking = False  # down the ladder, or about to: nobody else may
-        self._climbing = False
-        self._wake = asyncio.Event()
+        self._climb = Climb(self, self._standing, config, spawn=spawn, now=now)
         for name, reason in spec.dropped:
             self._tell_skipped(name, "no_variant", reason)
 
@@ -180,6 +204,11 @@ class Version:
         return self.stage.value if self.stage in _HELD else ""
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes no more work."""
+        return self._closing.is_set()
+
+    @property
     def on_demand(self) -> bool:
         """Whether it sleeps, and nothing is known that would keep a request from waking it."""
         return self.asleep and self._trouble is None
@@ -199,11 +228,19 @@ class Version:
 
     @property
     def why_not(self) -> str:
-        """Why it is not ready; empty if it is."""
+        """Why it is not ready, and when it is tried again; empty if it is."""
+        return self._why_not(self.reason)
+
+    @property
+    def lasting(self) -> str:
+        """The same without what changes by the second."""
+        return self._why_not(self._reason)
+
+    def _why_not(self, reason: str) -> str:
         if self.ready:
             return ""
-        if self.reason:
-            return self.reason
+        if reason:
+            return reason
         if self._walking:
             return "the next variant is starting"
         if self.pool is None:
@@ -211,14 +248,47 @@ class Version:
         return f"its worker is restarting: {self.pool.cause or 'it died'}"
 
     @property
+    def reason(self) -> str:
+        """Why it cannot serve, and where nothing loads what follows from that; empty while it can serve."""
+        return f"{self._reason}{self._next_text()}" if self._retried else self._reason
+
+    @reason.setter
+    def reason(self, reason: str) -> None:
+        self._reason, self._retried = reason, False
+
+    def _say_nothing_loads(self) -> str:
+        """Keep and return why nothing can be loaded."""
+        reasons = "; ".join(f"{skip['variant']}: {skip['reason']}" for skip in self.skipped)
+        self._reason, self._retried = f"no variant loads: {reasons}", True
+        return self._reason
+
+    @property
     def fallen(self) -> int:
         """How many variants have failed."""
         return self._standing.fallen
+
+    def crashes_of(self, variant: str) -> Crashes:
+        """Return the count of a variant's crashes, over all its pools."""
+        return self._crashes[variant]
 
     @property
     def skipped(self) -> list[dict[str, str]]:
         """The variants that do not serve because something is wrong, with the reason."""
         return self._standing.skipped
+
+    def hold(self, *, beside: bool) -> None:
+        """Let one slot more hold it."""
+        self.holders += 1
+        self.beside += beside
+
+    def let_go(self, *, beside: bool) -> None:
+        """Let one slot hold it no longer."""
+        self.holders -= 1
+        self.beside -= beside
+
+    def recent(self) -> Counts:
+        """Return how long its answers of the last minutes took."""
+        return self.spread.recent(self._now())
 
     # Into memory and out of it
 
@@ -294,22 +364,25 @@ class Version:
     def _fail_load(self, waiting: Iterable[Job], last: WorkerError | None, short: OverloadedError | None) -> AgentError:
         """Note that no variant is left, tell those who wait, and return the error to raise."""
         self.pool = None
-        self.reason = "unloaded" if self._closing.is_set() else self._nothing_loads()
-        refusal = self._refusal = short or type(last or LoadError(""))(self.reason)
+        why = self.reason = "unloaded"
+        if not self._closing.is_set():
+            why = self._say_nothing_loads()
+        refusal = self._refusal = short or type(last or LoadError(""))(why)
         if self.stage is not Stage.TRYING and (self._woken or self.spec.keeping.lazy or short is not None):
             self.sleep()
             if short is None:
                 step = self._standing.next_try(None)
-                self._trouble, self.reason = refusal, str(refusal)
+                self._trouble = refusal
+                self._say_nothing_loads()
                 self._wake_from = step.at if step is not None else math.inf
         for job in waiting:
-            self._fail(job, _told(refusal))
+            self._fail(job, _told(refusal, self.reason if short is None else str(short)))
         return refusal
 
     def sleep(self) -> None:
         """Be without workers until a request comes."""
         self.asleep, self.reason = True, ON_DEMAND
-        self._wake.set()  # nothing better is looked for
+        self._climb.look()  # nothing better is looked for
 
     def wake(self, cause: str) -> None:
         """Begin to load, if it sleeps; requests wait in its pool from now on."""
@@ -326,7 +399,7 @@ class Version:
         if descent:
             self._opened = self.pool = self._make_pool(self._variants[descent[0]], self)
         else:
-            self.reason = self._nothing_loads()
+            self._say_nothing_loads()
         self._spawn(self._load_again(cause), f"load {self.spec.model}")
 
     async def _load_again(self, cause: str) -> None:
@@ -347,7 +420,7 @@ class Version:
         if self.asleep and not self._closing.is_set():
             wait_s = self._wake_from - self._now()
             if wait_s > 0 and self._trouble is not None:
-                error = _told(self._trouble)
+                error = _told(self._trouble, self.reason)
                 error.retry_after_s = wait_s if wait_s < math.inf else 0.0
                 raise error
             self.wake("request")
@@ -368,7 +441,8 @@ class Version:
         finally:
             self._calls -= 1
         if not self.ready:
-            raise _told(self._refusal or UnavailableError(self.why_not))
+            refusal = self._refusal or UnavailableError(self.why_not)
+            raise _told(refusal, self.reason if self._retried else str(refusal))
 
     def wanted(self) -> bool:
         """Whether anybody still waits for what it loads."""
@@ -406,6 +480,10 @@ class Version:
             OutOfMemoryError: it could not be loaded a moment ago, for want of memory.
             OverloadedError: the queue is full, or crowded and this client holds its part.
         """
+        if self.stand_in is not None and not self.ready and (other := self._stand_in_for(job)) is not None:
+            job.version = other
+            other.submit(job)
+            return
         pool = self.pool
         if pool is None or self._closing.is_set():
             pool = self._awakened()
@@ -416,6 +494,26 @@ class Version:
         if not job.settled:
             self._shares.add(client)
             job.shares = self._shares
+
+    def _stand_in_for(self, job: Job) -> Version | None:
+        """Return who may answer a request instead of this version, which is on trial."""
+        other = self.stand_in
+        if other is None or other.closed or not other.ready or job.copied or job.settled or job.parts:
+            return None
+        tried_twice_is_wrong = job.attempts > 0 and self.pool is not None and not self.pool.idempotent
+        return None if job.request.version or tried_twice_is_wrong else other
+
+    def _pass_waiting(self, pool: Pool) -> None:
+        """Let the version before answer what would wait until this one, on trial, has a worker again."""
+        if self.stand_in is None or pool.links or pool is not self.pool:
+            return
+        for job in pool.take_waiting():
+            other = self._stand_in_for(job)
+            if other is not None:
+                self._handed.add((self.spec.model, self.spec.version, WorkerDiedError.code))
+                other.adopt(job)
+            else:
+                pool.adopt(job)
 
     def adopt(self, job: Job) -> None:
         """Take a job that is already admitted."""
@@ -459,7 +557,7 @@ class Version:
     def route(self, *, here: bool) -> None:
         """Note whether requests come to this version."""
         self.routed = here
-        self._look_up()
+        self._climb.up()
 
     def device_lost(self, device: str) -> None:
         """Leave a device that is gone: a variant that is not pinned to it finds another, if there is one."""
@@ -474,12 +572,12 @@ class Version:
         self._standing.device_back(device)
         if self.asleep and self._standing.descent():
             self._trouble, self.reason = None, ON_DEMAND
-        self._look_up()
+        self._climb.up()
 
     async def close(self, *, timeout_s: float) -> None:
         """Answer what is held, then end the workers."""
         self._closing.set()
-        self._wake.set()
+        self._climb.look()
         async with asyncio.TaskGroup() as group:
             for pool in list(self.pools):
                 group.create_task(pool.close(timeout_s=timeout_s))
@@ -504,71 +602,92 @@ class Version:
             self.faults += 1
         return value
 
+    async def examine(self, *, timeout_s: float) -> Report:
+        """Run the golden inputs again in every worker, because somebody asks, and do what follows.
+
+        Raises:
+            UnavailableError: it does not serve.
+            AgentError: it cannot be loaded now; the class says why.
+        """
+        if self.asleep:
+            await self.ensure("selftest")
+            self.used_at = self._now()
+        if self.pool is None or not self.ready:
+            raise UnavailableError(f"{self.name}: {self.why_not}")
+        return await examine(self, self.pool, timeout_s=timeout_s, patient=False)
+
+    @property
+    def examinable(self) -> bool:
+        """Whether it serves on its own account: not asleep, not on trial, nothing else being tried."""
+        quiet = not self._beside and self._aside is None
+        return self.stage is Stage.SERVING and quiet and not self.moving and not self.closed
+
+    def tested(self, pool: Pool, link: WorkerLink | None, report: Report) -> Report:
+        """Note the end of a test and do what follows; return it with what was done. ``link`` did not pass."""
+        now, tests, variant = self._now(), self.tests, pool.spec.id
+        before, tests.tested_at = tests.last, now
+        self._tested.add((self.spec.model, self.spec.version, report.code or "ok"))
+        tests.last = report
+        if link is None:
+            if before is not None and not before.ok:
+                self._tell("selftest.passed", variant=variant)
+            return report
+        act = None
+        if pool is self.pool and self.stage is not Stage.TRYING and not self.moving and not self.closed:
+            act = tests.fails(variant, now, healthy_s=self._config.healthy_s)
+        report = tests.last = replace(report, act=act)
+        what = {"variant": variant, "code": report.code, "reason": report.message, "act": act or "none"}
+        self._tell("selftest.failed", Severity.WARNING, **what)
+        if act is Act.RESTART:
+            link.kill()
+        elif act is Act.LEAVE:
+            self._fell(variant, by_code(report.code, report.message))
+            self._leave(pool, pool.evacuate(), reason="its variant failed its self-test; the next one is starting")
+        return report
+
     def describe(self) -> dict[str, Any]:
         """Return the model's metadata in the Open Inference Protocol's terms, plus what serves it."""
-        hello = self._last_hello()
-        told = self.spec.variants[0].worker if self.spec.variants else {}
-        signature = hello.get("signature") or told.get("signature", {})
-        return {
-            "name": self.spec.model,
-            "versions": [self.spec.version],
-            "platform": hello.get("runtime", self.spec.platform),
-            "inputs": [_oip_tensor(tensor) for tensor in signature.get("inputs", [])],
-            "outputs": [_oip_tensor(tensor) for tensor in signature.get("outputs", [])],
-            "variant": hello.get("variant"),
-            "device": hello.get("device"),
-            "max_batch": hello.get("max_batch", told.get("batching", {}).get("max_batch", 1)),
-            "streams": hello.get("streams", False),
-        }
+        return views.metadata(self)
 
     def status(self) -> dict[str, Any]:
         """Return what an operator wants to see."""
-        pool = self.pool
-        hello = self._last_hello()
-        return {
-            "version": self.spec.version,
-            "digest": self.spec.digest,
-            "ready": self.ready or self.on_demand,
-            "reason": self.why_not,
-            "residency": self.residency(),
-            "variant": hello.get("variant"),
-            "precision": hello.get("precision"),
-            "device": hello.get("device"),
-            "provider": hello.get("provider"),
-            "sandbox": hello.get("sandbox"),
-            "golden": hello.get("golden"),
-            "load_ms": hello.get("load_ms"),
-            "placement": hello.get("placement"),
-            "memory": hello.get("memory"),
-            "resident_bytes_max": pool.resident_bytes_max if pool is not None else 0,
-            "fallbacks": self.skipped,
-            "variants": self._standing.rows(pool.spec.id if pool is not None else None),
-            "max_batch": hello.get("max_batch"),
-            "workers": [link.process.pid for link in pool.links] if pool is not None else [],
-            "scaling": _scaling(pool) if pool is not None else None,
-            "outstanding": pool.outstanding if pool is not None else 0,
-            "lanes": pool.lanes if pool is not None else 0,
-            "restarts": pool.restarts if pool is not None else 0,
-            "deaths": self.deaths,
-            "answers": {"good": self.good, "faults": self.faults},
-            "latency_s": {"p50": self._latency.quantile(0.5), "p99": self._latency.quantile(0.99)},
-        }
+        return views.status(self)
 
     def residency(self) -> dict[str, Any]:
         """Return whether it is in memory and why, and what it takes there."""
-        keeping, pool = self.spec.keeping, self.pool
+        return views.residency(self)
+
+    @property
+    def hello(self) -> Mapping[str, Any]:
+        """What its worker has said of itself, or the last one it had."""
+        return self.pool.hello if self.pool is not None and self.pool.hello else self._hello
+
+    @property
+    def need(self) -> Need | None:
+        """What a worker of the variant that serves takes of memory, or of the first; ``None``: it has no variant."""
         variants = self.spec.variants
-        need = self._residency.need_of(self.spec.digest, pool.spec if pool else variants[0]) if variants else None
-        return {
-            "loaded": self.ready,
-            "load": "lazy" if keeping.lazy else "eager",
-            "keep_alive_s": keeping.keep_alive_s if keeping.keep_alive_s < math.inf else None,
-            "pinned": keeping.pinned,
-            "held_by": self.held_by,
-            "worker_bytes": dict(need.sizes) if need is not None else {},
-            "source": need.source.value if need is not None else None,
-            "held_bytes": self._residency.holding(self),
-        }
+        if not variants:
+            return None
+        return self._residency.need_of(self.spec.digest, self.pool.spec if self.pool is not None else variants[0])
+
+    @property
+    def holding(self) -> dict[str, int]:
+        """What it holds of memory now, by place (bytes)."""
+        return self._residency.holding(self)
+
+    @property
+    def test_row(self) -> dict[str, Any] | None:
+        """How its last self-test ended; ``None``: there was none but that of its load."""
+        return self.tests.row(self._now())
+
+    @property
+    def variant_rows(self) -> list[dict[str, Any]]:
+        """Each variant with its state."""
+        return self._standing.rows(self.pool.spec.id if self.pool is not None else None)
+
+    def latency_s(self, quantile: float) -> float:
+        """Return how long successful requests took from arrival to answer."""
+        return self._latency.quantile(quantile)
 
     # PoolOwner
 
@@ -580,17 +699,37 @@ class Version:
             answer = header.digest = self._named(header, pool)
         if answer["kind"] == "error":
             code = answer["code"]
-            if code == OutOfMemoryError.code and self._rescued(pool, job):
+            if code == OutOfMemoryError.code:
+                self.short += 1
+                if self._rescued(pool, job):
+                    return
+            if self._failed(job, code):
                 return
-            if code in _FAULTS:
-                self.faults += 1
-            self._answers.add((self.spec.model, self.spec.version, code))
         else:
             self.good += 1
-            if not job.parts:  # a stream's duration says nothing about how fast the model answers
-                self._latency.observe(now - job.arrived)
-            self._answers.add(self._ok)
+            if not job.copied:
+                self._count_good(job, now)
         job.answer(answer, body)
+
+    def _count_good(self, job: Job, now: float) -> None:
+        if not job.parts:  # a stream's duration says nothing about how fast the model answers
+            self._latency.observe(now - job.arrived)
+            self.spread.observe(now - job.arrived, now)
+        self._answers.add(self._ok)
+
+    def _failed(self, job: Job, code: str) -> bool:
+        """Count an error; return whether another version answers the request instead."""
+        if code in _FAULTS:
+            self.faults += 1
+        elif code == DeadlineError.code:
+            self.late += 1
+        if code in _OWN_FAILURES and (other := self._stand_in_for(job)) is not None:
+            self._handed.add((self.spec.model, self.spec.version, code))
+            other.adopt(job)
+            return True
+        if not job.copied:
+            self._answers.add((self.spec.model, self.spec.version, code))
+        return False
 
     def lanes_counted(self, counts: LaneCounts) -> None:
         """Count what was answered without us."""
@@ -618,6 +757,7 @@ class Version:
         """Report a death the pool is already repairing."""
         if pool not in self._beside:  # what is only tried is no evidence against what serves
             self.deaths += 1
+        self._pass_waiting(pool)
         self._tell("worker.died", Severity.WARNING, variant=pool.spec.id, pid=pid, cause=cause, retried=retried)
 
     def worker_ready(self, pool: Pool, pid: int) -> None:
@@ -663,7 +803,7 @@ class Version:
         else:
             self._tell_change(lost, "the variant before was lost")
         await self._drop(lost)
-        self._look_up()
+        self._climb.up()
 
     def _rescued(self, pool: Pool, job: Job) -> bool:
         """Let the next variant answer a request that this one had no memory for; ``False``: nobody else can.
@@ -749,56 +889,21 @@ class Version:
         if pool.spec.device in self._lost:
             raise DeviceLostError(f"{pool.spec.device} is lost: {self._lost[pool.spec.device]}")
 
-    # Up
+    # Up, see ``climb.py``
 
-    def _look_up(self) -> None:
-        """See to it that what is better is tried in time."""
-        self._wake.set()
-        if not self._climbing and not self._closing.is_set():
-            self._climbing = True
-            self._spawn(self._climb(), f"better variants of {self.spec.model}")
+    @property
+    def moving(self) -> bool:
+        """Whether it walks down, or about to; or sleeps: nobody else may change what serves."""
+        return self._walking or self.asleep
 
-    async def _climb(self) -> None:
-        try:
-            while not self._closing.is_set() and (step := self._next()) is not None:
-                self._wake.clear()
-                if await self._time_for(step):
-                    await self._attempt(step)
-        finally:
-            self._climbing = False
-
-    def _next(self) -> Try | None:
-        pool = self.pool
-        if self._walking or self.asleep:
-            return None  # whoever walks looks up in the end
-        return self._standing.next_try(pool.spec.id if pool is not None else None)
-
-    async def _time_for(self, step: Try) -> bool:
-        """Wait until ``step`` may be done; ``False``: something changed before."""
-        first = max(step.at, self._now())
-        while True:
-            now = self._now()
-            if self.pool is None or not self.routed:
-                wait_s = step.at - now if self.pool is None else 3600.0
-            else:
-                quiet_from = self.used_at + self._config.idle_s if self.pool.quiet(now) else now + self._config.idle_s
-                wait_s = max(step.at, min(quiet_from, first + self._config.patience_s)) - now
-            if wait_s <= 0:
-                return True
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), wait_s)
-                return False
-
-    async def _attempt(self, step: Try) -> None:
-        current, variant = self.pool, self._variants[step.rung.id]
-        if current is None:
-            await self._revive()
-            return
+    async def challenge(self, step: Try, current: Pool) -> None:
+        """Let a better variant take over if it loads, passes its self-test and, to be compared, is better."""
+        variant = self._variants[step.rung.id]
         self._allow(may_unload=False)  # no other model leaves for a better variant of this one
         pool = self._make_pool(variant, self, size_before=current.size)
         self._beside.add(pool)
         try:
-            await self._challenge(pool, current, step.purpose)
+            await self._let_compete(pool, current, step.purpose)
         except OverloadedError as error:
             self._standing.fell(variant.id, error.code, str(error))  # no news: memory is short now and then
         except WorkerError as error:
@@ -807,13 +912,7 @@ class Version:
         if pool in self._beside:
             await self._drop(pool)
 
-    async def _challenge(self, pool: Pool, current: Pool, purpose: Purpose) -> None:
-        """Let ``pool`` take over from ``current`` if it loads, passes its self-test and, to be compared, is better.
-
-        Raises:
-            WorkerError: it does not load, or one of them did not answer.
-            OverloadedError: memory does not hold both now.
-        """
+    async def _let_compete(self, pool: Pool, current: Pool, purpose: Purpose) -> None:
         why = "it loads again and passed its self-test"
         await self._start(pool)
         if purpose is Purpose.COMPARE:
@@ -826,7 +925,8 @@ class Version:
         if self.pool is current and not self._closing.is_set():
             self._take_over(pool, why)
 
-    async def _revive(self) -> None:
+    async def revive(self) -> None:
+        """Try again to load what could not be loaded."""
         try:
             await self.load(cause="revival")
         except (WorkerError, OverloadedError) as error:
@@ -856,7 +956,7 @@ class Version:
         self.reason, self._hello = "", pool.hello
         if self._standing.serves(variant):
             self._spawn(self._forgive(pool), f"forgive {variant}")
-        self._look_up()
+        self._climb.up()
 
     async def _forgive(self, pool: Pool) -> None:
         """Forget earlier failures once the variant has served well for long enough."""
@@ -878,15 +978,14 @@ class Version:
 
     # Telling
 
-    def _nothing_loads(self) -> str:
-        reasons = "; ".join(f"{skip['variant']}: {skip['reason']}" for skip in self.skipped)
-        return f"no variant loads: {reasons}{self._next_text()}"
-
     def _next_text(self) -> str:
         step = self._standing.next_try(None)
         if step is None:
             return "; it is not tried again by itself, because each try would fail the same way"
-        return f"; tried again in {max(0.0, step.at - self._now()):.0f} s"
+        wait_s = max(0.0, step.at - self._now())
+        if not self.asleep:
+            return f"; tried again in {wait_s:.0f} s" if wait_s else "; it is tried again now"
+        return f"; tried again by a request in {wait_s:.0f} s" if wait_s else "; the next request tries it again"
 
     def _tell_change(self, before: Pool | None, why: str) -> None:
         now = self.pool.spec.id if self.pool is not None else ""
@@ -898,10 +997,6 @@ class Version:
         log = {Severity.INFO: _log.info, Severity.WARNING: _log.warning, Severity.ERROR: _log.error}[severity]
         log(event.replace(".", " "), **data)
         self._events.emit(Stream.HEALTH, event, severity, **data)
-
-    def _last_hello(self) -> dict[str, Any]:
-        """Return what its worker has said of itself, or the last one it had."""
-        return self.pool.hello if self.pool is not None and self.pool.hello else self._hello
 
     def _named(self, header: Header, pool: Pool) -> Header:
         """Return what a worker may say in its answer, and whose it is."""
@@ -916,10 +1011,8 @@ class Version:
 
     def _fail(self, job: Job, error: AgentError) -> None:
         """Answer a job that no pool holds."""
-        if error.code in _FAULTS:
-            self.faults += 1
-        self._answers.add((self.spec.model, self.spec.version, error.code))
-        job.answer(Header(error_of(error, None)), ())
+        if not self._failed(job, error.code):
+            job.answer(Header(error_of(error, None)), ())
 
     def _tell_skipped(self, variant: str, code: str, reason: str) -> None:
         self._tell("variant.skipped", Severity.WARNING, variant=variant, code=code, reason=reason)
@@ -929,28 +1022,9 @@ def _first(variant: str, order: Sequence[str]) -> tuple[str, ...]:
     return (variant, *(other for other in order if other != variant))
 
 
-def _told(refusal: AgentError) -> AgentError:
+def _told(refusal: AgentError, text: str) -> AgentError:
     """Return what a caller is told of a failed load, each time anew: an error keeps the traces of all who raise it."""
     kind = type(refusal) if isinstance(refusal, OverloadedError | OutOfMemoryError) else UnavailableError
-    told = kind(str(refusal))
+    told = kind(text)
     told.retry_after_s = refusal.retry_after_s
     return told
-
-
-def _scaling(pool: Pool) -> dict[str, Any]:
-    return {
-        "wanted": pool.size,
-        "min": pool.spec.bounds.least,
-        "max": pool.spec.bounds.most,
-        "held": pool.held,
-        "cores": [link.hello.get("cores", []) for link in pool.links],
-    }
-
-
-def _oip_tensor(tensor: dict[str, Any]) -> dict[str, Any]:
-    shape = [size if isinstance(size, int) else -1 for size in tensor.get("shape", [])]
-    return {
-        "name": tensor.get("name"),
-        "datatype": OIP_DATATYPES.get(str(tensor.get("dtype")), "BYTES"),
-        "shape": shape,
-    }

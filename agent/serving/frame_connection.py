@@ -372,8 +372,9 @@ class FrameConnection:
             if len(self._lanes) >= _LANES_MAX:
                 raise LaneRefusedError(f"{_LANES_MAX} lanes are open on this connection")
             deadline_ms = self._server.config.deadline_ms_default
+            version = _text(header, "version", optional=True) or None
             lane = self._server.engine.open_lane(
-                _text(header, "model"), client=self.caller.key, deadline_ms=deadline_ms
+                _text(header, "model"), version, client=self.caller.key, deadline_ms=deadline_ms
             )
         except AgentError as error:
             self._send_error(request_id, error)

@@ -6,7 +6,8 @@
 Every other path is the application's. ``http_stream.py`` says which answers come in parts.
 
 Request headers we read: Content-Type, Accept (``text/event-stream``), Content-Encoding (gzip, deflate),
-Inference-Header-Content-Length, Authorization, X-Request-Id (echoed), X-Deadline-Ms (queue time included).
+Inference-Header-Content-Length, Authorization, X-Request-Id (echoed), X-Deadline-Ms (queue time included),
+X-Routing-Key (what a canary's share goes by, instead of the client).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ HEADERS: Final = frozenset(
         b"inference-header-content-length",
         b"x-deadline-ms",
         b"x-request-id",
+        b"x-routing-key",
     }
 )
 _TEXT_BYTES_MAX: Final = 1024  # of Content-Type
@@ -229,6 +231,7 @@ class InferenceExchange:
             deadline=line.loop.time() + deadline_ms / 1000,
             client=self._client,
             answer=self._answer,
+            routing_key=_text(asked, b"x-routing-key") or "",
         )
         if self._style is not None:
             request.part = self._part

@@ -38,6 +38,7 @@ class InferRequest:
     serial: int = 0  # the edge's own, to tell requests with the same id apart
     handle: Any = None  # the engine's own
     part: PartAnswer | None = None
+    routing_key: str = ""  # what a canary's share goes by; empty: the header's parameter of that name, else the client
 
 
 class ModelState(Protocol):
@@ -73,8 +74,8 @@ class Lane(Protocol):
 class Engine(Protocol):
     """Where a request meets a model."""
 
-    def open_lane(self, model: str, *, client: str, deadline_ms: int) -> Lane:
-        """Return a direct lane to the worker of ``model``.
+    def open_lane(self, model: str, version: str | None = None, *, client: str, deadline_ms: int) -> Lane:
+        """Return a direct lane to the worker of ``model``, of its default or the version named.
 
         Raises:
             UnknownModelError, UnavailableError: as for a request.
@@ -92,6 +93,9 @@ class Engine(Protocol):
 
     def models(self) -> Sequence[str]:
         """Return the names of all models of this box, serving or expected."""
+
+    def versions(self, name: str) -> Sequence[str]:
+        """Return the versions that requests may name, the default first; ``UnknownModelError`` if there is no model."""
 
     def model_state(self, name: str, version: str | None = None) -> ModelState:
         """Return whether the model serves now; ``UnknownModelError`` if there is no such model or version."""

@@ -8,8 +8,8 @@ GET /v2/health/ready, /ping                                –            200 if
 GET /v2/models/{model}[/versions/{version}]/ready          –            200 or 400
 GET /v2                                                    –            name, version, extensions
 GET /v2/models/{model}[/versions/{version}][/config]       infer, read  metadata; Triton's model configuration
-POST /v2/repository/index                                  read         all models with state and reason
-POST /v2/repository/models/{model}/load, …/unload          operate      ``control.call`` with the model
+POST /v2/repository/index                                  read         all versions of all models, with state, reason
+POST …/models/{model}[/versions/{version}]/load, …/unload  operate      below /v2/repository; ``control.call``
 GET /metrics                                               read         Prometheus text
 GET /v1/{verb}                                             read         ``control.call``, with no more than ``read``
 POST /v1/{verb}                                            by the verb  ``control.call`` with a JSON body of arguments
@@ -20,7 +20,7 @@ Query strings are ignored. A verb's roles are checked by the control it goes to.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -79,12 +79,13 @@ class Routes:
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
             Route("/v2/repository/index", self._index, methods=["POST"]),
-            Route("/v2/repository/models/{model}/{verb:str}", self._move, methods=["POST"]),
             Route("/v1/{verb}", self._read_verb, methods=["GET"]),
             Route("/v1/{verb}", self._verb, methods=["POST"]),
         ]
         for prefix in (model, model + "/versions/{version}"):
+            moves = prefix.replace("/v2", "/v2/repository", 1) + "/{verb:str}"
             routes += [
+                Route(moves, self._move, methods=["POST"]),
                 Route(prefix, self._metadata),
                 Route(prefix + "/ready", self._model_ready),
                 Route(prefix + "/config", self._model_config),
@@ -137,9 +138,12 @@ class Routes:
         asked = _arguments(await request.body())
         rows = []
         for name in self._engine.models():
-            state = self._engine.model_state(name)
-            if state.ready or not asked.get("ready"):
-                rows.append({"name": name, **self._version_of(name), **_triton_state(state.ready, state.reason)})
+            versions: Sequence[str | None] = self._engine.versions(name) or (None,)
+            for version in versions:
+                state = self._engine.model_state(name, version)
+                if state.ready or not asked.get("ready"):
+                    known = {"version": version} if version is not None else {}
+                    rows.append({"name": name, **known, **_triton_state(state.ready, state.reason)})
         return _response(json_reply(rows))
 
     async def _move(self, request: Request) -> Response:
@@ -148,7 +152,8 @@ class Routes:
         if verb not in ("load", "unload"):
             raise NotFoundError(f"there is nothing at {request.url.path}")
         caller = _caller(request)
-        await self._call(request, caller, caller.roles, {"model": request.path_params["model"]})
+        model, version = _model_of(request)
+        await self._call(request, caller, caller.roles, {"model": model, "version": version})
         return _response(json_reply({}))
 
     async def _render_metrics(self, request: Request) -> Response:
@@ -179,13 +184,6 @@ class Routes:
             return "there is no model"
         states = {name: self._engine.model_state(name) for name in names}
         return "; ".join(f"{name}: {state.reason or 'not ready'}" for name, state in states.items() if not state.ready)
-
-    def _version_of(self, name: str) -> dict[str, str]:
-        try:
-            versions = self._engine.describe(name).get("versions") or ()
-        except UnavailableError:
-            return {}
-        return {"version": str(versions[0])} if versions else {}
 
 
 def triton_config(described: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 Metrics, each per ``compare`` entry: ``allclose`` (rtol, atol), ``max_abs`` (atol), ``cosine`` (min, the worst row),
 ``topk`` (k, min: share of the k best classes that agree, mean over the rows).
-Promises: a model passes only if every comparison of every golden entry holds within its time; the first that does
-not is named with what was measured and what was required.
+Promises: a model passes only if every comparison of every golden entry holds and each came within its time; the first
+that does not is named with what was measured and what was required.
 Leaves out: ``iou`` and other metrics of decoded boxes, which need a handler's view of the outputs; such an entry
 fails with its metric's name, it is never skipped.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from agent.errors import SelfTestError
 from agent.tensors import Array
 from agent.worker import safetensors
 from agent.worker.spec import inside
+
+_RUNS_MAX: Final = 3  # of an entry that comes too late
 
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
@@ -61,6 +64,40 @@ def load(entries: Sequence[Mapping[str, Any]], bundle_dir: Path) -> list[Golden]
     return loaded
 
 
+def check(golden: Golden, run: Run) -> dict[str, Any]:
+    """Run one entry and return how it ended, with what was measured.
+
+    ``{"id", "ok", "ms", "ms_max", "checks": [{"output", "metric", "ok", "found", "bound"}], "reason"}``; ``found`` is
+    ``None`` where nothing can be measured, as with NaN. The quickest of a few runs counts: a box that is busy for a
+    moment is no slow model.
+    """
+    outputs, took_ms = _timed(golden, run)
+    for _ in range(_RUNS_MAX - 1):
+        if took_ms <= golden.timeout_ms:
+            break
+        outputs, again_ms = _timed(golden, run)
+        took_ms = min(took_ms, again_ms)
+    faults = []
+    if took_ms > golden.timeout_ms:
+        faults.append(f"golden {golden.id!r} took {took_ms:.4g} ms, allowed are {golden.timeout_ms:g}")
+    checks = []
+    for rule in golden.compare:
+        name, metric = str(rule.get("output")), str(rule.get("metric", "allclose"))  # the manifest leaves defaults out
+        found = _compare(metric, name, rule, golden, outputs)
+        row = {"output": name, "metric": metric, "ok": not found.fault, "found": _plain(found.value)}
+        checks.append({**row, "bound": found.bound})
+        if found.fault:
+            faults.append(f"golden {golden.id!r}, output {name!r}, {metric}: {found.fault}")
+    return {
+        "id": golden.id,
+        "ok": not faults,
+        "ms": round(took_ms, 3),
+        "ms_max": golden.timeout_ms,
+        "checks": checks,
+        "reason": faults[0] if faults else "",
+    }
+
+
 def verify(goldens: Sequence[Golden], run: Run) -> list[dict[str, Any]]:
     """Run every entry and return ``[{"id", "ok": True, "ms"}]``.
 
@@ -69,61 +106,76 @@ def verify(goldens: Sequence[Golden], run: Run) -> list[dict[str, Any]]:
     """
     reports = []
     for golden in goldens:
-        began = time.perf_counter()
-        outputs = run(golden.inputs)
-        took_ms = (time.perf_counter() - began) * 1000
-        if took_ms > golden.timeout_ms:
-            raise SelfTestError(f"golden {golden.id!r} took {took_ms:.0f} ms, allowed are {golden.timeout_ms:.0f}")
-        for rule in golden.compare:
-            _compare(golden, rule, outputs)
-        reports.append({"id": golden.id, "ok": True, "ms": round(took_ms, 3)})
+        report = check(golden, run)
+        if not report["ok"]:
+            raise SelfTestError(report["reason"])
+        reports.append({"id": golden.id, "ok": True, "ms": report["ms"]})
     return reports
 
 
-def _compare(golden: Golden, rule: Mapping[str, Any], outputs: Mapping[str, Array]) -> None:
-    name, metric = str(rule.get("output")), str(rule.get("metric", "allclose"))  # the manifest leaves defaults out
-    where = f"golden {golden.id!r}, output {name!r}, {metric}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What a comparison found: the figure, what it is held against, and what is wrong."""
+
+    value: float
+    bound: str
+    fault: str
+
+
+def _timed(golden: Golden, run: Run) -> tuple[Mapping[str, Array], float]:
+    began = time.perf_counter()
+    outputs = run(golden.inputs)
+    return outputs, (time.perf_counter() - began) * 1000
+
+
+def _compare(metric: str, name: str, rule: Mapping[str, Any], golden: Golden, outputs: Mapping[str, Array]) -> _Found:
+    fault = ""
     if metric not in _METRICS:
-        raise SelfTestError(f"{where}: no such metric here; known: {', '.join(_METRICS)}")
-    if name not in outputs or name not in golden.outputs:
-        raise SelfTestError(f"{where}: the output is missing in the {'model' if name not in outputs else 'sample'}")
-    found, wanted = outputs[name], golden.outputs[name]
-    if found.shape != wanted.shape:
-        raise SelfTestError(f"{where}: shape {list(found.shape)}, expected {list(wanted.shape)}")
-    fault = _METRICS[metric](np.asarray(found, np.float64), np.asarray(wanted, np.float64), rule)
+        fault = f"no such metric here; known: {', '.join(_METRICS)}"
+    elif name not in outputs or name not in golden.outputs:
+        fault = f"the output is missing in the {'model' if name not in outputs else 'sample'}"
+    elif outputs[name].shape != golden.outputs[name].shape:
+        fault = f"shape {list(outputs[name].shape)}, expected {list(golden.outputs[name].shape)}"
     if fault:
-        raise SelfTestError(f"{where}: {fault}")
+        return _Found(value=math.nan, bound="", fault=fault)
+    found, wanted = (np.asarray(array, np.float64) for array in (outputs[name], golden.outputs[name]))
+    return _METRICS[metric](found, wanted, rule)
 
 
-def _allclose(found: Array, wanted: Array, rule: Mapping[str, Any]) -> str:
+def _allclose(found: Array, wanted: Array, rule: Mapping[str, Any]) -> _Found:
     rtol, atol = float(rule.get("rtol", 1e-5)), float(rule.get("atol", 1e-8))
-    if np.allclose(found, wanted, rtol=rtol, atol=atol):
-        return ""
-    return f"differs by up to {_largest(found, wanted):.6g}, allowed are rtol {rtol:g} and atol {atol:g}"
+    bound, largest = f"rtol {rtol:g}, atol {atol:g}", _largest(found, wanted)
+    near = np.allclose(found, wanted, rtol=rtol, atol=atol)
+    fault = "" if near else f"differs by up to {largest:.6g}, allowed are rtol {rtol:g} and atol {atol:g}"
+    return _Found(value=largest, bound=bound, fault=fault)
 
 
-def _max_abs(found: Array, wanted: Array, rule: Mapping[str, Any]) -> str:
+def _max_abs(found: Array, wanted: Array, rule: Mapping[str, Any]) -> _Found:
     allowed, largest = float(rule.get("atol", 1e-8)), _largest(found, wanted)
-    return "" if largest <= allowed else f"differs by up to {largest:.6g}, allowed is {allowed:g}"
+    fault = "" if largest <= allowed else f"differs by up to {largest:.6g}, allowed is {allowed:g}"
+    return _Found(value=largest, bound=f"at most {allowed:g}", fault=fault)
 
 
-def _cosine(found: Array, wanted: Array, rule: Mapping[str, Any]) -> str:
+def _cosine(found: Array, wanted: Array, rule: Mapping[str, Any]) -> _Found:
     left, right = _by_rows(found), _by_rows(wanted)
     lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     both_zero = np.all(left == right, axis=1)
     cosines = np.where(both_zero, 1.0, np.sum(left * right, axis=1) / np.where(lengths > 0, lengths, np.inf))
     worst, least = float(np.min(cosines, initial=1.0)), float(rule.get("min", 0.999))
-    return "" if worst >= least else f"the worst row has {worst:.6g}, required is {least:g}"
+    fault = "" if worst >= least else f"the worst row has {worst:.6g}, required is {least:g}"
+    return _Found(value=worst, bound=f"at least {least:g}", fault=fault)
 
 
-def _topk(found: Array, wanted: Array, rule: Mapping[str, Any]) -> str:
+def _topk(found: Array, wanted: Array, rule: Mapping[str, Any]) -> _Found:
     left, right = _by_rows(found), _by_rows(wanted)
-    k = max(1, min(int(rule.get("k", 1)), left.shape[1]))
+    k, least = max(1, min(int(rule.get("k", 1)), left.shape[1])), float(rule.get("min", 1.0))
+    bound = f"at least {least:g} of the {k} best"
     if not np.isfinite(left).all():
-        return "holds NaN or infinity"
+        return _Found(value=math.nan, bound=bound, fault="holds NaN or infinity")
     agreeing = [len(set(_best(a, k)) & set(_best(b, k))) / k for a, b in zip(left, right, strict=True)]
-    share, least = float(np.mean(agreeing)) if agreeing else 1.0, float(rule.get("min", 1.0))
-    return "" if share >= least else f"{share:.4g} of the {k} best agree, required is {least:g}"
+    share = float(np.mean(agreeing)) if agreeing else 1.0
+    fault = "" if share >= least else f"{share:.4g} of the {k} best agree, required is {least:g}"
+    return _Found(value=share, bound=bound, fault=fault)
 
 
 def _best(row: Array, k: int) -> list[int]:
@@ -138,7 +190,11 @@ def _largest(found: Array, wanted: Array) -> float:
     return float(np.max(np.abs(found - wanted), initial=0.0))
 
 
-_METRICS: Final[Mapping[str, Callable[[Array, Array, Mapping[str, Any]], str]]] = {
+def _plain(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+_METRICS: Final[Mapping[str, Callable[[Array, Array, Mapping[str, Any]], _Found]]] = {
     "allclose": _allclose,
     "max_abs": _max_abs,
     "cosine": _cosine,

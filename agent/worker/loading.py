@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -194,26 +195,29 @@ def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _warm_up(spec: Spec, declared: Signature, runtime: Runtime, goldens: Sequence[Golden]) -> None:
     """Run the model before it counts: lazy allocations and kernels happen here."""
-    inputs = goldens[0].inputs if goldens else _zeros(declared)
+    chosen = [goldens[0].inputs if goldens else _zeros(declared)]
+    chosen += [_zeros(declared, shapes) for shapes in spec.warmup_shapes]
     until = time.perf_counter() + spec.warmup_ms_max / 1000
     for _ in range(int(spec.warmup_runs)):
-        try:
-            runtime.run(inputs)
-        except OutOfMemoryError:
-            raise
-        except AgentError as error:
-            raise LoadError(f"warm-up failed: {error}") from error
-        if time.perf_counter() >= until:
-            return
+        for inputs in chosen:
+            try:
+                runtime.run(inputs)
+            except OutOfMemoryError:
+                raise
+            except AgentError as error:
+                raise LoadError(f"warm-up failed: {error}") from error
+            if time.perf_counter() >= until:
+                return
 
 
-def _zeros(declared: Signature) -> dict[str, Array]:
-    """Return the smallest inputs the signature allows: named dimensions at their least, at least 1."""
+def _zeros(declared: Signature, shapes: Mapping[str, Sequence[int]] = MappingProxyType({})) -> dict[str, Array]:
+    """Return inputs of the named shapes; of others the smallest that the signature allows, no dimension below 1."""
     inputs = {}
     for spec in declared.inputs:
         shape = [
             size if isinstance(size, int) else max(1, declared.bounds.get(size or "", (1, 1))[0]) for size in spec.shape
         ]
+        shape = list(shapes.get(spec.name, shape))
         dtype = "float32" if spec.dtype == "bfloat16" else spec.dtype  # as the wire hands it over
         inputs[spec.name] = np.full(shape, "", dtype=object) if dtype == "bytes" else np.zeros(shape, dtype)
     return inputs

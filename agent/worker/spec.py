@@ -7,7 +7,7 @@ Leaves out: whether the files exist or are good; the loader finds that out.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Spec:
     golden: tuple[Mapping[str, Any], ...]
     warmup_runs: int
     warmup_ms_max: float
+    warmup_shapes: tuple[Mapping[str, Sequence[int]], ...]  # of inputs to warm up with, beside the golden ones
     batch_axis: str | None  # name of the first axis along which requests are stacked
     batch_rows_max: int
     batch_delay_s: float
@@ -107,6 +108,7 @@ def parse(packed: bytes) -> Spec:
         golden=tuple(dict(_Fields(entry, "golden").raw) for entry in top.take("golden", list, [])),
         warmup_runs=warmup.number("runs", 0, 10_000, 1),
         warmup_ms_max=warmup.number("max_ms", 0, 3_600_000, 10_000),
+        warmup_shapes=tuple(dict(_Fields(shapes, "warmup.shapes").raw) for shapes in warmup.take("shapes", list, [])),
         batch_axis=batching.take("axis", str, None),
         batch_rows_max=batching.number("max_batch", 1, 65_536, 1),
         batch_delay_s=float(batching.number("max_delay_ms", 0, 60_000, 0)) / 1000,

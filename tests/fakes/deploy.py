@@ -9,8 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from agent.deploy.interface import Extent, Interface, Port
 from agent.deploy.ports import Bundle, Collected, Evidence, Inventory, Kept, Mark, Needed, News, Progress, Survey
-from agent.errors import AgentError, LoadError, OfflineError, TargetNotFoundError, WorkerDiedError
+from agent.errors import AgentError, LoadError, OfflineError, OverloadedError, TargetNotFoundError, WorkerDiedError
+
+ROWS = Port(dtype="float32", shape=(Extent(low=1, high=8, name="N"),))
+INTERFACE = Interface(inputs={"x": ROWS}, outputs={"y": ROWS}, handler="tensors/v1")
 
 
 def digest_of(name: str, version: str) -> str:
@@ -34,6 +38,7 @@ class FakeStore:
         self.media: dict[str, dict[str, list[str]]] = {}
         self.revoked: dict[str, str] = {}  # version to reason
         self.deprecated: dict[str, str] = {}
+        self.interfaces: dict[str, Interface] = {}  # of versions that differ from the rest
         self.needed = Needed()
         self.collectable: list[Collected] = []
 
@@ -59,7 +64,7 @@ class FakeStore:
         path = self.state_dir / "versions" / team / name / f"{version}~{digest[:12]}"
         path.mkdir(parents=True, exist_ok=True)
         self.fetched.append(version)
-        return Bundle(team=team, name=name, version=version, digest=digest, path=path, content=None)
+        return self._bundle(path)
 
     async def check(self, path: Path) -> Bundle:
         await asyncio.sleep(0)
@@ -68,8 +73,7 @@ class FakeStore:
             raise self.check_errors[version]
         if not path.is_dir():
             raise TargetNotFoundError(f"{path} is gone")
-        name, team = path.parent.name, path.parent.parent.name
-        return Bundle(team=team, name=name, version=version, digest=digest_of(name, version), path=path, content=None)
+        return self._bundle(path)
 
     async def resolve(self, *, team: str, name: str, version: str, channel: str, medium: str = "") -> Mark:
         await asyncio.sleep(0)
@@ -117,6 +121,18 @@ class FakeStore:
         found, self.collectable = self.collectable, self.collectable if dry_run else []
         return found
 
+    def _bundle(self, path: Path) -> Bundle:
+        version, name = path.name.partition("~")[0], path.parent.name
+        return Bundle(
+            team=path.parent.parent.name,
+            name=name,
+            version=version,
+            digest=digest_of(name, version),
+            path=path,
+            interface=self.interfaces.get(version, INTERFACE),
+            content=None,
+        )
+
     def _maybe_fail(self, medium: str) -> None:
         if medium:
             return
@@ -145,11 +161,15 @@ class FakeLoaded:
     deaths: int = 0
 
     def evidence(self) -> Evidence:
-        return Evidence(good=self.good, faults=self.faults, deaths=self.deaths, variant="cpu-fp32")
+        crowded = self.host.behaviour.get(self.bundle.version) == "crowded"
+        ready = not crowded or all(other is self or other.retired for other in self.host.loaded)
+        return Evidence(good=self.good, faults=self.faults, deaths=self.deaths, ready=ready, variant="cpu-fp32")
 
     async def self_test(self) -> None:
         await asyncio.sleep(0)
         behaviour = self.host.behaviour.get(self.bundle.version, "good")
+        if behaviour == "crowded" and not self.evidence().ready:
+            raise OverloadedError("memory holds one of them only")
         if behaviour == "dies":
             self.deaths += 1
             raise WorkerDiedError("died")
@@ -167,8 +187,10 @@ class FakeHost:
     active: dict[str, FakeLoaded] = field(default_factory=dict)
     expected: dict[str, str] = field(default_factory=dict)
     loaded: list[FakeLoaded] = field(default_factory=list)
+    tried: dict[str, tuple[FakeLoaded, float, float]] = field(default_factory=dict)  # by slot
+    shares: list[tuple[str, float, float]] = field(default_factory=list)  # every one that was given
 
-    async def load(self, bundle: Bundle) -> FakeLoaded:
+    async def load(self, slot: str, bundle: Bundle) -> FakeLoaded:
         await asyncio.sleep(0)
         if self.behaviour.get(bundle.version) == "unloadable":
             raise LoadError("no variant loads")
@@ -176,8 +198,8 @@ class FakeHost:
         self.loaded.append(loaded)
         return loaded
 
-    async def restore(self, bundle: Bundle) -> FakeLoaded:
-        restored = await self.load(bundle)
+    async def restore(self, slot: str, bundle: Bundle) -> FakeLoaded:
+        restored = await self.load(slot, bundle)
         restored.confirmed = True
         return restored
 
@@ -185,7 +207,18 @@ class FakeHost:
         assert not loaded.retired
         loaded.confirmed = True
 
+    def try_out(self, loaded: FakeLoaded, *, canary_percent: float, shadow_percent: float) -> None:
+        assert not loaded.retired
+        assert self.active[loaded.bundle.name] is not loaded, "what serves is no candidate"
+        self.tried[loaded.bundle.name] = (loaded, canary_percent, shadow_percent)
+        self.shares.append((loaded.bundle.version, canary_percent, shadow_percent))
+
+    def end_try(self, loaded: FakeLoaded) -> None:
+        if loaded.bundle.name in self.tried and self.tried[loaded.bundle.name][0] is loaded:
+            del self.tried[loaded.bundle.name]
+
     def activate(self, slot: str, loaded: FakeLoaded) -> FakeLoaded | None:
+        self.end_try(loaded)
         previous = self.active.get(slot)
         self.active[slot] = loaded
         return previous
@@ -193,6 +226,7 @@ class FakeHost:
     async def retire(self, loaded: FakeLoaded) -> None:
         await asyncio.sleep(0)
         assert not loaded.retired, "retired twice"
+        self.end_try(loaded)
         loaded.retired = True
         for slot, active in list(self.active.items()):
             if active is loaded:
@@ -200,3 +234,6 @@ class FakeHost:
 
     def expect(self, slot: str, reason: str) -> None:
         self.expected[slot] = reason
+
+    def forget(self, slot: str) -> None:
+        self.expected.pop(slot, None)

@@ -89,7 +89,7 @@ class FakeEngine:
         self.lanes: list[FakeLane] = []
         self.reply: Callable[[InferRequest], tuple[dict[str, Any], Sequence[Buffer]]] = echo
 
-    def open_lane(self, model: str, *, client: str, deadline_ms: int) -> FakeLane:
+    def open_lane(self, model: str, version: str | None = None, *, client: str, deadline_ms: int) -> FakeLane:
         if model not in self.states:
             raise UnknownModelError(f"Request for unknown model: {model!r} is not found")
         if not self.gives_lanes:
@@ -123,6 +123,9 @@ class FakeEngine:
 
     def models(self) -> list[str]:
         return sorted(self.states)
+
+    def versions(self, name: str) -> list[str]:
+        return ["1.0.0"] if self.model_state(name).ready else []
 
     def model_state(self, name: str, version: str | None = None) -> FakeState:
         state = self.states.get(name)

@@ -305,6 +305,50 @@ def test_a_request_that_kills_its_worker_twice_is_answered_and_the_model_lives(t
     run(story)
 
 
+@pytest.mark.parametrize(
+    ("how", "code"), [("raise", "handler_failed"), ("die", "worker_died"), ("hang", "worker_died")]
+)
+def test_what_a_version_on_trial_fails_at_is_answered_by_the_one_before(tmp_path: Path, how: str, code: str) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=2, hang_timeout_s=0.3) as box:
+            before = await box.engine.load(scale_version(tmp_path / "a", handler="odd"))
+            box.engine.activate(before)
+            box.engine.confirm(before)
+            broken = scale_version(tmp_path / "b", handler="broken", version="2.0.0")
+            (tmp_path / "b" / "how").write_text(how)
+            trial = await box.engine.load(broken)
+            box.engine.activate(trial)
+            async with asyncio.TaskGroup() as group:
+                asked = [group.create_task(box.say("[1, 1, 1, 1]")) for _ in range(5)]
+            assert {task.result()["version"] for task in asked} == {before.version}
+            assert all(task.result()["value"] == {"y": [[2.0] * 4]} for task in asked)
+            assert trial.faults + trial.deaths > 0
+            passed = [line for line in box.metrics.render().decode().splitlines() if "_handed_over" in line]
+            assert any(code in line for line in passed)
+            assert before.faults == 0
+            await until(lambda: not trial.ready or how == "raise")
+            assert (await box.say("[1, 1, 1, 1]"))["version"] == before.version  # also while nothing of it is left
+            box.engine.confirm(trial)
+            refused = await box.say("[1, 1, 1, 1]")
+            assert refused["kind"] == "error", "it has earned trust: nobody stands in any more"
+
+    run(story)
+
+
+def test_who_names_a_version_on_trial_hears_what_it_says(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            before = await box.engine.load(scale_version(tmp_path / "a", handler="odd"))
+            box.engine.activate(before)
+            trial = await box.engine.load(scale_version(tmp_path / "b", handler="broken", version="2.0.0"))
+            (tmp_path / "b" / "how").write_text("raise")
+            box.engine.activate(trial)
+            _, named = box.request(b"[1]", {"content_type": "text/plain"}, deadline_s=30.0, version="2.0.0")
+            assert (await named)[0]["code"] == "handler_failed"
+
+    run(story)
+
+
 def test_a_variant_that_keeps_dying_yields_to_the_next(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path, deaths_max=2) as box:

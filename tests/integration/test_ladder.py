@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from agent.config import VariantsConfig
 from agent.engine.book import VariantBook
-from agent.engine.types import VersionSpec
+from agent.engine.types import Keeping, VersionSpec
 from agent.engine.version import Version
 from agent.errors import LoadError, UnloadableError, WorkerDiedError
 from agent.tensors import pack, unpack
@@ -267,6 +267,22 @@ def test_the_only_variant_is_started_although_it_is_remembered_to_crash(tmp_path
     run(story)
 
 
+def test_a_crash_loop_is_found_although_the_model_sleeps_between_its_requests(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=4, variants=NEVER) as box:
+            spec = scale_version(tmp_path / "b", factors=(2.0, 3.0), handler="odd")
+            version = await box.engine.restore(replace(spec, keeping=Keeping(lazy=True, keep_alive_s=0.0)))
+            box.engine.activate(version)
+            for _ in range(2):  # each is tried twice
+                assert (await box.say("die"))["code"] == "worker_died"
+                await until(lambda: version.asleep or bool(version.skipped))
+            assert version.skipped[0]["code"] == "worker_died"
+            assert "4 deaths within 60 s" in version.skipped[0]["reason"]
+            assert (await box.say("[1, 1, 1, 1]"))["variant"] == "v1"
+
+    run(story)
+
+
 def test_what_fails_the_same_way_each_time_is_not_tried_again(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path, deaths_max=100, variants=EAGER) as box:
@@ -288,7 +304,11 @@ def test_nothing_left_is_said_with_the_time_of_the_next_try(tmp_path: Path) -> N
             await serve(box, scale_version(tmp_path / "b", handler="odd"))
             await box.say("die")
             await until(lambda: "tried again in" in box.engine.model_state("scale").reason)
-            assert "1 deaths within" in box.engine.model_state("scale").reason
+            first = box.engine.model_state("scale").reason
+            assert "1 deaths within" in first
+            await until(lambda: box.engine.model_state("scale").reason != first)  # a second later it is one fewer
+            row = box.engine.status()[0]
+            assert row["lasting"] == first.partition("; tried again")[0]
 
     run(story)
 

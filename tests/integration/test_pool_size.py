@@ -86,7 +86,7 @@ def test_a_pool_grows_to_its_bound_under_load_and_shrinks_when_it_idles(tmp_path
                 seen = len(load.answers)
                 await until(lambda: len(load.answers) > seen + 36)
             assert load.failures == []
-            assert box.metrics.snapshot()["inferd_workers"] == [{"model": "scale", "value": 3}]
+            assert box.metrics.snapshot()["inferd_workers"] == [{"model": "scale", "version": "1.0.0", "value": 3}]
             pids = [link.process.pid for link in pool.links]
             async with loaded(box, clients=1, text="0.001") as light:
                 await until(lambda: len(pool.links) == 1 and sum(map(psutil.pid_exists, pids)) == 1)

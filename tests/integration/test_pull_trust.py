@@ -15,11 +15,13 @@ from agent.bundles.trust import TrustedStore
 from agent.errors import (
     AgentError,
     ExpiredError,
+    OfflineError,
     RollbackDetectedError,
     StateError,
     TargetNotFoundError,
     UntrustedError,
 )
+from tests.fakes.device import DeviceWorld
 from tests.fakes.store import StoreWorld
 
 pytestmark = pytest.mark.integration
@@ -233,3 +235,18 @@ def test_offline_verification_notices_a_forged_file(box: Box) -> None:
 def test_offline_verification_needs_a_refresh_once(box: Box) -> None:
     with pytest.raises(StateError):
         box.offline()
+
+
+def test_a_refresh_that_was_cut_short_makes_a_box_offline_and_nothing_worse(tmp_path: Path, world: StoreWorld) -> None:
+    device = DeviceWorld(tmp_path / "state", world)
+    device.fetch("1.0.0")
+    world.publish("2.0.0")
+    newer = (world.root / "metadata" / "timestamp.json").read_bytes()
+    (device.layout.metadata / "timestamp.json").write_bytes(newer)  # and the power went before the snapshot came
+    hidden = world.root.rename(world.root.with_name("hidden"))
+    with pytest.raises(OfflineError):
+        device.fetch("2.0.0")
+    with pytest.raises(StateError, match="cut short"):
+        device.resolver().local_operators()
+    hidden.rename(world.root)
+    assert device.fetch("2.0.0").manifest.version == "2.0.0"

@@ -21,12 +21,15 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with scale 1.0.0 (x 2, stable) and 2.0.0 (x 3)."""
+    """A store with scale 1.0.0 (x 2, stable) and 2.0.0 (x 3), and the state of a box that has confirmed 1.0.0."""
     folder = tmp_path_factory.mktemp("store") / "box"
     with Box(folder, fresh=True) as box:
         box.make_store()
         box.publish_scale("1.0.0", factor=2.0)
-        box.publish_scale("2.0.0", factor=3.0, channel="")
+        box.configure()
+        box.start()
+        box.publish_scale("2.0.0", factor=3.0, channel="")  # while the box is busy with the first
+        box.until_serving("1.0.0")
     return folder
 
 
@@ -56,11 +59,11 @@ def workers(box: Box) -> int:
     return sum(row["role"].startswith("worker") for row in box.status()["processes"])
 
 
-def test_a_lazy_model_is_tried_loaded_then_comes_and_goes(box: Box) -> None:
+def test_a_lazy_model_comes_and_goes_and_is_tried_loaded(box: Box) -> None:
     box.configure(more='[engine]\nload = "lazy"\nkeep_alive_s = 0.3\n')
     box.start()
-    box.until_serving("1.0.0")
-    box.until(lambda: not loaded(box), what="it leaves once it is confirmed", timeout_s=90)
+    box.until(lambda: len(box.status()["models"]) == 1, what="it is known", timeout_s=90)
+    assert not loaded(box)
     assert workers(box) == 0
     assert http(box, "/v2/health/ready")[0] == 200
     assert http(box, f"/v2/models/{MODEL}")[1]["inputs"][0]["name"] == "x"
@@ -75,31 +78,17 @@ def test_a_lazy_model_is_tried_loaded_then_comes_and_goes(box: Box) -> None:
                 assert float(result.outputs["y"][0, 0]) == 2.0 * number
             box.until(lambda: not loaded(box), what="it leaves with the lane idle", timeout_s=90)
     assert box.control("deploy", f"{MODEL}@2.0.0").returncode == 0
-    box.until(lambda: not loaded(box), what="the new version leaves, too", timeout_s=90)
+    box.until(lambda: not loaded(box), what="the new version leaves once it is confirmed", timeout_s=90)
     assert box.ask() == (3.0, "2.0.0")
     assert box.control("rollback", MODEL).returncode == 0
     assert box.ask() == (2.0, "1.0.0")
     types = [event["type"] for event in box.events()]
-    assert types.count("model.unloaded") >= 4
+    assert types.count("model.unloaded") >= 3
     box.until(lambda: (box.state / "memory.json").exists(), what="what it takes is written", timeout_s=90)
 
 
-def test_a_box_starts_without_loading_its_lazy_models_and_knows_what_they_take(box: Box) -> None:
-    box.configure(more=f'[[engine.models]]\nname = "{MODEL}"\nload = "lazy"\n')
-    box.start()
-    box.until_serving("1.0.0")
-    box.until(lambda: (box.state / "memory.json").exists(), what="what it takes is written", timeout_s=90)
-    assert box.stop_daemon() == 0
-    box.start()
-    box.until(lambda: len(box.status()["models"]) == 1, what="it is known", timeout_s=90)
-    assert not loaded(box)
-    (row,) = box.status()["models"]
-    assert (row["residency"]["source"], row["residency"]["keep_alive_s"]) == ("measured", 300.0)
-    assert box.ask() == (2.0, "1.0.0")
-    assert loaded(box)
-
-
-def test_an_operator_loads_and_unloads_and_nobody_else(box: Box) -> None:
+def test_who_is_loaded_is_the_configurations_then_the_operators_to_say(box: Box) -> None:
+    """One box through four configurations, from its disk alone."""
     box.configure()
     box.start()
     box.until_serving("1.0.0")
@@ -115,9 +104,19 @@ def test_an_operator_loads_and_unloads_and_nobody_else(box: Box) -> None:
     assert box.control("unload", "nothing").returncode == 1
     types = [event["type"] for event in box.events()]
     assert types.count("call.unload") == 2
+    box.until(lambda: (box.state / "memory.json").exists(), what="what it takes is written", timeout_s=90)
 
+    assert box.stop_daemon() == 0
+    box.configure(more=f'[[engine.models]]\nname = "{MODEL}"\nload = "lazy"\n')
+    box.start()
+    box.until(lambda: len(box.status()["models"]) == 1, what="it is known", timeout_s=90)
+    assert not loaded(box)
+    (row,) = box.status()["models"]
+    assert (row["residency"]["source"], row["residency"]["keep_alive_s"]) == ("measured", 300.0)
+    assert box.ask() == (2.0, "1.0.0")
+    assert loaded(box)
 
-def test_a_pinned_model_stays_and_one_too_large_is_refused_as_such(box: Box) -> None:
+    assert box.stop_daemon() == 0
     box.configure(more=f'[[engine.models]]\nname = "{MODEL}"\npin = true\nkeep_alive_s = 0\n')
     box.start()
     box.until_serving("1.0.0")
@@ -125,6 +124,7 @@ def test_a_pinned_model_stays_and_one_too_large_is_refused_as_such(box: Box) -> 
     done = box.control("unload", MODEL)
     assert (done.returncode, "command_refused" in done.stderr, "pinned" in done.stderr) == (1, True, True)
     assert loaded(box)
+
     assert box.stop_daemon() == 0
     (box.state / "memory.json").unlink()
     box.configure(more="[engine]\nmemory_budget_bytes = 1000\n")

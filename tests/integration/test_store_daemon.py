@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from agent.cli import main as inferctl_main
-from tests.box import MODEL, Box
+from tests.box import MODEL, Box, NearBox
 from tools.demo import magika
-from tools.demo.stage import PASSWORD
-from tools.inferhub import main as inferhub
 
 pytestmark = pytest.mark.integration
 
 TARGET = f"{magika.TEAM}/{MODEL}"
-
-
-class NearBox(Box):
-    """A box whose publisher and ``inferctl`` run in this process: no interpreter starts for each command."""
-
-    def control(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        done = CliRunner().invoke(inferctl_main, ["--socket", str(self.socket), *arguments])
-        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
-
-    def hub(self, *arguments: object) -> dict[str, Any]:
-        done = CliRunner().invoke(inferhub, [*map(str, arguments), "--json"], env={"INFERHUB_KEY_PASSWORD": PASSWORD})
-        lines = [line for line in done.output.splitlines() if line.startswith("{")]
-        assert done.exit_code == 0, done.output
-        answer: dict[str, Any] = json.loads(lines[-1])
-        return answer
 
 
 @pytest.fixture(scope="module")

@@ -258,6 +258,17 @@ def test_wrong_golden_output_fails_the_self_test(zygote: ZygoteProcess, spec: di
     assert "golden 'g1', output 'y', max_abs: differs by up to" in header["message"]
 
 
+def test_every_warm_up_shape_is_run(zygote: ZygoteProcess, spec: dict[str, Any]) -> None:
+    x = spec["signature"]["inputs"][0]
+    good, bad = [3, *X.shape[1:]], [3, X.shape[1] + 1]
+    process = zygote.fork(spec | {"warmup": {"runs": 1, "max_ms": 60_000, "shapes": [{x["name"]: good}]}})
+    assert process.hello()["warmup_ms"] > 0
+    process.close()
+    header = failure(zygote, spec | {"warmup": {"runs": 1, "max_ms": 60_000, "shapes": [{x["name"]: bad}]}})
+    assert header["code"] == "load_failed"
+    assert "warm-up failed" in header["message"]
+
+
 def test_memory_limit_fails_the_load_as_out_of_memory(zygote: ZygoteProcess, spec: dict[str, Any]) -> None:
     source = (
         "from handlers.tensors import TensorsHandler\nimport numpy as np\nclass H(TensorsHandler):\n"

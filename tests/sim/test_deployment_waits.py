@@ -90,7 +90,7 @@ def test_a_pull_over_its_budget_says_so_waits_for_the_next_window_and_ends_well(
             await box.reconciler.want(wish("1.0.0"))
             return await asyncio.wait_for(box.reconciler.outcome("pin-1.0.0"), 60)
 
-    record = asyncio.run(main())
+    record = asyncio.run(asyncio.wait_for(main(), 60))
     assert record.state is State.CONFIRMED
     assert box.clock.monotonic() >= 3 * WINDOW_S
     waits = [event["data"] for event in box.events if event["type"] == "deployment.fetch_wait"]
@@ -107,7 +107,7 @@ def test_a_pull_that_needs_many_windows_is_tried_again_rather_than_given_up(tmp_
             await box.reconciler.want(wish("1.0.0"))
             return await asyncio.wait_for(box.reconciler.outcome("pin-1.0.0"), 60)
 
-    record = asyncio.run(main())
+    record = asyncio.run(asyncio.wait_for(main(), 60))
     assert (record.state, record.code) == (State.FAILED, "budget_spent")
     assert decide(wish("1.0.0"), None, record) is Action.POLL
 
@@ -143,7 +143,7 @@ def test_a_download_can_be_cancelled_and_its_pin_goes_with_it(tmp_path: Path) ->
             assert not await box.journal.wanted()
             return record
 
-    record = asyncio.run(main())
+    record = asyncio.run(asyncio.wait_for(main(), 60))
     assert (record.state, record.message) == (State.CANCELED, "it was cancelled")
     assert not box.store.fetched
 
@@ -159,7 +159,7 @@ def test_waiting_for_the_store_can_be_cancelled(tmp_path: Path) -> None:
             await box.reconciler.cancel("magika")
             return await asyncio.wait_for(box.reconciler.outcome("fleet-1.0.0"), 60)
 
-    assert asyncio.run(main()).state is State.CANCELED
+    assert asyncio.run(asyncio.wait_for(main(), 60)).state is State.CANCELED
 
 
 def test_the_fleet_hears_of_a_long_download_at_most_every_ten_seconds(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_fleet_hears_of_a_long_download_at_most_every_ten_seconds(tmp_path: 
             await asyncio.wait_for(box.reconciler.outcome("pin-1.0.0", seen.append), 60)
         return seen
 
-    seen = asyncio.run(main())
+    seen = asyncio.run(asyncio.wait_for(main(), 60))
     events = [event for event in box.events if event["type"] == "deployment.progress"]
     assert 1 <= len(events) <= 6
     assert all(after["wall_s"] - before["wall_s"] >= 10 for before, after in pairwise(events))

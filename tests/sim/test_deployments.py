@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ import pytest
 from agent.config import DeployConfig
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal, connect
+from agent.deploy.plan import Plan
 from agent.deploy.pointer import Pointer, Pointers
 from agent.deploy.reconciler import Reconciler
 from agent.deploy.state import FINAL, Record, State
 from agent.errors import DiskFullError, OfflineError, TransientError, UntrustedError
 from agent.events import EventBus
 from tests.fakes.clock import FakeClock
-from tests.fakes.deploy import FakeHost, FakeStore, digest_of
+from tests.fakes.deploy import INTERFACE, FakeHost, FakeStore, digest_of
 
 pytestmark = pytest.mark.sim
 
@@ -60,6 +62,14 @@ class CutJournal(Journal):
     async def save(self, record: Record) -> None:
         self._maybe_cut()
         await super().save(record)
+
+    async def leave(self, slots: Iterable[str]) -> None:
+        self._maybe_cut()
+        await super().leave(slots)
+
+    async def left(self, slot: str) -> None:
+        self._maybe_cut()
+        await super().left(slot)
 
     def _maybe_cut(self) -> None:
         if self.cut_in is not None:
@@ -176,7 +186,8 @@ async def deploy(box: Box, version: str, wish_id: str, **more: bool) -> Record:
 
 
 def run(work: Any) -> Any:
-    return asyncio.run(work)
+    """Run a story; one that turns in circles fails instead of hanging."""
+    return asyncio.run(asyncio.wait_for(work, 120))
 
 
 def test_a_good_version_is_confirmed_and_survives_a_restart(tmp_path: Path) -> None:
@@ -618,6 +629,37 @@ def test_a_channel_that_points_to_an_older_version_is_followed_only_away_from_a_
         running.cancel()
         await asyncio.wait({running})
         await box.journal.close()
+
+    run(story())
+
+
+def test_a_version_that_callers_would_notice_is_refused_before_it_loads_and_not_held_against(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0", "3.0.0"])
+        box.store.interfaces["2.0.0"] = replace(INTERFACE, outputs={})
+        await deploy(box, "1.0.0", "a")
+        record = await box.run_until_final(wish("2.0.0", "b"), "b")
+        assert (record.state, record.code) == (State.REJECTED, "incompatible_signature")
+        assert "output 'y' is gone" in record.message
+        assert [loaded.bundle.version for loaded in box.host.loaded] == ["1.0.0"]
+        await box.restart()
+        assert (await deploy(box, "3.0.0", "c")).state is State.CONFIRMED
+        agreed = replace(wish("2.0.0", "d"), plan=Plan(allow_incompatible=True))
+        assert (await box.run_until_final(agreed, "d")).state is State.CONFIRMED
+        await box.restart()
+        assert (await deploy(box, "3.0.0", "e", local=True)).state is State.CONFIRMED  # a rollback asks nothing
+        assert box.pointer().active.version == "3.0.0"
+
+    run(story())
+
+
+def test_a_first_version_and_one_after_a_rolled_back_one_have_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        box.store.interfaces["1.0.0"] = replace(INTERFACE, outputs={})
+        box.behaviour["1.0.0"] = "dies"
+        assert (await deploy(box, "1.0.0", "a")).state is State.ROLLED_BACK
+        assert (await deploy(box, "2.0.0", "b")).state is State.CONFIRMED
 
     run(story())
 

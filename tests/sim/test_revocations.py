@@ -248,6 +248,30 @@ def test_a_medium_gives_what_a_waiting_deployment_waits_for(tmp_path: Path) -> N
     run(story())
 
 
+def test_a_medium_that_is_offered_while_the_store_is_asked_is_asked_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        box = await serving_two(tmp_path)
+        box.store.media["/usb"] = {SLOT: ["3.0.0"]}
+        box.config = PATIENT
+        await box.restart()
+        box.store.offline = True
+        resolve = box.store.resolve
+
+        async def resolve_slowly(**asked: Any) -> Mark:
+            if not asked.get("medium") and kinds(box, "deployment.fetch_wait"):
+                await box.reconciler.offer(SLOT, "/usb")
+            return await resolve(**asked)
+
+        monkeypatch.setattr(box.store, "resolve", resolve_slowly)
+        async with alive(box):
+            await box.reconciler.want(wish("3.0.0", "c"))
+            assert (await box.reconciler.outcome("c")).state is State.CONFIRMED
+
+    run(story())
+
+
 def test_a_bad_medium_does_not_end_a_deployment_that_waits(tmp_path: Path) -> None:
     async def story() -> None:
         box = await serving_two(tmp_path)

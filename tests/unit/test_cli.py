@@ -67,7 +67,8 @@ def model(text: str, *, ready: bool = False) -> dict[str, Any]:
 
 def status(text: str) -> dict[str, Any]:
     serving = {
-        "model": text, "version": text, "ready": False, "reason": text, "variant": text, "device": text,
+        "model": text, "slot": text, "role": "default",
+        "version": text, "ready": False, "reason": text, "variant": text, "device": text,
         "sandbox": {"level": text, "detail": text}, "resident_bytes_max": 600 << 20, "placement": {text: 3, "x": 1},
         "answers": {"good": 1, "faults": 0}, "latency_s": {"p50": 0.001, "p99": 0.002},
         "fallbacks": [{"variant": text, "reason": text}], "variants": [variant(text, "failed")], "workers": [7, 8],
@@ -96,7 +97,7 @@ def status(text: str) -> dict[str, Any]:
         "models": [
             serving,
             {**serving, "residency": residency(text, loaded=False)},
-            {"model": text + "2", "ready": False, "reason": text},
+            {"model": text + "2", "slot": text + "2", "ready": False, "reason": text},
         ],
         "slots": [{"slot": text + "3", "wanted": text + "x", "source": text}],
         "processes": [{"role": text, "pid": 7, "pss_bytes": 1e6}],

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.unit
         ("[modles]", "did you mean `models`?"),
         ("[log]\nzzz = 1", "; there are level, style"),
         ("[serving]\nhttp_port = 70000", "http_port: 0..65535"),
+        ('[[models]]\nname = "m"\nteam = "t"\nbeside = ["1"]', "beside: '1' is no exact version"),
+        ('[[models]]\nname = "m"\nteam = "t"\nbeside = ["1.0.0", "1.0.0"]', "beside: a version is named twice"),
         ('[[models]]\nname = "m"', "missing required field `team`"),
         ("[engine]\nworkers = 0", "workers: 1..64, or a table such as {min = 1, max = 4}"),
         ("[engine]\nworkers = {min = 3, max = 2}", "[engine.workers] max: min..64, or 0"),

@@ -14,6 +14,7 @@ from agent.deploy.ports import Bundle
 from agent.engine.types import VariantSpec
 from agent.profile import Profile
 from tests.fakes import bundles
+from tests.fakes.deploy import INTERFACE
 
 HANDLER = {"handler": {"module": "handler.py", "class": "H"}}
 
@@ -35,7 +36,9 @@ def made(
     stored = StoredBundle(
         path=Path("/b"), manifest=manifest, manifest_sha256="0" * 64, variants=manifest.variants, dropped=()
     )
-    bundle = Bundle(team="t", name="tiny", version="1", digest="0" * 64, path=Path("/b"), content=stored)
+    bundle = Bundle(
+        team="t", name="tiny", version="1", digest="0" * 64, path=Path("/b"), interface=INTERFACE, content=stored
+    )
     (spec,) = maker.version_spec(bundle).variants
     return spec
 

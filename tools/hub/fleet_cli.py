@@ -1,4 +1,4 @@
-"""``inferhub deploy``, ``cancel`` and ``rollback``: one signed command to one device, followed to its end."""
+"""``inferhub deploy``, ``cancel``, ``default``, ``remove``, ``rollback``: a signed command, followed to its end."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 
 from agent.cli_plan import plan_options
+from agent.cli_rollout import rollout_options
 from agent.cli_text import human_bytes
 from tools.hub import commands
 from tools.hub.cli import Passwords, emit, json_option, key_option, password_option, wants_json
@@ -59,20 +60,67 @@ def _delivery_options(verb: Verb) -> Verb:
 @click.argument("model", metavar="MODEL[@VERSION]")
 @click.option("--team", required=True, help="Whose model it is; the team signs its bundles.")
 @click.option("--channel", default="stable", show_default=True, help="Followed when no VERSION is given.")
+@click.option("--beside", is_flag=True, help="Beside the default: for those who name the version.")
+@rollout_options
 @click.option("--force", is_flag=True, help="Although this version failed on the box before.")
 @plan_options
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @_delivery_options
-def deploy(model: str, team: str, channel: str, force: bool, plan: dict[str, Any], **delivery: Any) -> None:
+def deploy(
+    model: str,
+    team: str,
+    channel: str,
+    beside: bool,
+    rollout: dict[str, Any] | None,
+    force: bool,
+    allow_incompatible: bool,
+    plan: dict[str, Any],
+    **delivery: Any,
+) -> None:
     """Make a box serve MODEL.
 
     \b
     Example:
       inferhub deploy magika@2.0.0 --team demo --stage-only --device box-1 --broker mqtt.example:1883 --key operator
       inferhub deploy magika@2.0.0 --team demo --device box-1 --broker mqtt.example:1883 --key keys/operator
+      inferhub deploy magika@2.0.0 --canary 5,25 --shadow 10 --wait 0 --team demo --device box-1 ...
+      inferhub deploy magika@2.1.0 --team demo --beside --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
     name, _, version = model.partition("@")
     args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel, **plan}
-    _carry_out("deploy", args | ({"force": True} if force else {}), **delivery)
+    args |= {"rollout": rollout} if rollout is not None else {}
+    flags = {"force": force, "beside": beside, "allow_incompatible": allow_incompatible}
+    _carry_out("deploy", args | {flag: True for flag, given in flags.items() if given}, **delivery)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("version")
+@click.option("--keep", is_flag=True, help="Keep the version that was the default until now beside it.")
+@_delivery_options
+def default(model: str, version: str, keep: bool, **delivery: Any) -> None:
+    """Let VERSION, which is on the box and was confirmed there, answer the requests to MODEL that name no version.
+
+    \b
+    Example:
+      inferhub default magika 2.1.0 --device box-1 --broker mqtt.example:1883 --key keys/operator
+    """
+    args: dict[str, Any] = {"model": model, "version": version}
+    _carry_out("default", args | ({"keep": True} if keep else {}), **delivery)
+
+
+@click.command()
+@click.argument("model", metavar="MODEL[@VERSION]")
+@_delivery_options
+def remove(model: str, **delivery: Any) -> None:
+    """Let a box no longer keep VERSION beside MODEL's default, or no longer have MODEL at all.
+
+    \b
+    Example:
+      inferhub remove magika@1.0.0 --device box-1 --broker mqtt.example:1883 --key keys/operator
+    """
+    name, _, version = model.partition("@")
+    _carry_out("remove", {"model": name, "version": version}, **delivery)
 
 
 @click.command()

@@ -188,7 +188,7 @@ def _spec(layout: Path, document: schema.Manifest, variant: schema.Variant) -> d
         "classes_file": document.classes.file if document.classes else None,
         "signature": msgspec.to_builtins(document.signature),
         "golden": goldens,
-        "warmup": {"runs": document.warmup.runs, "max_ms": document.warmup.max_ms},
+        "warmup": msgspec.to_builtins(document.warmup),
         "batching": {"axis": document.batching.axis or None, "max_batch": document.batching.max_batch},
         "threads": {"intra": variant.threads.intra or 1, "inter": variant.threads.inter or 1},
         "sandbox": "best_effort",  # a publisher's machine need not be a box; the outcome says what there was

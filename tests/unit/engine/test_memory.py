@@ -250,3 +250,13 @@ def test_a_need_is_estimated_from_the_manifest_and_the_files(
     found = estimate(file_bytes=30 * MIB, **known)
     assert {place: size // MIB for place, size in found.sizes.items()} == sizes
     assert found.source is source
+
+
+def test_a_gpu_that_shares_the_hosts_memory_takes_it_from_there() -> None:
+    known: dict[str, Any] = {"runtime": "onnx", "file_bytes": 0, "host_mib": 100, "device_mib": 300, "measured": True}
+    apart = estimate(place="cuda", **known)
+    together = estimate(place="cuda", unified=True, **known)
+    assert together.sizes == {HOST: sum(apart.sizes.values())}
+    seen = together.learned({HOST: 50 * MIB})  # its process's figures do not show what the GPU took
+    assert seen.sizes == {HOST: 50 * MIB + apart.sizes["cuda"]}
+    assert (seen.source, apart.learned({HOST: 1, "cuda": 2}).source) == (Source.DECLARED, Source.MEASURED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from agent.engine.memory import HOST, Need
@@ -53,3 +55,24 @@ def test_a_lost_gpu_is_left_for_another() -> None:
 def test_what_has_lost_its_last_gpu_says_so(pinned: str, box: tuple[GpuMemory, ...]) -> None:
     with pytest.raises(DeviceLostError, match="cuda:1 is lost: fallen off the bus"):
         placed(variant(pinned=pinned), box, {"cuda:1": "fallen off the bus"})
+
+
+MIXED = (
+    GpuMemory(index=0, uuid="GPU-0", free_bytes=9 * GIB, compute="7.5"),
+    GpuMemory(index=1, uuid="GPU-1", free_bytes=2 * GIB, compute="8.9"),
+    GpuMemory(index=2, uuid="GPU-2", free_bytes=1 * GIB),  # it does not tell
+)
+
+
+@pytest.mark.parametrize(
+    ("least", "device"), [("", "cuda:0"), ("7.5", "cuda:0"), ("8.0", "cuda:1"), ("10.0", "cuda:2")]
+)
+def test_free_memory_decides_between_gpus_that_are_capable_only(least: str, device: str) -> None:
+    assert placed(replace(variant(), compute_min=least), MIXED, {}).device == device
+
+
+def test_what_no_gpu_that_is_left_can_run_says_so() -> None:
+    with pytest.raises(LoadError, match=r"needs compute capability 8\.0; cuda:0 has 7\.5$"):
+        placed(replace(variant(), compute_min="8.0"), MIXED[:2], {"cuda:1": "gone"})
+    with pytest.raises(LoadError, match=r"needs compute capability 8\.0; cuda:0 has 7\.5$"):
+        placed(replace(variant(pinned="cuda:0"), compute_min="8.0"), MIXED, {})

@@ -44,6 +44,7 @@ class FakeLodger:
     keeping: Keeping = field(default_factory=Keeping)
     version: str = "1.0.0"
     digest: str = "d"
+    beside: int = 0
     held_by: str = ""
     used_at: float = 0.0
     may_unload: bool = True

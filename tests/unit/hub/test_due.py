@@ -101,7 +101,7 @@ VERBS = {" ".join(path): verb for path, verb in verbs(main)}
 @pytest.mark.parametrize("name", list(VERBS))
 def test_every_verb_speaks_json_and_has_an_example(name: str) -> None:
     assert any("--json" in option.opts for option in VERBS[name].params)
-    assert f"inferhub {name}" in (VERBS[name].help or "").partition("Example:")[2]
+    assert f"inferhub {name}" in (VERBS[name].help or "").partition("Example")[2]
 
 
 @pytest.mark.parametrize(
@@ -114,5 +114,5 @@ def test_every_verb_with_a_store_takes_a_bucket(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(VERBS))
 def test_examples_in_the_help_can_be_pasted(name: str) -> None:
-    for line in (VERBS[name].help or "").partition("Example:")[2].splitlines():
+    for line in (VERBS[name].help or "").partition("Example")[2].splitlines():
         assert "  --" not in line.strip(), "a line that was joined by mistake"

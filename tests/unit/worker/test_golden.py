@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from agent.errors import SelfTestError
-from agent.worker.golden import Golden, verify
+from agent.worker.golden import Golden, check, verify
 
 ROWS = np.array([[0.1, 0.7, 0.2], [0.6, 0.3, 0.1]], np.float32)
 
@@ -71,3 +72,40 @@ def test_equal_zero_rows_are_equal() -> None:
 def test_a_late_answer_fails() -> None:
     with pytest.raises(SelfTestError, match="allowed are 0"):
         run(ROWS, {"metric": "allclose"}, timeout_ms=0)
+
+
+def test_a_check_tells_what_was_measured_and_what_it_is_held_against() -> None:
+    rules = [{"output": "y", "metric": "max_abs", "atol": 0.6}, {"output": "y", "metric": "topk", "k": 1, "min": 0.9}]
+    golden = Golden(id="g", inputs={}, outputs={"y": ROWS}, compare=rules, timeout_ms=60_000)
+    report = check(golden, lambda _: {"y": ROWS[::-1]})
+    assert (report["id"], report["ok"], report["ms_max"]) == ("g", False, 60_000)
+    assert report["reason"] == "golden 'g', output 'y', topk: 0 of the 1 best agree, required is 0.9"
+    assert report["checks"] == [
+        {"output": "y", "metric": "max_abs", "ok": True, "found": 0.5, "bound": "at most 0.6"},
+        {"output": "y", "metric": "topk", "ok": False, "found": 0.0, "bound": "at least 0.9 of the 1 best"},
+    ]
+
+
+def test_what_cannot_be_measured_has_no_figure() -> None:
+    golden = Golden(id="g", inputs={}, outputs={"y": ROWS}, compare=[{"output": "y"}], timeout_ms=60_000)
+    (found,) = check(golden, lambda _: {"y": np.full_like(ROWS, np.nan)})["checks"]
+    assert (found["ok"], found["found"]) == (False, None)
+
+
+def test_a_moment_in_which_the_box_is_busy_is_forgiven_and_a_slow_model_is_not() -> None:
+    pauses = iter([0.05, 0.0])
+
+    def busy(_: Any) -> dict[str, Any]:
+        time.sleep(next(pauses))
+        return {"y": ROWS}
+
+    golden = Golden(id="g", inputs={}, outputs={"y": ROWS}, compare=[{"output": "y"}], timeout_ms=40)
+    assert check(golden, busy)["ok"]
+
+    def slow(_: Any) -> dict[str, Any]:
+        time.sleep(0.05)
+        return {"y": ROWS}
+
+    report = check(golden, slow)
+    assert (report["ok"], report["checks"][0]["ok"]) == (False, True)
+    assert "allowed are 40" in report["reason"]

@@ -1,0 +1,77 @@
+"""``inferctl default`` and ``inferctl remove``: which of a model's versions answers, and which are here at all."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+import click
+from rich.console import Console
+
+from agent.cli_session import change, connected, json_option, print_json
+from agent.cli_text import shown
+from agent.client import Client
+from agent.errors import NotFoundError
+
+_WAIT_S: Final = 20.0
+
+
+@click.command()
+@click.argument("model")
+@click.argument("version")
+@click.option("--keep", is_flag=True, help="Keep the version that was the default until now beside it.")
+@click.option("--no-wait", is_flag=True, help="Return at once instead of following the change.")
+@json_option
+@click.pass_obj
+def default(socket_path: str, model: str, version: str, keep: bool, no_wait: bool, as_json: bool) -> None:
+    """Let VERSION answer the requests to MODEL that name no version, and pin it.
+
+    VERSION is on this box and was confirmed before; one that is loaded beside the default is not loaded again. A
+    version that is not here, or was never confirmed, is for ``inferctl deploy MODEL@VERSION``.
+
+    \b
+    Examples:
+      inferctl default magika 2.0.0
+      inferctl default magika 1.0.0 --keep
+    """
+    change(socket_path, "default", {"model": model, "version": version, "keep": keep}, no_wait=no_wait, as_json=as_json)
+
+
+@click.command()
+@click.argument("target", metavar="MODEL[@VERSION]")
+@click.option("--no-wait", is_flag=True, help="Return at once instead of waiting until it is gone.")
+@json_option
+@click.pass_obj
+def remove(socket_path: str, target: str, no_wait: bool, as_json: bool) -> None:
+    """Stop keeping MODEL@VERSION beside MODEL's default, or let the whole of MODEL go.
+
+    What it holds is answered first, and what is being deployed to it is given up. Its pins and what the fleet wanted of
+    it are forgotten. Refused for what the configuration file names, and for the default as long as MODEL is here.
+
+    \b
+    Examples:
+      inferctl remove magika@1.0.0
+      inferctl remove magika
+    """
+    model, _, version = target.partition("@")
+    args: dict[str, Any] = {"model": model, "version": version, "wait_s": 0.0 if no_wait else _WAIT_S}
+    with connected(socket_path) as client, Console(stderr=True).status(f"removing {shown(target)}"):
+        value = client.call("remove", args)
+        while not value["removed"] and not no_wait:
+            value = _ask_again(client, args, value)
+    if as_json:
+        print_json(value)
+    elif value["removed"]:
+        click.echo(f"removed {', '.join(map(shown, value['slots']))}")
+    else:
+        click.echo(f"{', '.join(map(shown, value['slots']))} will be gone once what is under way has ended")
+    sys.exit(0)
+
+
+def _ask_again(client: Client, args: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Return how far the removal is, which may have ended between two questions."""
+    try:
+        again: dict[str, Any] = client.call("remove", args)
+    except NotFoundError:
+        return {**before, "removed": True}
+    return again
