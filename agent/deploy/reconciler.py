@@ -42,6 +42,7 @@ _REVIVE_S: Final = 30.0
 _FIRST_POLL_S: Final = 60.0  # for a model that has nothing to serve yet, or whose trouble may have passed
 
 _HELD: Final = frozenset({Action.RESUME, Action.NOTHING, Action.POLL})  # none ends a hold
+_GATED: Final = frozenset({State.QUEUED, State.WAITING_WINDOW})
 _PAST_GATE: Final = TRIAL | {State.LOADING, State.CANARY}
 _RESTING: Final = FINAL | {State.PROBATION}
 
@@ -449,6 +450,10 @@ class Reconciler:
         """Return the newest deployments, newest first."""
         return await self._journal.history(limit=limit)
 
+    def waiting(self) -> list[Record]:
+        """Return the deployments that wait for their time."""
+        return [record for record in self._under_way.values() if record.state in _GATED]
+
     def past_gate(self, model: str) -> list[dict[str, str]]:
         """Return the deployments of ``model`` (``*``: of all) that no hold can keep waiting any more."""
         return [
@@ -463,7 +468,7 @@ class Reconciler:
         for slot in sorted(filter(self._serves_or_wanted, self._all_slots()), key=lambda slot: (model_of(slot), slot)):
             performer, wish = self._performers.get(slot), self._wishes.strongest.get(slot)
             under_way, prepared = self._under_way.get(slot), self._prepared.get(slot)
-            waits = under_way is not None and under_way.state in (State.QUEUED, State.WAITING_WINDOW)
+            waits = under_way is not None and under_way.state in _GATED
             pointer = performer.pointer if performer is not None else None
             rows.append(
                 {

@@ -290,6 +290,8 @@ def test_one_model_is_on_trial_at_a_time_over_restarts_too(tmp_path: Path) -> No
         async with running(box):
             await box.reconciler.want(wish("2.0.0"))
             await reached(box, "pin-magika-2.0.0", State.PROBATION)
+            (late,) = box.reconciler.past_gate("*")  # what an application that holds now is told
+            assert (late["slot"], late["version"], late["state"]) == ("magika", "2.0.0", "probation")
             await box.reconciler.want(wish("2.0.0", slot="other"))
             waiting = await reached(box, "pin-other-2.0.0", State.WAITING_WINDOW)
             assert waiting.message == "magika is on trial, and only one model is at a time"
