@@ -90,6 +90,11 @@ class Obtainer:
         self._medium = medium
         self._medium_came.set()
 
+    @property
+    def offered(self) -> bool:
+        """Whether a medium was offered and not tried yet."""
+        return bool(self._medium)
+
     async def obtain(self, record: Record, pointer: Pointer | None, *, serves: bool) -> tuple[Record, Bundle | None]:
         """Do the work of VALIDATING, FETCHING and VERIFYING.
 

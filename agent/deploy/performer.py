@@ -92,7 +92,13 @@ class Performer:
         self._ending = ending  # why the deployment is to be given up
         self._revoked = revoked  # why a digest was revoked, and policy keeps it from being loaded; else empty
         self._steps = Steps(journal, events, clock, changed)
-        self._waiting = Waiting(config=config, steps=self._steps, clock=clock, situation=situation, ending=ending)
+        self._waiting = Waiting(
+            config=config,
+            steps=self._steps,
+            clock=clock,
+            situation=lambda record: replace(situation(record), medium=self._obtainer.offered),
+            ending=ending,
+        )
         self._obtainer = Obtainer(
             slot,
             config=config,
@@ -259,6 +265,7 @@ class Performer:
     def offer(self, medium: str) -> None:
         """Let a deployment that waits for its store be taken from the folder ``medium``."""
         self._obtainer.offer(medium)
+        self._waiting.nudge()
 
     async def _bring_up(self, target: Target) -> Loaded:
         if reason := self._revoked(target.digest):

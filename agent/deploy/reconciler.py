@@ -31,7 +31,7 @@ from agent.deploy.revocation import Measure, OnRevoked, Revoked
 from agent.deploy.revocations import Revocations, fall_back_id
 from agent.deploy.slots import model_of, slot_of, version_beside
 from agent.deploy.stager import Stager
-from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, Event, Record, State, staging_lane
+from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, WAITING, Event, Record, State, staging_lane
 from agent.deploy.wishes import Wishes
 from agent.errors import AgentError, BundleError, CommandError, NotFoundError, PolicyError
 from agent.events import EventBus, Severity, Stream
@@ -119,7 +119,7 @@ class Reconciler:
             slots=self._lanes,
             wishes=lambda: self._wishes.strongest,
             revoked=self.revocations.all,
-            prepared=lambda: frozenset(record.digest for record in self._prepared.values()),
+            staged=lambda: {staging_lane(slot) for slot in self._wishes.staged},
         )
         self.booted = asyncio.Event()  # every slot with a pointer serves, or could not be made to
 
@@ -377,7 +377,7 @@ class Reconciler:
         if wish is None:
             raise NotFoundError(f"nothing is wanted of {slot!r}")
         performer, latest = self._performer(slot), await self._journal.latest(slot)
-        if latest is not None and latest.state is State.FETCH_WAIT and self._wishes.ending(latest) is None:
+        if latest is not None and latest.state in WAITING and self._ending(latest) is None:
             performer.offer(medium)
             return latest
         offered = await self._store.resolve(
