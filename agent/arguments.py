@@ -31,22 +31,22 @@ def wish_of(wish_id: str, args: dict[str, Any], source: str, *, medium: str = ""
     names = {"model": text_of(args, "model"), "team": text_of(args, "team"), "channel": channel}
     for what, value in names.items():
         _check_name(what, value)
-    version = version_of(args)
-    if args.get("beside") and not version:
+    version, beside = version_of(args), flag_of(args, "beside")
+    if beside and not version:
         raise InvalidInputError("which version is to be kept beside the default? name it: MODEL@VERSION")
     plan = plan_of(args)
-    if args.get("beside") and plan.rollout is not None:
+    if beside and plan.rollout is not None:
         raise InvalidInputError("a version beside the default answers those who name it: it gets no share of others")
     if args.get("beside") and plan.stage_only:
         raise InvalidInputError("a version that is only staged is beside nothing: stage it first, then --beside")
     return Desired(
         id=wish_id,
-        slot=slot_of(names["model"], version if args.get("beside") else ""),
+        slot=slot_of(names["model"], version if beside else ""),
         team=names["team"],
         version=version,
         channel=names["channel"],
         source=source,
-        force=bool(args.get("force")),
+        force=flag_of(args, "force"),
         medium=medium,
         plan=plan,
     )
@@ -72,11 +72,11 @@ def plan_of(args: dict[str, Any]) -> Plan:
         InvalidInputError: a time that is none, or stage-only together with what concerns loading.
     """
     plan = Plan(
-        stage_only=_flag(args, "stage_only"),
-        ignore_window=_flag(args, "ignore_window"),
+        stage_only=flag_of(args, "stage_only"),
+        ignore_window=flag_of(args, "ignore_window"),
         force_after_s=_seconds(args, "force_after_s"),
         not_after=_seconds(args, "not_after"),
-        allow_incompatible=_flag(args, "allow_incompatible"),
+        allow_incompatible=flag_of(args, "allow_incompatible"),
         rollout=rollout_of(args.get("rollout")),
     )
     if plan.ignore_window and plan.force_after_s is not None:
@@ -108,8 +108,9 @@ def integer_of(args: dict[str, Any], name: str, default: int, *, least: int = 0,
     return value
 
 
-def _flag(args: dict[str, Any], name: str) -> bool:
-    value = args.get(name, False)
+def flag_of(args: dict[str, Any], name: str, *, default: bool = False) -> bool:
+    """Return true or false, ``default`` if it is not there."""
+    value = args.get(name, default)
     if type(value) is not bool:
         raise InvalidInputError(f"{name!r} must be true or false")
     return value

@@ -65,11 +65,12 @@ def main(context: click.Context, socket_path: str) -> None:
 
 
 main.add_command(probe_command)
-main.add_command(hold)
 main.add_command(selftest_command)
 main.add_command(cli_versions.default)
 main.add_command(deployment)
+main.add_command(hold)
 main.add_command(cli_versions.remove)
+main.add_command(cli_versions.scale)
 
 
 @main.command()
@@ -155,7 +156,6 @@ def infer(
 @rollout_options
 @click.option("--force", is_flag=True, help="Also a version that failed on this box before.")
 @plan_options
-@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @click.option("--no-wait", is_flag=True, help="Return at once instead of following the deployment.")
 @json_option
 @click.pass_obj
@@ -167,7 +167,6 @@ def deploy(
     beside: bool,
     rollout: dict[str, Any] | None,
     force: bool,
-    allow_incompatible: bool,
     plan: dict[str, Any],
     no_wait: bool,
     as_json: bool,
@@ -178,11 +177,11 @@ def deploy(
     is loaded; --allow-incompatible lets it through. The pin stands against fleet commands until ``inferctl unpin
     MODEL``. With --json each step and each progress of the download is one line; the last one has ``"final": true``.
 
-    With --beside the version is brought here and tried in the same way, and then kept for those who name it, until
-    ``inferctl remove MODEL@VERSION``; ``inferctl default MODEL VERSION`` lets it answer everybody.
-
     Windows of [deploy] and applications that hold MODEL may keep it waiting, and one model at a time is on trial. With
     --stage-only nothing is pinned: the version is brought here and kept until a deploy of it, which needs no network.
+
+    With --beside the version is brought here and tried in the same way, and then kept for those who name it, until
+    ``inferctl remove MODEL@VERSION``; ``inferctl default MODEL VERSION`` lets it answer everybody.
 
     With --canary and --shadow it first meets a share of the requests, or copies of some, beside what serves; what each
     has shown is in ``inferctl deployment ID``. ``inferctl rollback MODEL`` and ``inferctl cancel MODEL`` end that.
@@ -198,14 +197,7 @@ def deploy(
       inferctl deploy detector@3.0.0 --allow-incompatible
     """
     model, _, version = target.partition("@")
-    args: dict[str, Any] = {
-        "model": model,
-        "version": version,
-        "team": team,
-        "channel": channel,
-        "force": force,
-        "allow_incompatible": allow_incompatible,
-    }
+    args: dict[str, Any] = {"model": model, "version": version, "team": team, "channel": channel, "force": force}
     if beside:
         args["beside"] = True
     if rollout is not None:

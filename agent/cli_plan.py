@@ -1,4 +1,4 @@
-"""The options of a deployment that say when it may take place, for ``inferctl`` and ``inferhub``."""
+"""The options of a deployment that say when and on which terms it may take place, for ``inferctl`` and ``inferhub``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan_options(verb: Verb) -> Verb:
 
     @functools.wraps(verb)
     def with_plan(*args: Any, **options: Any) -> Any:
-        names = ("stage_only", "ignore_window", "force_after_s", "not_after")
+        names = ("stage_only", "ignore_window", "force_after_s", "not_after", "allow_incompatible")
         given = {name: options.pop(name) for name in names}
         return verb(*args, plan={name: value for name, value in given.items() if value not in (None, False)}, **options)
 
@@ -59,6 +59,9 @@ def plan_options(verb: Verb) -> Verb:
                 metavar="WHEN",
                 type=moment,
                 help="Give up if it was not loaded by then: 2026-11-21T22:00.",
+            ),
+            click.option(
+                "--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else."
             ),
         )
     ):

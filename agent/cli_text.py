@@ -287,9 +287,19 @@ def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
         *_confinement_lines(row),
         *_worker_lines(row),
         *_test_lines(row.get("selftest")),
+        *_canary_lines(row.get("canary")),
         *(Text(f"  not {shown(skip['variant'])}: {shown(skip['reason'])}") for skip in row["fallbacks"]),
         *(Text(f"  {shown(line)}") for one in row.get("variants", ()) for line in variant_lines(one)),
     ]
+
+
+def _canary_lines(canary: Mapping[str, Any] | None) -> list[Text]:
+    """Return what is tried beside what serves."""
+    if canary is None:
+        return []
+    share = f"{canary['canary_percent']:g} % of the keys" if canary["canary_percent"] else "no share yet"
+    copies = f", {canary['agreement']:.1%} of {canary['compared']} copies agree" if canary["compared"] else ""
+    return [Text(f"  candidate {shown(canary['version'])}: {share}, {canary['requests']} requests{copies}")]
 
 
 def _test_lines(test: Mapping[str, Any] | None) -> list[Text]:

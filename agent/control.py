@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from agent import __version__
-from agent.arguments import integer_of, shortened, text_of, version_of, wait_s_of, wish_of
+from agent.arguments import flag_of, integer_of, shortened, text_of, version_of, wait_s_of, wish_of
 from agent.config import Config
 from agent.control_holds import AtEnd, HoldVerbs
 from agent.control_store import StoreVerbs
@@ -87,11 +87,12 @@ class Control:
         events: EventBus,
         telemetry: TelemetryView,
         store: StoreVerbs,
+        versions: VersionVerbs,
         inspector: Inspector,
         gpus: GpuWatch,
     ) -> None:
         self._store = store
-        self._versions = VersionVerbs(reconciler)
+        self._versions = versions
         self._box = box
         self._engine = engine
         self._reconciler = reconciler
@@ -160,10 +161,10 @@ class Control:
         """
         if name == "report":
             return await self._status({}, "fleet")
-        if name == "cancel":
-            return await self._cancel_for_fleet(text_of(args, "model"))
         if name == "remove":
             return await self._versions.remove(args, by_fleet=True)
+        if name == "cancel":
+            return await self._cancel_for_fleet(text_of(args, "model"))
         if name not in ("deploy", "default", "rollback"):
             raise CommandError(f"no command {name!r}")
         model = text_of(args, "model")
@@ -289,7 +290,7 @@ class Control:
 
     async def _self_test(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         model, named = text_of(args, "model"), version_of(args)
-        return await self._engine.self_test(model, named, wake=bool(args.get("wake", True)))
+        return await self._engine.self_test(model, named, wake=flag_of(args, "wake", default=True))
 
     async def _deploy(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         model = text_of(args, "model")

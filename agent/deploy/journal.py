@@ -25,7 +25,7 @@ from agent.durable import set_aside
 from agent.errors import DiskFullError, StateError
 from agent.log import get_logger
 
-_KEEP_FINISHED: Final = 200  # per box
+_KEEP_FINISHED: Final = 200  # per box, beside each lane's newest: that one decides what is done next
 # Rows are numbered in the order deployments began: the wall clock may jump and must not decide which is the newest.
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS deployment (
@@ -224,7 +224,9 @@ class Journal:
             )
             database.execute("DELETE FROM cancelled WHERE id = ?", (record.id,))
             database.execute(
-                "DELETE FROM deployment WHERE number <= (SELECT max(number) FROM deployment) - ?", (_KEEP_FINISHED,)
+                "DELETE FROM deployment WHERE number <= (SELECT max(number) FROM deployment) - ?"
+                " AND number NOT IN (SELECT max(number) FROM deployment GROUP BY slot)",
+                (_KEEP_FINISHED,),
             )
 
     def _leave(self, slots: list[str]) -> None:

@@ -173,16 +173,26 @@ class Obtainer:
         confirmed = pointer.active.digest if pointer is not None and not pointer.trial and serves else ""
         progress: asyncio.Queue[Progress | None] = asyncio.Queue()
         medium = record.medium or self._medium
-        async with asyncio.TaskGroup() as group:
-            fetch = group.create_task(self._fetch(record, medium, progress), name=f"fetch {self._slot}")
-            while (seen := await progress.get()) is not None:
-                record = await self._follow(record, seen, confirmed)
-                if record.state in FINAL or self._ending(record):
-                    fetch.cancel()
-                    return record, None
-                if record.state is State.FETCHING and record.step < _PATIENT_STEPS and (reason := self._closed(record)):
-                    fetch.cancel()
-                    return await self._steps.step(record, Event.WAIT, message=reason), None
+        trouble: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                fetch = group.create_task(self._fetch(record, medium, progress), name=f"fetch {self._slot}")
+                while (seen := await progress.get()) is not None:
+                    record = await self._follow(record, seen, confirmed)
+                    if record.state in FINAL or self._ending(record):
+                        fetch.cancel()
+                        return record, None
+                    if (
+                        record.state is State.FETCHING
+                        and record.step < _PATIENT_STEPS
+                        and (reason := self._closed(record))
+                    ):
+                        fetch.cancel()
+                        return await self._steps.step(record, Event.WAIT, message=reason), None
+        except* (AgentError, OSError) as errors:  # of the journal's disk; whoever keeps the slot tries again
+            trouble = errors.exceptions[0]
+        if trouble is not None:
+            raise trouble
         outcome = fetch.result()
         if isinstance(outcome, AgentError):
             return await self._failed(record, outcome, medium), None

@@ -46,7 +46,9 @@ from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
-_UNDECIDED: Final = "canary_undecided"  # nothing speaks against the version, so it is not remembered as bad
+_UNDECIDED: Final = "canary_undecided"
+# What ended a deployment without speaking against its version: it is not remembered as bad.
+_BLAMELESS: Final = frozenset({SUPERSEDED, _UNDECIDED, lane.TOO_MANY_STEPS})
 
 
 class Performer:
@@ -427,13 +429,18 @@ class Performer:
                     f"what serves cannot stay beside it, which a canary needs ({reason}); --canary none --shadow 0"
                 )
                 return await self._steps.step(record, Event.FAIL, code="canary_impossible", message=message)
-            return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._course.shares[0])
+            return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._share_of(record))
         return await self._steps.step(record, Event.DONE, variant=variant)
 
     def _may_share(self, record: Record) -> bool:
         """Whether a confirmed version serves beside which this one could be tried; a rollback is in a hurry."""
         pointer = self.pointer
         return self.active is not None and pointer is not None and not pointer.trial and not record.local
+
+    def _share_of(self, record: Record) -> float:
+        """Return the share to begin with: after a restart the one that was held, since those before are earned."""
+        shares = self._course.shares
+        return record.percent if record.percent in shares else shares[0]
 
     async def _missing_beside(self) -> str:
         """Return why what serves does not answer beside the candidate: memory may hold one of them only."""
@@ -549,33 +556,53 @@ class Performer:
         return record
 
     async def _roll_back(self, record: Record) -> Record:
-        """Pointer first, then requests, then memory."""
-        failed, pointer = self.active, self.pointer
-        if record.code not in (SUPERSEDED, _UNDECIDED):
+        """Pointer first, then requests, then memory; only then is the version remembered as bad: none that is loads."""
+        fault, pointer = "", self.pointer
+        bad = record.code not in _BLAMELESS
+        if pointer is not None and pointer.trial:  # else it was done before a restart
+            fault = await self._return_to(pointer.previous, record, stops=bad)
+        if bad:
             await self._journal.refuse(self.model, record.digest, record.message)
-        previous = pointer.previous if pointer is not None and pointer.trial else None
-        try:
-            if pointer is None or not pointer.trial:
-                return await self._steps.step(record, Event.DONE)  # done before a restart
-            if previous is None:
-                self._pointers.remove(self.slot)
-                self.pointer, self.active, self.held_until = None, None, None
-            else:
-                self._point(Pointer(slot=self.slot, active=previous))
+        if fault:
+            return await self._steps.step(record, Event.FAIL, message=f"{record.message}; {fault}")
+        return await self._steps.step(record, Event.DONE)
+
+    async def _return_to(self, previous: Target | None, record: Record, *, stops: bool) -> str:
+        """Leave the version on trial for ``previous``, which is brought up later if it cannot be now.
+
+        Args:
+            previous: The confirmed version; ``None``: there is none.
+            record: Of the deployment that is undone.
+            stops: What is left may not serve on, although nothing takes its place.
+
+        Returns:
+            Why ``previous`` does not serve; empty if it does.
+
+        Raises:
+            AgentError, OSError: the pointer cannot be written now; nothing has changed.
+        """
+        failed, fault = self.active, ""
+        if previous is None:
+            self._pointers.remove(self.slot)
+            self.pointer, self.active, self.held_until = None, None, None
+        else:
+            self._point(Pointer(slot=self.slot, active=previous))
+            try:
                 if self._before is not None:
                     self._host.activate(self.slot, self._before)
                     self.active, self._before = self._before, None
                 else:
                     self.active = await self._bring_up(previous)
-        except (AgentError, OSError) as error:
-            return await self._steps.step(
-                record, Event.FAIL, message=f"{record.message}; the rollback failed too: {error}"
-            )
+            except (AgentError, OSError) as error:
+                fault = f"the rollback failed too: {error}"
+                if stops:
+                    self.active = None
         if failed is not None and failed is not self.active:
             await self._host.retire(failed)
-        if previous is None:
-            self._host.expect(self.slot, f"version {record.version} was rolled back: {record.message}")
-        return await self._steps.step(record, Event.DONE)
+        if self.active is None:
+            reason = "; ".join(filter(None, (record.message, fault)))
+            self._host.expect(self.slot, f"version {record.version} was rolled back: {reason}")
+        return fault
 
     # Inside
 

@@ -126,6 +126,9 @@ def summary(now: Evidence, before: Evidence | None, elapsed_s: float, share: flo
     if copies.compared or copies.skipped:
         found |= {"compared": copies.compared, "agreement": round(copies.agreement, 4), "skipped": copies.skipped}
         found |= _latency("copies_", copies.durations) | _latency("originals_", copies.originals)
+        for q in (50, 95) if copies.durations.total else ():
+            delta = found[f"copies_p{q}_ms"] - found[f"originals_p{q}_ms"]
+            found[f"delta_p{q}_ms"] = round(delta, 3)
         found |= {"difference": copies.difference} if copies.difference else {}
     return found
 

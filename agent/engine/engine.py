@@ -29,6 +29,7 @@ from agent.engine.canary import Canary
 from agent.engine.cgroups import Groups
 from agent.engine.cores import Cores
 from agent.engine.crashes import Crashes
+from agent.engine.growth import Bounds
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
 from agent.engine.learned import Learned
@@ -169,6 +170,12 @@ class Engine:
             metrics.gauge(name, text, ("model", "version"), self._gauge(of))
         labels = ("model", "version")
         metrics.gauge("inferd_canary_percent", "Of the routing keys that a candidate answers", labels, self._shares)
+        metrics.gauge(
+            "inferd_shadow_latency_delta_seconds",
+            "By how much a candidate's answers to copies took longer than the originals",
+            (*labels, "quantile"),
+            self._deltas,
+        )
         metrics.gauge("inferd_shadow_agreement", "Of a candidate's copies, 0..1", labels, self._agreements)
 
     @asynccontextmanager
@@ -499,6 +506,13 @@ class Engine:
         report = await found.examine(timeout_s=self._config.hang_timeout_s)
         return {**named, **report.plain()}
 
+    def scale(self, model: str, bounds: Bounds) -> None:
+        """Let the versions of a model have a number of workers within ``bounds``."""
+        for version in self._loaded:
+            if version.model == model:
+                version.rebound(bounds)
+        self._work.set()
+
     def warm(self, runtime: str) -> None:
         """Start a runtime's zygote now, so that the first load need not wait for it; failures show at that load."""
         self._spawn(self._warm(self._zygote(runtime)), f"warm {runtime}")
@@ -747,6 +761,15 @@ class Engine:
     def _agreements(self) -> list[tuple[tuple[str, ...], float]]:
         tallies = [((one.candidate.model, one.candidate.version), one.tally()) for one in self._canaries()]
         return [(labels, tally.agreed / tally.compared) for labels, tally in tallies if tally.compared]
+
+    def _deltas(self) -> list[tuple[tuple[str, ...], float]]:
+        found: list[tuple[tuple[str, ...], float]] = []
+        for one in self._canaries():
+            tally = one.tally()
+            for q in (0.5, 0.95) if tally.durations.total else ():
+                delta_s = tally.durations.quantile_s(q) - tally.originals.quantile_s(q)
+                found.append(((one.candidate.model, one.candidate.version, f"{q:g}"), delta_s))
+        return found
 
     def _is_default(self, version: Version) -> bool:
         return self._routes[version.model].default is version

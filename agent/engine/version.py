@@ -26,6 +26,7 @@ from agent.engine.claims import answer_of
 from agent.engine.climb import Climb
 from agent.engine.contest import contest
 from agent.engine.crashes import Crashes
+from agent.engine.growth import Bounds
 from agent.engine.job import Job, error_of
 from agent.engine.ladder import Purpose, Try, Verdict
 from agent.engine.lanes import LaneCounts
@@ -558,6 +559,13 @@ class Version:
         """Note whether requests come to this version."""
         self.routed = here
         self._climb.up()
+
+    def rebound(self, bounds: Bounds) -> None:
+        """Have a number of workers within other bounds from now on, whichever variant serves."""
+        self._variants = {name: replace(variant, bounds=bounds) for name, variant in self._variants.items()}
+        for pool in list(self.pools):
+            if not pool.closed:
+                pool.rebound(bounds)
 
     def device_lost(self, device: str) -> None:
         """Leave a device that is gone: a variant that is not pinned to it finds another, if there is one."""

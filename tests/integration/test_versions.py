@@ -94,6 +94,10 @@ def slots(box: Box) -> dict[str, str]:
     return {row["slot"]: row["active"] for row in box.status()["slots"]}
 
 
+def workers(box: Box) -> dict[str, int]:
+    return {row["version"]: len(row["workers"]) for row in box.status()["models"]}
+
+
 def loads(box: Box) -> int:
     """Return how often something was loaded into memory since the daemon started."""
     return sum(event["type"] == "model.loaded" for event in box.events())
@@ -142,12 +146,19 @@ def test_versions_answer_side_by_side_the_default_changes_in_one_step_and_a_rest
     assert len(box.status()["models"]) == 3
     assert "not on this box" in refusal(box, "default", MODEL, "3.0.0")
 
+    # So does the number of workers; what an operator said of it survives a restart.
+    assert inferctl(box, "scale", MODEL, "--min", "2")["max"] == 2
+    box.until(lambda: workers(box) == {"1.0.0": 2, "2.0.0": 2}, what="each version has two workers")
+    assert "'max' must be" in refusal(box, "scale", MODEL, "--min", "3", "--max", "2")
+
     # What is on disk is enough.
     assert box.stop_daemon() == 0
     box.store.rename(box.store.with_name("hidden"))
     box.start()
     box.until(lambda: answer(box) == (3.0, "2.0.0") and answer(box, "1.0.0") == (2.0, "1.0.0"), what="both answer")
     assert loads(box) == 2
+    box.until(lambda: workers(box) == {"1.0.0": 2, "2.0.0": 2}, what="each version has two workers again")
+    assert inferctl(box, "scale", MODEL, "--reset")["configured"]
     everything = {MODEL: "2.0.0", f"{MODEL}@1.0.0": "1.0.0", f"{MODEL}@2.0.0": "2.0.0"}
     assert slots(box) == everything
 

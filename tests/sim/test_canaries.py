@@ -196,6 +196,61 @@ def test_a_rollback_ends_a_canary_and_leaves_what_serves(tmp_path: Path) -> None
     run(story())
 
 
+def test_a_restart_takes_up_the_share_that_was_held(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+
+        async def lose_power() -> None:
+            raise PowerCutError
+
+        with pytest.raises(BaseExceptionGroup):
+            await in_canary(box, lose_power, percent=25.0)
+        await box.restart()
+        record = await box.run_until_final(None, "b")
+        assert record.state is State.CONFIRMED
+        assert [share for _, share, _ in box.host.shares] == [25.0, 50.0]
+        assert [found["percent"] for found in record.evidence] == [5.0, 25.0, 50.0, 100.0]
+        await box.journal.close()
+
+    run(story())
+
+
+def test_a_box_that_is_restarted_all_the_time_ends_the_deployment_without_blame(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+
+        async def lose_power() -> None:
+            raise PowerCutError
+
+        with pytest.raises(BaseExceptionGroup):
+            await in_canary(box, lose_power)
+        for _ in range(20):
+            await box.restart()
+            record = await until_canary_or_end(box)
+            if record.state in FINAL:
+                break
+        assert record.code == "too_many_steps"
+        assert record.step <= 64
+        assert (await deploy(box, "2.0.0", "c")).state is State.CONFIRMED
+        await box.journal.close()
+
+    run(story())
+
+
+async def until_canary_or_end(box: Box) -> Record:
+    """Start the box, and lose power once the candidate has a share."""
+    await box.reconciler.open()
+    running = asyncio.ensure_future(box.reconciler.run())
+    before = await box.reconciler.find("b")
+    assert before is not None
+    record = await box.reconciler.beyond("b", (before.step, before.bytes_done))
+    while record.state is not State.CANARY and record.state not in FINAL:
+        record = await box.reconciler.beyond("b", (record.step, record.bytes_done))
+    running.cancel()
+    await asyncio.wait({running})
+    return record
+
+
 @pytest.mark.parametrize("cut_in", range(14))
 def test_a_power_cut_at_any_write_leaves_one_servable_version_and_an_end(tmp_path: Path, cut_in: int) -> None:
     async def story() -> None:

@@ -93,3 +93,21 @@ def test_a_pinned_model_keeps_its_gpu_and_a_cpu_variant_needs_none() -> None:
 def test_memory_really_used_has_head_room_over_what_was_measured() -> None:
     assert made({"memory": {"host_mb": 100}}).resident_bytes_max == (512 + 400) * MIB
     assert made({}, engine=EngineConfig(resident_bytes_max=64 * MIB)).resident_bytes_max == 64 * MIB
+
+
+def test_a_variant_is_tested_by_its_own_comparisons_within_the_publishers_time_or_the_boxs_if_that_is_less() -> None:
+    own = [{"output": "y", "metric": "topk", "k": 3}]
+    files = {"inputs": "golden/g1.in.safetensors", "outputs": "golden/g1.out.safetensors", "compare": [{"output": "y"}]}
+    golden = [{"id": "g1", **files}, {"id": "g2", **files, "timeout_ms": 70, "per_variant": {"cpu-fp32": own}}]
+    first, second = made({}, golden=golden).worker["golden"]
+    assert (list(first["compare"]), list(second["compare"])) == ([{"output": "y"}], own)
+    assert (first["timeout_ms"], second["timeout_ms"]) == (5000, 70)
+    for box_ms, expected in ((60.0, (60, 60)), (100.0, (100, 70)), (9000.0, (5000, 70))):
+        engine = EngineConfig(models=(ModelEngineConfig(name="tiny", selftest_ms_max=box_ms),))
+        told = made({}, engine=engine, golden=golden).worker["golden"]
+        assert tuple(one["timeout_ms"] for one in told) == expected
+
+
+def test_what_the_manifest_says_of_warming_up_is_passed_on() -> None:
+    warmup = made({}, warmup={"runs": 2, "shapes": [{"x": [3, 1024]}]}).worker["warmup"]
+    assert (warmup["runs"], list(warmup["shapes"])) == (2, [{"x": (3, 1024)}])

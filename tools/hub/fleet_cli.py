@@ -1,4 +1,4 @@
-"""``inferhub deploy``, ``cancel``, ``default``, ``remove``, ``rollback``: a signed command, followed to its end."""
+"""Verbs of ``inferhub`` that send one signed command to a device and follow it to its end: ``deploy``, ``remove``, …"""
 
 from __future__ import annotations
 
@@ -65,7 +65,6 @@ def _delivery_options(verb: Verb) -> Verb:
 @rollout_options
 @click.option("--force", is_flag=True, help="Although this version failed on the box before.")
 @plan_options
-@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @_delivery_options
 def deploy(
     model: str,
@@ -74,15 +73,14 @@ def deploy(
     beside: bool,
     rollout: dict[str, Any] | None,
     force: bool,
-    allow_incompatible: bool,
     plan: dict[str, Any],
     **delivery: Any,
 ) -> None:
     """Make a box serve MODEL.
 
     \b
-    Example:
-      inferhub deploy magika@2.0.0 --team demo --stage-only --device box-1 --broker mqtt.example:1883 --key operator
+    Examples:
+      inferhub deploy magika@2.0.0 --team demo --stage-only --device box-1 --broker mqtt.example:1883 --key k/op
       inferhub deploy magika@2.0.0 --team demo --device box-1 --broker mqtt.example:1883 --key keys/operator
       inferhub deploy magika@2.0.0 --canary 5,25 --shadow 10 --wait 0 --team demo --device box-1 ...
       inferhub deploy magika@2.1.0 --team demo --beside --device box-1 --broker mqtt.example:1883 --key keys/operator
@@ -90,7 +88,7 @@ def deploy(
     name, _, version = model.partition("@")
     args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel, **plan}
     args |= {"rollout": rollout} if rollout is not None else {}
-    flags = {"force": force, "beside": beside, "allow_incompatible": allow_incompatible}
+    flags = {"force": force, "beside": beside}
     _carry_out("deploy", args | {flag: True for flag, given in flags.items() if given}, **delivery)
 
 

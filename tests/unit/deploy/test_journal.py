@@ -1,0 +1,37 @@
+"""What the journal keeps of a box's deployments, however many there were."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from agent.deploy.journal import Journal
+from agent.deploy.plan import Plan
+from agent.deploy.state import Record, State
+
+
+def _record(name: str, slot: str, state: State, plan: Plan | None = None) -> Record:
+    return Record(id=name, slot=slot, team="files", wanted="1.0.0", state=state, plan=plan or Plan())
+
+
+def test_the_newest_deployment_of_a_slot_outlives_any_number_of_other_slots(tmp_path: Path) -> None:
+    async def story() -> None:
+        journal = Journal(tmp_path / "journal.db")
+        await journal.open()
+        await journal.begin(_record("older", "quiet", State.CONFIRMED))
+        await journal.begin(_record("waits", "quiet", State.FETCH_WAIT))
+        await journal.begin(_record("prepared", "quiet", State.PREPARED, Plan(stage_only=True)))
+        for number in range(250):
+            await journal.begin(_record(f"busy-{number}", "busy", State.REJECTED))
+        latest = await journal.latest("quiet")
+        assert latest is not None
+        assert (latest.id, latest.state) == ("waits", State.FETCH_WAIT)
+        await journal.save(_record("waits", "quiet", State.CONFIRMED))
+        kept = {record.id: record.state for record in await journal.history(limit=1000)}
+        assert kept.pop("waits") is State.CONFIRMED
+        assert kept.pop("prepared") is State.PREPARED
+        assert len(kept) == 200
+        assert "older" not in kept
+        await journal.close()
+
+    asyncio.run(story())
