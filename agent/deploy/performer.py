@@ -275,6 +275,8 @@ class Performer:
         bundle = await self._store.check(self._state_dir / target.path)
         if bundle.digest != target.digest:
             raise UntrustedError(f"{target.path} holds another manifest than the pointer names")
+        if reason := self._revoked(target.digest):  # meanwhile
+            raise PolicyError(revoked_text(target.version, reason))
         self._interfaces[bundle.digest] = bundle.interface
         pointer = self.pointer
         on_trial = pointer is not None and pointer.trial and target == pointer.active
@@ -295,6 +297,12 @@ class Performer:
         await self._steps.begin(record)
         begun()
         await self.perform(record)
+
+    async def refuse(self, wish: Desired, reason: str) -> None:
+        """Record and tell that what a wish names may not be loaded."""
+        record = record_of(wish, wish.id, now_s=self._clock.wall())
+        await self._steps.begin(record)
+        await self._steps.step(record, Event.REJECT, code=PolicyError.code, message=revoked_text(wish.version, reason))
 
     async def close(self, overtaken: Overtaken) -> None:
         """Record and tell the end of a wish whose deployment never began."""
@@ -417,7 +425,8 @@ class Performer:
         try:
             self._candidate = await self._host.load(self.slot, self._bundle)
         except AgentError as error:
-            if isinstance(error, SelfTestError):  # what else fails may be the box's fault, and may pass
+            confirmed = self.pointer is not None and self.pointer.active.digest == record.digest
+            if isinstance(error, SelfTestError) and not confirmed:  # what else fails may be the box's fault, and pass
                 await self._journal.refuse(self.model, record.digest, str(error))
             event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
             return await self._steps.step(record, event, code=error.code, message=str(error))

@@ -32,6 +32,7 @@ from agent.deploy.revocations import Revocations, fall_back_id
 from agent.deploy.slots import model_of, slot_of, version_beside
 from agent.deploy.stager import Stager
 from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, WAITING, Event, Record, State, staging_lane
+from agent.deploy.steps import Steps
 from agent.deploy.wishes import Wishes
 from agent.errors import AgentError, BundleError, CommandError, NotFoundError, PolicyError
 from agent.events import EventBus, Severity, Stream
@@ -106,6 +107,7 @@ class Reconciler:
         self._change: asyncio.Future[None] | None = None
         self._new_slot = asyncio.Event()
         self._running: set[str] = set()  # slots that have a task
+        self._unfinished: set[str] = set()  # slots of which a deployment was under way when this process began
         self._to_boot: dict[str, Pointer] = {}
         self._held = ""  # why nothing may serve
         self._offers: dict[str, Offer] = {}
@@ -142,7 +144,7 @@ class Reconciler:
             await self.revocations.learn(await self._store.heard())
         with contextlib.suppress(AgentError):
             await self._removals.load()
-            await self._wishes.refresh()
+            await self._read_wishes()
         for slot in self._wishes.strongest or self._wishes.configured:
             self._host.expect(slot, "its first version has not arrived yet")
         self._to_boot = {pointer.slot: pointer for pointer in pointers if pointer.slot not in self._removals}
@@ -155,6 +157,7 @@ class Reconciler:
         """Component: keep every slot's task alive; each first serves what its pointer names."""
         async with asyncio.TaskGroup() as group:
             self._running = set()
+            group.create_task(self._tell_ends(), name="ends of the last life")
             while True:
                 self._new_slot.clear()
                 for slot in self._all_slots():
@@ -536,8 +539,8 @@ class Reconciler:
             if await self._close_unbegun(slot, performer, staging=False):
                 return None
         action = decide(wish, performer.pointer, latest)
-        if action is Action.BEGIN and wish is not None and self.revocations.against(wish):
-            action = Action.NOTHING  # what the wish names is never loaded again
+        if action is Action.BEGIN and wish is not None and (reason := self.revocations.against(wish)):
+            return await performer.refuse(wish, reason)
         if slot in self._removals:
             return await self._remove(performer, latest)
         stopped = ""
@@ -583,8 +586,20 @@ class Reconciler:
     async def _read_wishes(self) -> None:
         if not self._wishes.known:
             await self.revocations.load()
+            unfinished = await self._journal.unfinished()  # perhaps of a wish that was withdrawn
+            self._unfinished = {record.slot for record in unfinished if not record.plan.stage_only}
             await self._wishes.refresh()
             self._new_slot.set()
+
+    async def _tell_ends(self) -> None:
+        """Tell once more how deployments ended that a cut may have silenced; each end has a key that names it."""
+        steps, backoff = Steps(self._journal, self._events, self._clock, self._note), Backoff(first_s=1.0, cap_s=60.0)
+        while True:
+            try:
+                return await steps.tell_again()
+            except AgentError as error:
+                _log.warning("ends cannot be told again yet", reason=str(error))
+                await self._clock.sleep(1.0 + backoff.next())
 
     async def _close_unbegun(self, slot: str, lane: Performer | Stager, *, staging: bool) -> bool:
         """Record the ends of wishes that never began; return whether there were any."""
@@ -668,8 +683,7 @@ class Reconciler:
             await performer.revive()
         except AgentError as error:
             _log.warning("still does not load", slot=performer.slot, reason=str(error))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(hint.wait(), _REVIVE_S)
+            await self._hinted(hint, _REVIVE_S)
 
     async def _hold(
         self, performer: Performer, hint: asyncio.Event, wish: Desired | None, latest: Record | None, left_s: float
@@ -681,12 +695,12 @@ class Reconciler:
             except AgentError as error:
                 _log.error("does not load", slot=performer.slot, reason=str(error))
             return
-        async with asyncio.TaskGroup() as group:
-            waits = [group.create_task(hint.wait()), group.create_task(self._clock.sleep(min(left_s, _FIRST_POLL_S)))]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
-        if hint.is_set() or wish is None or latest is None or latest.state in FINAL:
+        if (
+            await self._hinted(hint, min(left_s, _FIRST_POLL_S))
+            or wish is None
+            or latest is None
+            or latest.state in FINAL
+        ):
             return
         offered = await self._offered(wish, performer.pointer)
         if offered is not None and offered.digest != latest.digest:
@@ -698,13 +712,19 @@ class Reconciler:
         interval_s = self._poll_interval_s or None
         if performer.pointer is None or latest.code in TRANSIENT:
             interval_s = min(_FIRST_POLL_S, interval_s or _FIRST_POLL_S)
-        try:
-            await asyncio.wait_for(hint.wait(), interval_s)
-        except TimeoutError:
-            pass
-        else:
-            return
-        await self._look_for_newer(performer, wish, latest)
+        if not await self._hinted(hint, interval_s):
+            await self._look_for_newer(performer, wish, latest)
+
+    async def _hinted(self, hint: asyncio.Event, limit_s: float | None) -> bool:
+        """Wait for a hint, at most so long (``None``: for ever); return whether one came."""
+        if limit_s is None:
+            return await hint.wait()
+        async with asyncio.TaskGroup() as group:
+            waits = [group.create_task(hint.wait()), group.create_task(self._clock.sleep(limit_s))]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        return hint.is_set()
 
     async def _look_for_newer(self, performer: Performer, wish: Desired, latest: Record) -> None:
         offered = await self._offered(wish, performer.pointer)
@@ -819,7 +839,7 @@ class Reconciler:
 
     def _all_slots(self) -> set[str]:
         known = self._to_boot.keys() | self._performers.keys()
-        return known | self._wishes.slots() | set(self._removals)
+        return known | self._wishes.slots() | set(self._removals) | self._unfinished
 
     def _serves_or_wanted(self, slot: str) -> bool:
         performer = self._performers.get(slot)

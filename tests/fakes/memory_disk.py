@@ -7,10 +7,9 @@ after it; from then on nothing is written any more until the box starts again.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from agent.deploy.journal import Journal, connect
 from agent.deploy.pointer import Pointer, Pointers
@@ -22,10 +21,22 @@ class PowerCutError(BaseException):
 
 
 class _Kept(sqlite3.Connection):
-    """A database that outlives its processes."""
+    """A database that outlives its processes; each transaction is a write of its disk."""
+
+    disk: Disk
 
     def close(self) -> None:
         """Leave it to the next life."""
+
+    def __enter__(self) -> Self:
+        self.disk.before_write()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        result = super().__exit__(*error)
+        if error[0] is None:
+            self.disk.after_write()
+        return result
 
 
 _EMPTY = connect(Path(":memory:"))
@@ -41,30 +52,33 @@ class Disk:
         self.writes_left: int | None = None
         self.after = False  # the cut comes after its write
         self.dead = False
+        self._cuts = False  # at the write that is under way
         self.full = 0  # writes that find no room
         self.pointers: dict[str, Pointer] = {}
         self.versions: dict[str, set[str]] = {}  # by model, complete and verified once
         self.damaged: set[tuple[str, str]] = set()
         self.written = written
         self.database = sqlite3.connect(":memory:", check_same_thread=False, factory=_Kept)
+        self.database.disk = self
         _EMPTY.backup(self.database)
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """One durable write."""
+    def before_write(self) -> None:
+        """Begin a durable write."""
         if self.dead:
             raise PowerCutError
         if self.full:
             self.full -= 1
             raise DiskFullError("no space")
-        cut = self.writes_left is not None and self.writes_left <= 0
+        self._cuts = self.writes_left is not None and self.writes_left <= 0
         if self.writes_left is not None:
             self.writes_left -= 1
-        if cut and not self.after:
+        if self._cuts and not self.after:
             self.dead = True
             raise PowerCutError
-        yield
-        if cut:
+
+    def after_write(self) -> None:
+        """End a durable write."""
+        if self._cuts:
             self.dead = True
             raise PowerCutError
 
@@ -88,14 +102,6 @@ class MemoryJournal(Journal):
         self._database = self._disk.database
         return ""
 
-    def _execute(self, statement: str, *values: object) -> None:
-        with self._disk.writing():
-            super()._execute(statement, *values)
-
-    def _begin(self, record: Any) -> None:
-        with self._disk.writing():
-            super()._begin(record)
-
 
 class MemoryPointers(Pointers):
     """The pointers on a ``Disk``."""
@@ -111,12 +117,14 @@ class MemoryPointers(Pointers):
         return self._disk.pointers.get(slot)
 
     def write(self, pointer: Pointer) -> None:
-        with self._disk.writing():
-            before = self._disk.pointers.get(pointer.slot)
-            self._disk.pointers[pointer.slot] = pointer
-            self._disk.written(before, pointer)
+        self._disk.before_write()
+        before = self._disk.pointers.get(pointer.slot)
+        self._disk.pointers[pointer.slot] = pointer
+        self._disk.written(before, pointer)
+        self._disk.after_write()
 
     def remove(self, slot: str) -> None:
-        with self._disk.writing():
-            before = self._disk.pointers.pop(slot, None)
-            self._disk.written(before, None)
+        self._disk.before_write()
+        before = self._disk.pointers.pop(slot, None)
+        self._disk.written(before, None)
+        self._disk.after_write()

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent.config import DeployConfig
+import msgspec
+
+from agent.config import DeployConfig, WindowConfig
 from agent.deploy.desired import Desired
 from agent.deploy.plan import Plan
 from agent.deploy.pointer import Pointer
@@ -51,8 +53,15 @@ CONFIG = DeployConfig(
     fetch_retry_cap_s=5,
     fetch_limit_s=600,
     trial_retry_cap_s=60,
+    wait_limit_s=3600,
+    hold_limit_s=1800,
 )
+_WINDOW = WindowConfig(start="02:00", end="05:00", timezone="UTC")
+_IN_WINDOW_S = 2.25 * 3600  # of a day
+_DAY_S = 86_400.0
+_BUILT_S = 1_700_000_000.0  # the clock is right if it is after this (Unix seconds)
 BEHAVIOURS = ("good", "good", "good", "dies", "faulty", "unloadable", "wrong", "hungry", "hangs", "crowded")
+_FLAGS = ("force", "canary", "shadow", "incompatible", "stage", "late", "at once", "soon")
 _FETCH_ERRORS: dict[str, Callable[[], AgentError]] = {
     "offline": lambda: OfflineError("no route"),
     "transient": lambda: TransientError("cut"),
@@ -84,6 +93,7 @@ class History:
 
     seed: int
     behaviours: dict[tuple[str, str], str]
+    windowed: bool  # new versions wait for the maintenance window
     steps: tuple[Step, ...]
 
 
@@ -96,7 +106,7 @@ def draw(seed: int) -> History:
         behaviours[slot, VERSIONS[0]] = "good"
     steps = [_first(rng, slot) for slot in slots if rng.random() < 0.9]
     steps += [_draw_step(rng, slots) for _ in range(rng.randint(4, 14))]
-    return History(seed, behaviours, tuple(steps))
+    return History(seed, behaviours, rng.random() < 0.15, tuple(steps))
 
 
 def _first(rng: random.Random, slot: str) -> Step:
@@ -109,13 +119,13 @@ def _draw_step(rng: random.Random, slots: Sequence[str]) -> Step:
     what = rng.choices(
         (
             *("want", "rollback", "again", "lost", "unpin", "cancel", "cut", "kill", "stop", "store", "offline"),
-            *("online", "change", "unlucky", "jump", "revoke", "damage", "full", "wait"),
+            *("online", "change", "unlucky", "jump", "revoke", "damage", "full", "wait", "hold", "release", "window"),
         ),
-        (30, 6, 6, 3, 4, 6, 22, 6, 5, 10, 4, 5, 5, 6, 5, 2, 1, 2, 8),
+        (30, 6, 6, 3, 4, 6, 22, 6, 5, 10, 4, 5, 5, 6, 5, 2, 1, 2, 8, 4, 4, 4),
     )[0]
     match what:
         case "want":
-            flags = tuple(flag for flag in ("force", "canary", "shadow", "incompatible") if rng.random() < 0.2)
+            flags = tuple(flag for flag in _FLAGS if rng.random() < 0.15)
             return Step("want", (slot, version, rng.choice(("fleet", "fleet", "pin")), flags, wait_s))
         case "cut":
             return Step("cut", (rng.randrange(14), rng.random() < 0.5, wait_s))
@@ -129,7 +139,7 @@ def _draw_step(rng: random.Random, slots: Sequence[str]) -> Step:
             return Step("jump", (rng.choice((-1e9, -86_400.0, -3600.0, 3600.0, 86_400.0, 1e9)), wait_s))
         case "full":
             return Step("full", (rng.randint(1, 4), wait_s))
-        case "again" | "lost" | "offline" | "online" | "stop" | "kill" | "wait":
+        case "again" | "lost" | "offline" | "online" | "stop" | "kill" | "wait" | "window":
             return Step(what, (wait_s,))
         case "revoke" | "damage":
             return Step(what, (slot, version, wait_s))
@@ -293,8 +303,8 @@ class SimLoaded(FakeLoaded):
 class SimReconciler(Reconciler):
     """The reconciler over pointers in memory."""
 
-    def __init__(self, pointers: MemoryPointers, **options: Any) -> None:
-        super().__init__(CONFIG, **options)
+    def __init__(self, config: DeployConfig, pointers: MemoryPointers, **options: Any) -> None:
+        super().__init__(config, **options)
         self._pointers = pointers
 
 
@@ -317,6 +327,8 @@ class World:
         self.violations: list[str] = []
         self.counts = Counts()
         self._number = 0
+        self._tokens: list[str] = []  # of applications' holds
+        self._config = msgspec.structs.replace(CONFIG, windows=(_WINDOW,)) if history.windowed else CONFIG
         self._life: asyncio.Task[None] | None = None
 
     # Lives
@@ -330,7 +342,9 @@ class World:
         bus = EventBus(self.clock, keep=1)
         bus._listeners.append(self._heard)  # for the rest of this life
         self.reconciler = SimReconciler(
+            self._config,
             MemoryPointers(self.disk),
+            clock_trusted=lambda: self.clock.wall() > _BUILT_S,
             store=self.store,
             host=self.host,
             journal=self.journal,
@@ -401,7 +415,14 @@ class World:
                 calls_min=1,
                 limit_s=10.0,
             )
-        plan = Plan(allow_incompatible="incompatible" in flags, rollout=rollout)
+        plan = Plan(
+            stage_only="stage" in flags,
+            ignore_window="at once" in flags,
+            force_after_s=20.0 if "soon" in flags else None,
+            not_after=self.clock.wall() + 5.0 if "late" in flags else None,
+            allow_incompatible="incompatible" in flags,
+            rollout=rollout,
+        )
         await self._want(
             Desired(
                 id=self._new_id(),
@@ -461,6 +482,17 @@ class World:
     async def _do_jump(self, seconds: float) -> None:
         self.clock.jump_wall(seconds)
 
+    async def _do_window(self) -> None:
+        """The maintenance window opens."""
+        self.clock.jump_wall((_IN_WINDOW_S - self.clock.wall()) % _DAY_S)
+
+    async def _do_hold(self, slot: str) -> None:
+        self._tokens.append(self.reconciler.holds.take(slot, "an application"))
+
+    async def _do_release(self, slot: str) -> None:
+        while self._tokens:
+            self.reconciler.holds.drop(self._tokens.pop())
+
     async def _do_full(self, writes: int) -> None:
         self.disk.full = writes
 
@@ -475,10 +507,13 @@ class World:
     async def _do_revoke(self, slot: str, version: str) -> None:
         digest = digest_of(slot, version)
         mark = Mark(version=version, digest=digest, reason="bad")
-        self.revoked.add(digest)
         self.excused.add(slot)
         news = News(team=TEAM, name=slot, channels={}, newest=None, revoked=(mark,), deprecated=())
-        await self.reconciler.absorb([news])
+        try:
+            await self.reconciler.absorb([news])
+        finally:
+            if self.disk.database.execute("SELECT digest FROM revoked WHERE digest = ?", (digest,)).fetchone():
+                self.revoked.add(digest)
 
     async def _want(self, wish: Desired) -> None:
         try:
@@ -518,6 +553,10 @@ class World:
         tried = before.active if before is not None and before.trial else None
         if after is not None and not after.trial and after.active == tried:
             trusted.add(after.active.digest)
+        if after is not None and after.trial and after.previous is not None:
+            others = [one for one in self.disk.pointers.values() if one.slot != slot and one.trial and one.previous]
+            if others:
+                self.violations.append(f"{slot} and {others[0].slot} are on trial at once")
         confirmed = after.confirmed if after is not None else None
         if confirmed is not None and confirmed.digest not in trusted:
             self.violations.append(f"{slot}: {confirmed.version} is called confirmed and never was")
@@ -526,10 +565,12 @@ class World:
 
     def check_load(self, slot: str, bundle: Bundle) -> None:
         """Say if what is loaded may not be."""
+        if self.disk.dead:
+            return
         name, version = bundle.name, bundle.version
         if version not in self.disk.versions.get(name, ()):
             self.violations.append(f"{slot}: {version} was never verified and is loaded")
-        if bundle.digest in self.revoked and not self.disk.dead:
+        if bundle.digest in self.revoked:
             self.violations.append(f"{slot}: {version} was revoked and is loaded")
         reason = self.disk.database.execute(
             "SELECT reason FROM refused WHERE slot = ? AND digest = ?", (slot, bundle.digest)
@@ -541,42 +582,53 @@ class World:
     def check_retire(self, host: SimHost, loaded: FakeLoaded) -> None:
         """Say if a slot that has a confirmed version is left without any."""
         slot, digest = loaded.bundle.name, loaded.bundle.digest
-        left = host is self.host and host.active.get(slot) is loaded and digest not in self.revoked
-        if left and self.trusted[slot] and slot not in self.excused:
+        left = host is self.host and not self.disk.dead and host.active.get(slot) is loaded
+        if left and digest in self.trusted[slot] - self.revoked and slot not in self.excused:
             self.violations.append(f"{slot}: {loaded.bundle.version} leaves and nothing takes its place")
 
     async def check_end(self) -> None:
         """Let all faults end, wait, and say what is not as it must be."""
         self.store.offline, self.store.fetch_errors, self.unlucky = False, [], 0
         self.disk.full, self.disk.writes_left = 0, None
+        self.clock.jump_wall(max(0.0, _BUILT_S + _DAY_S - self.clock.wall()))
+        await self._do_window()
+        await self._do_release("")
         for _ in range(_LOOKS):
             await self.settle(_QUIET_S)
-            if not (unended := await self._unended()):
+            if not (wrong := [*await self._unended(), *await self._unserved()]):
                 break
         else:
-            raise BrokenError(f"never ended and told: {unended}")
-        for slot, pointer in self.disk.pointers.items():
-            if pointer.trial and pointer.previous is not None:
-                raise BrokenError(f"{slot}: {pointer.active.version} is left on trial")
-            serving = self.host.active.get(slot)
-            if serving is None and slot not in self.excused and self._loads(pointer):
-                raise BrokenError(f"{slot}: {pointer.active.version} is named and does not serve")
-            if serving is not None and serving.bundle.digest != pointer.active.digest:
-                raise BrokenError(f"{slot}: {serving.bundle.version} serves, {pointer.active.version} is named")
+            raise BrokenError("; ".join(wrong))
         for state in self.ended.values():
             self.counts.ends[state] = self.counts.ends.get(state, 0) + 1
 
     def _loads(self, pointer: Pointer) -> bool:
         return self.behaviours[pointer.slot, pointer.active.version] in ("good", "dies", "faulty")
 
-    async def _unended(self) -> dict[str, str]:
-        found = {}
+    async def _unended(self) -> list[str]:
+        """Return the wishes that have not ended, or whose end nobody heard of."""
+        found = []
         for wish in self.accepted.values():
             record = await self.journal.get(wish.id)
+            about = f"{wish.id}, {wish.slot} {wish.version}"
             if record is None or record.state not in FINAL:
-                found[wish.id] = f"{wish.slot} {wish.version}: {record.state if record else 'never begun'}"
+                found.append(f"{about} does not end: {record.state if record else 'never begun'}")
             elif wish.id not in self.ended:
-                found[wish.id] = f"{wish.slot} {wish.version}: {record.state}, and nobody was told"
+                found.append(f"{about} is {record.state}, and nobody was told")
+        return found
+
+    async def _unserved(self) -> list[str]:
+        """Return the slots that do not serve what their pointers name, or are left on trial."""
+        found = []
+        for slot, pointer in self.disk.pointers.items():
+            serving, version = self.host.active.get(slot), pointer.active.version
+            if pointer.trial and pointer.previous is not None:
+                found.append(f"{slot}: {version} is left on trial")
+            if serving is None and slot not in self.excused and self._loads(pointer):
+                found.append(f"{slot}: {version} is named and does not serve")
+            other = serving is not None and serving.bundle.digest != pointer.active.digest
+            if other and State.INCONSISTENT not in self.ended.values():  # that was told, and says it
+                found.append(f"{slot}: {version} is named and another serves")
         return found
 
 
