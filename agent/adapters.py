@@ -499,7 +499,10 @@ class ReportedState:
             }
             for row in self._engine.status()
         }
-        return {"slots": [{**slot, "serving": serving.get(slot["slot"])} for slot in self._reconciler.slots()]}
+        slots = self._reconciler.slots()
+        for slot in slots:
+            del slot["held_by"]  # comes and goes with applications; what waits for it says so
+        return {"slots": [{**slot, "serving": serving.get(slot["slot"])} for slot in slots]}
 
 
 @contextlib.contextmanager

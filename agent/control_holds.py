@@ -38,7 +38,7 @@ class HoldVerbs:
         model, reason = text_of(args, "model"), args.get("reason", "")
         if not isinstance(reason, str) or len(reason) > _REASON_CHARS_MAX:
             raise InvalidInputError(f"'reason' must be a text of at most {_REASON_CHARS_MAX} characters")
-        if model != EVERY_MODEL and all(row["slot"] != model for row in self._reconciler.slots()):
+        if model != EVERY_MODEL and all(row["model"] != model for row in self._reconciler.slots()):
             raise NotFoundError(f"no model {model!r} is wanted or serves here; {EVERY_MODEL!r} holds all")
         token = self._reconciler.holds.take(model, f"{reason} ({peer})" if reason else peer)
         at_end(lambda: self._reconciler.holds.drop(token))

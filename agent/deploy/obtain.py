@@ -90,6 +90,11 @@ class Obtainer:
         self._medium = medium
         self._medium_came.set()
 
+    @property
+    def offered(self) -> bool:
+        """Whether a medium was offered and not tried yet."""
+        return bool(self._medium)
+
     async def obtain(self, record: Record, pointer: Pointer | None, *, serves: bool) -> tuple[Record, Bundle | None]:
         """Do the work of VALIDATING, FETCHING and VERIFYING.
 
@@ -140,7 +145,7 @@ class Obtainer:
             AgentError: the disk could not be read.
         """
         for kept in (await self._store.inventory()).versions:
-            if (kept.team, kept.name) == (record.team, self._slot) and record.digest.startswith(kept.digest):
+            if (kept.team, kept.name) == (record.team, self._model) and record.digest.startswith(kept.digest):
                 try:
                     return await self._store.check(kept.path)
                 except BundleError as error:

@@ -81,7 +81,7 @@ class Performer:
         self.trying = False  # what serves may be replaced, or was, and the new version is not confirmed yet
         self.held_until: float | None = None  # monotonic; on trial, not loaded, and nothing else could be
         self.candidate_version = ""  # that is tried beside what serves
-        self._model = model_of(slot)  # what failed or served anywhere on this box is remembered by model
+        self.model = model_of(slot)  # what failed or served anywhere on this box is remembered by model
         self._config = config
         self._store = store
         self._host = host
@@ -94,7 +94,13 @@ class Performer:
         self._ending = ending  # why the deployment is to be given up
         self._revoked = revoked  # why a digest was revoked, and policy keeps it from being loaded; else empty
         self._steps = Steps(journal, events, clock, changed)
-        self._waiting = Waiting(config=config, steps=self._steps, clock=clock, situation=situation, ending=ending)
+        self._waiting = Waiting(
+            config=config,
+            steps=self._steps,
+            clock=clock,
+            situation=lambda record: replace(situation(record), medium=self._obtainer.offered),
+            ending=ending,
+        )
         self._obtainer = Obtainer(
             slot,
             config=config,
@@ -208,7 +214,7 @@ class Performer:
             else:
                 self.pointer = Pointer(slot=self.slot, active=pointer.previous)
                 if pointer.trial and not isinstance(error, StoreError):
-                    await self._journal.refuse(self._model, pointer.active.digest, str(error))
+                    await self._journal.refuse(self.model, pointer.active.digest, str(error))
                 self._point(self.pointer)
                 return
         if isinstance(error, BundleError):  # damaged on disk: whoever wants it fetches it again
@@ -261,6 +267,7 @@ class Performer:
     def offer(self, medium: str) -> None:
         """Let a deployment that waits for its store be taken from the folder ``medium``."""
         self._obtainer.offer(medium)
+        self._waiting.nudge()
 
     async def _bring_up(self, target: Target) -> Loaded:
         if reason := self._revoked(target.digest):
@@ -422,7 +429,7 @@ class Performer:
         except AgentError as error:
             confirmed = self.pointer is not None and self.pointer.active.digest == record.digest
             if isinstance(error, SelfTestError) and not confirmed:  # what else fails may be the box's fault, and pass
-                await self._journal.refuse(self._model, record.digest, str(error))
+                await self._journal.refuse(self.model, record.digest, str(error))
             event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
             return await self._steps.step(record, event, code=error.code, message=str(error))
         variant = self._candidate.evidence().variant
@@ -549,8 +556,8 @@ class Performer:
     async def _confirm(self, record: Record, reason: str) -> Record:
         if self.pointer is not None and self.pointer.trial:
             self._point(replace(self.pointer, trial=False, starts_in_trial=0, running=False))
-        await self._journal.forgive(self._model, record.digest)
-        await self._journal.note_served(self._model, record.digest)
+        await self._journal.forgive(self.model, record.digest)
+        await self._journal.note_served(self.model, record.digest)
         if self.active is not None:
             self._host.confirm(self.active)
         record = await self._steps.step(record, Event.DONE, message=reason)
@@ -566,7 +573,7 @@ class Performer:
         if pointer is not None and pointer.trial:  # else it was done before a restart
             fault = await self._return_to(pointer.previous, record, stops=bad)
         if bad:
-            await self._journal.refuse(self._model, record.digest, record.message)
+            await self._journal.refuse(self.model, record.digest, record.message)
         if fault:
             return await self._steps.step(record, Event.FAIL, message=f"{record.message}; {fault}")
         return await self._steps.step(record, Event.DONE)

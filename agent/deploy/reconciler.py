@@ -31,7 +31,7 @@ from agent.deploy.revocation import Measure, OnRevoked, Revoked
 from agent.deploy.revocations import Revocations, fall_back_id
 from agent.deploy.slots import model_of, slot_of, version_beside
 from agent.deploy.stager import Stager
-from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, Event, Record, State, staging_lane
+from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, WAITING, Event, Record, State, staging_lane
 from agent.deploy.steps import Steps
 from agent.deploy.wishes import Wishes
 from agent.errors import AgentError, BundleError, CommandError, NotFoundError, PolicyError
@@ -43,7 +43,8 @@ _REVIVE_S: Final = 30.0
 _FIRST_POLL_S: Final = 60.0  # for a model that has nothing to serve yet, or whose trouble may have passed
 
 _HELD: Final = frozenset({Action.RESUME, Action.NOTHING, Action.POLL})  # none ends a hold
-_PAST_GATE: Final = TRIAL | {State.LOADING}
+_GATED: Final = frozenset({State.QUEUED, State.WAITING_WINDOW})
+_PAST_GATE: Final = TRIAL | {State.LOADING, State.CANARY}
 _RESTING: Final = FINAL | {State.PROBATION}
 
 
@@ -120,7 +121,7 @@ class Reconciler:
             slots=self._lanes,
             wishes=lambda: self._wishes.strongest,
             revoked=self.revocations.all,
-            prepared=lambda: frozenset(record.digest for record in self._prepared.values()),
+            staged=lambda: {staging_lane(slot) for slot in self._wishes.staged},
         )
         self.booted = asyncio.Event()  # every slot with a pointer serves, or could not be made to
 
@@ -379,7 +380,7 @@ class Reconciler:
         if wish is None:
             raise NotFoundError(f"nothing is wanted of {slot!r}")
         performer, latest = self._performer(slot), await self._journal.latest(slot)
-        if latest is not None and latest.state is State.FETCH_WAIT and self._wishes.ending(latest) is None:
+        if latest is not None and latest.state in WAITING and self._ending(latest) is None:
             performer.offer(medium)
             return latest
         offered = await self._store.resolve(
@@ -452,12 +453,16 @@ class Reconciler:
         """Return the newest deployments, newest first."""
         return await self._journal.history(limit=limit)
 
-    def past_gate(self, slot: str) -> list[dict[str, str]]:
-        """Return the deployments of ``slot`` (``*``: of all) that no hold can keep waiting any more."""
+    def waiting(self) -> list[Record]:
+        """Return the deployments that wait for their time."""
+        return [record for record in self._under_way.values() if record.state in _GATED]
+
+    def past_gate(self, model: str) -> list[dict[str, str]]:
+        """Return the deployments of ``model`` (``*``: of all) that no hold can keep waiting any more."""
         return [
             {"slot": name, "deployment": record.id, "version": record.version, "state": str(record.state)}
             for name, record in self._under_way.items()
-            if slot in (name, EVERY_MODEL) and record.state in _PAST_GATE
+            if model in (record.model, EVERY_MODEL) and record.state in _PAST_GATE
         ]
 
     def slots(self) -> list[dict[str, object]]:
@@ -466,7 +471,7 @@ class Reconciler:
         for slot in sorted(filter(self._serves_or_wanted, self._all_slots()), key=lambda slot: (model_of(slot), slot)):
             performer, wish = self._performers.get(slot), self._wishes.strongest.get(slot)
             under_way, prepared = self._under_way.get(slot), self._prepared.get(slot)
-            waits = under_way is not None and under_way.state in (State.QUEUED, State.WAITING_WINDOW)
+            waits = under_way is not None and under_way.state in _GATED
             pointer = performer.pointer if performer is not None else None
             rows.append(
                 {
@@ -482,7 +487,7 @@ class Reconciler:
                     else None,
                     "trial": pointer.trial if pointer is not None else False,
                     "waits": under_way.message if under_way is not None and waits else "",
-                    "held_by": self.holds.holder(slot),
+                    "held_by": self.holds.holder(model_of(slot)),
                     "prepared": prepared.version if prepared is not None else None,
                 }
             )
@@ -817,14 +822,13 @@ class Reconciler:
         }
 
     def _situation(self, record: Record) -> Situation:
-        performer = self._performers.get(record.slot)
         trying = {slot for slot, other in self._performers.items() if other.trying}
         trying |= {slot for slot, pointer in self._to_boot.items() if pointer.trial and pointer.previous is not None}
         return Situation(
             wall_s=self._clock.wall(),
             clock_trusted=self._clock_trusted(),
-            serves=performer is not None and performer.active is not None,
-            held_by=self.holds.holder(record.slot),
+            serves=any(other.active is not None for other in self._performers.values() if other.model == record.model),
+            held_by=self.holds.holder(record.model),
             on_trial=next(iter(sorted(trying - {record.slot})), ""),
         )
 

@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from agent.client import AsyncClient
 from agent.config import DAYS
 from agent.errors import InvalidInputError, NotFoundError
 from tests.box import MODEL
 from tests.integration.test_store_daemon import NearBox
+from tools.demo import magika
+from tools.demo.broker import Mosquitto, find_mosquitto
+from tools.demo.stage import DEVICE, PASSWORD
+from tools.inferhub import main as inferhub
 
 pytestmark = pytest.mark.integration
 
@@ -27,13 +32,18 @@ CLOSED = f'[[deploy.windows]]\ndays = ["{ANOTHER_DAY}"]\ntimezone = "UTC"\n'
 
 
 class GatedBox(NearBox):
-    """A box whose deployments are looked at while they wait."""
+    """A box whose deployments are looked at while they wait, and whose trials are short."""
+
+    def configure(self, *, broker_port: int | None = None, more: str = "") -> None:
+        super().configure(broker_port=broker_port, more=more)
+        text = self.config.read_text().replace("probation_s = 1.0", "probation_s = 0.1")
+        self.config.write_text(text.replace("probation_calls_min = 10", "probation_calls_min = 2"))
 
     def json(self, *arguments: str, status: int = 0) -> Any:
         """Return the last line of a verb's JSON."""
         done = self.control(*arguments, "--json")
         assert done.returncode == status, done.stdout + done.stderr
-        return json.loads(done.stdout if done.stdout.startswith("{\n") else done.stdout.splitlines()[-1])
+        return json.loads(done.stdout if done.stdout.startswith(("{\n", "[")) else done.stdout.splitlines()[-1])
 
     def reach(self, deployment: str, *states: str) -> dict[str, Any]:
         """Wait until a deployment is in one of these states."""
@@ -103,6 +113,7 @@ def test_windows_keep_a_version_waiting_over_a_restart_without_network(box: Gate
 def test_an_application_holds_a_model_as_long_as_its_connection(box: GatedBox, tmp_path: Path) -> None:
     box.start()
     box.until_serving("1.0.0")
+    box.until(lambda: box.json("deployments")[0]["final"], what="nothing is under way")
     with box.client() as client, client.hold(MODEL, reason="line 3 is running") as held:
         assert held.lasts()
         assert held.under_way == []
@@ -165,3 +176,31 @@ def test_a_staged_version_disturbs_nothing_and_is_deployed_offline(box: GatedBox
     box.reach(begun, "fetch_wait")
     assert box.json("cancel", MODEL)["state"] == "canceled"
     assert box.ask() == (3.0, "2.0.0")
+
+
+@pytest.mark.skipif(find_mosquitto() is None, reason="needs mosquitto")
+def test_the_fleet_stages_and_cancels_and_hears_of_every_end(box: GatedBox) -> None:
+    with Mosquitto(box.folder / "broker") as broker:
+        box.configure(broker_port=broker.port, more=CLOSED)
+        box.start()
+        box.until_serving("1.0.0")
+        common = ("--device", DEVICE, "--broker", f"{broker.host}:{broker.port}", "--key", box.key("operator"))
+        target = (f"{MODEL}@2.0.0", "--team", magika.TEAM)
+        reply = box.hub("deploy", *target, "--stage-only", *common)
+        assert (reply["status"], reply["result"]["state"]) == ("done", "prepared")
+        sent = box.hub("deploy", *target, "--wait", 0, *common)
+        box.reach(sent["id"], "waiting_window")
+        # A pin on the box is not the fleet's to cancel; it overtakes the fleet's wish, which ends.
+        pinned = box.json("deploy", f"{MODEL}@2.0.0", "--no-wait")["deployment"]
+        box.reach(pinned, "waiting_window")
+        assert box.reach(sent["id"], "superseded")
+        done = CliRunner().invoke(
+            inferhub, ["cancel", MODEL, *map(str, common)], env={"INFERHUB_KEY_PASSWORD": PASSWORD}
+        )
+        assert done.exit_code == 1
+        assert "cancel it there" in done.output
+        box.json("cancel", MODEL)
+        box.reach(sent["id"], "waiting_window")  # and comes back
+        reply = box.hub("cancel", MODEL, *common)
+        assert (reply["status"], reply["result"]["id"], reply["result"]["state"]) == ("done", sent["id"], "canceled")
+        assert box.ask() == (2.0, "1.0.0")

@@ -18,6 +18,7 @@ from tools.hub import commands
 from tools.hub.cli import Passwords, emit, json_option, key_option, password_option, wants_json
 from tools.hub.errors import HubError
 
+_WAITING: Final = ("queued", "fetch_wait", "waiting_window")
 _PASSWORD_VARIABLE: Final = "INFERHUB_BROKER_PASSWORD"
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -202,6 +203,8 @@ def _shown(title: str) -> Iterator[Callable[[dict[str, Any]], None]]:
 def _progress_text(reply: dict[str, Any]) -> str:
     progress = reply.get("progress") or {}
     state = str(progress.get("state") or reply["status"])
+    if state in _WAITING and progress.get("message"):
+        return f"{state}: {progress['message']}"
     done, total = progress.get("bytes_done"), progress.get("bytes_total")
     if not total:
         return state
