@@ -368,6 +368,7 @@ class LoadedVersion:
             late=version.late,
             short=version.short,
             deaths=version.deaths,
+            under_way=version.pool.outstanding if version.pool is not None else 0,
             ready=version.ready,
             reason=version.reason,
             variant=variant,

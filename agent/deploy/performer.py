@@ -17,13 +17,14 @@ from agent.config import DeployConfig
 from agent.deploy import lane, trial
 from agent.deploy.candidate import probe_if_idle, watch_share
 from agent.deploy.desired import REVOCATION, SUPERSEDED, Desired, Ending, Overtaken, record_of
+from agent.deploy.doubt import Doubt
 from agent.deploy.gates import Judge, Situation, before_fetch, before_load
 from agent.deploy.interface import Interface, differences
 from agent.deploy.journal import Journal
 from agent.deploy.obtain import Obtainer
 from agent.deploy.pointer import Pointer, Pointers, Target, target_of
 from agent.deploy.ports import Bundle, Evidence, Host, Loaded, Store
-from agent.deploy.probation import Verdict, judge, summary
+from agent.deploy.probation import Judgement, Verdict, judge, summary
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
 from agent.deploy.rollout import Course, course_of
@@ -120,6 +121,7 @@ class Performer:
         self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
         self._course = Course()
+        self._doubt: Doubt | None = None  # about what is on trial
         self._trial_began: Evidence | None = None  # what the version on trial had shown at its cut-over
         self._work: lane.Work = {
             State.RECEIVED: self._received,
@@ -332,6 +334,7 @@ class Performer:
             await lane.perform(record, self._work, self._steps, self._ending)
         finally:
             self.busy, self.candidate_version = False, ""
+            self._end_doubt()
             self.trying = self._on_trial
             await self._discard_candidate()
 
@@ -535,6 +538,10 @@ class Performer:
         while True:
             elapsed_s, shown = self._clock.monotonic() - began, self.active.evidence().since(first)
             judgement = judge(shown, elapsed_s, self._config, before=before)
+            if self._doubt is not None or judgement.late:
+                judgement = self._looked_at_again(judgement)
+                if self._doubt is None:  # its answers from now on count
+                    first = replace(first, latency=self.active.evidence().latency)
             if judgement.verdict is not Verdict.WAIT:
                 found = {**summary(shown, before, elapsed_s, 100.0), "verdict": judgement.reason}
                 record = replace(record, evidence=(*record.evidence, found))
@@ -552,6 +559,26 @@ class Performer:
                     record, Event.SUPERSEDE, code=SUPERSEDED, message=f"{end.message} while on trial"
                 )
             await probe_if_idle(self.active, self._clock, probe_s)
+
+    def _looked_at_again(self, judgement: Judgement) -> Judgement:
+        """Return the verdict about a version that answers late, or did: both versions are asked the same first."""
+        if judgement.verdict is Verdict.ROLL_BACK and not judgement.late:
+            return judgement  # something else speaks against it
+        if self._doubt is None:
+            if self._before is None:
+                return judgement
+            self._doubt = Doubt(self._before, judgement.reason, config=self._config, host=self._host, clock=self._clock)
+        settled = self._doubt.settled()
+        if settled:
+            return Judgement(verdict=Verdict.ROLL_BACK, reason=settled)
+        if settled is not None:
+            self._end_doubt()
+        return Judgement(verdict=Verdict.WAIT)
+
+    def _end_doubt(self) -> None:
+        doubt, self._doubt = self._doubt, None
+        if doubt is not None:
+            doubt.end()
 
     async def _confirm(self, record: Record, reason: str) -> Record:
         if self.pointer is not None and self.pointer.trial:

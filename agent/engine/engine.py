@@ -400,7 +400,8 @@ class Engine:
         """Let a loaded candidate answer a share of the keys, and copy a share of the other requests to it.
 
         May be repeated with other shares; what copies have shown is kept as long as their share is. The default stands
-        in for it wherever it fails. The model gives no direct lanes until ``end_try``.
+        in for it wherever it fails. The model gives no direct lanes until ``end_try``. Copies may also go to the
+        version before one on trial, to tell whether that is slow or the box.
         """
         route = self._route_of(version.model)
         default, before = route.default, route.canary
@@ -422,7 +423,8 @@ class Engine:
                 durations=self._copy_latency.series(labels),
                 now=self._now,
             )
-        version.stand_in = default
+        if version.stage is Stage.TRYING:  # not one that stands in itself
+            version.stand_in = default
         requests = (before.requests, before.diverted) if before is not None and same else (0, 0)
         route.canary = Canary(version, canary_percent, shadow, *requests)
         version.route(here=True)

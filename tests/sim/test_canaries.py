@@ -271,3 +271,33 @@ def test_a_power_cut_at_any_write_leaves_one_servable_version_and_an_end(tmp_pat
         await box.journal.close()
 
     run(story())
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "state", "code"),
+    [("late", State.ROLLED_BACK, "probation_failed"), ("busy", State.CONFIRMED, "")],
+)
+def test_a_version_that_is_late_goes_unless_the_whole_box_is(
+    tmp_path: Path, behaviour: str, state: State, code: str
+) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"], config=msgspec.structs.replace(CONFIG, probation_calls_min=6))
+        await box.run_until_final(wish("1.0.0", "a"), "a")
+        box.behaviour["2.0.0"] = behaviour
+        await box.restart()
+        await box.reconciler.open()
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(box.reconciler.run())
+            await box.reconciler.booted.wait()
+            box.host.active["magika"].good = 40  # it has answered for a while
+            await box.reconciler.want(wish("2.0.0", "b"))
+            record = await box.reconciler.outcome("b")
+            running.cancel()
+        assert (record.state, record.code) == (state, code), record
+        assert ("1.0.0", 0.0, 100.0) in box.host.shares, "the version before was asked the same"
+        assert not box.host.tried
+        if state is State.ROLLED_BACK:
+            assert record.message.endswith("at the same time")
+        await box.journal.close()
+
+    run(story())
