@@ -555,7 +555,7 @@ class World:
             trusted.add(after.active.digest)
         if after is not None and after.trial and after.previous is not None:
             others = [one for one in self.disk.pointers.values() if one.slot != slot and one.trial and one.previous]
-            if others:
+            if others and slot in self.host.active:  # a model that serves nothing waits for nobody
                 self.violations.append(f"{slot} and {others[0].slot} are on trial at once")
         confirmed = after.confirmed if after is not None else None
         if confirmed is not None and confirmed.digest not in trusted:
