@@ -117,6 +117,7 @@ class Performer:
             make_room=make_room,
         )
         self._interfaces: dict[str, Interface] = {}  # what callers count on, by digest, of what the pointer names
+        self._loaded = ""  # the digest of ``active``
         self._before: Loaded | None = None  # what served before the trial, still loaded
         self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
@@ -214,10 +215,9 @@ class Performer:
                 if isinstance(second, BundleError):
                     self._refuse_on_disk(pointer.previous, second)
             else:
-                self.pointer = Pointer(slot=self.slot, active=pointer.previous)
+                self._point(Pointer(slot=self.slot, active=pointer.previous))
                 if pointer.trial and not isinstance(error, StoreError):
                     await self._journal.refuse(self.model, pointer.active.digest, str(error))
-                self._point(self.pointer)
                 return
         if isinstance(error, BundleError):  # damaged on disk: whoever wants it fetches it again
             self._pointers.remove(self.slot)
@@ -285,6 +285,7 @@ class Performer:
         self._trial_began = None
         loaded = await (self._host.load(self.slot, bundle) if on_trial else self._host.restore(self.slot, bundle))
         self._host.activate(self.slot, loaded)
+        self._loaded = bundle.digest
         return loaded
 
     # Deployments
@@ -316,7 +317,14 @@ class Performer:
         if record.state is State.CUTOVER and ours and self.held_until is not None:
             await self._steps.step(record, Event.DONE)  # its probation begins once it is started again
             return
-        if record.state in (State.PROBATION, State.CUTOVER) and ours and self.active is not None:
+        confirmed = ours and self.pointer is not None and not self.pointer.trial
+        if record.state in (State.PROBATION, State.CUTOVER) and confirmed:
+            if record.state is State.CUTOVER:
+                record = await self._steps.step(record, Event.DONE)
+            await self._confirm(record, "its pointer was confirmed before the restart")
+            return
+        loaded = self.active is not None and self._loaded == record.digest
+        if record.state in (State.PROBATION, State.CUTOVER) and ours and loaded:
             pass  # boot() loaded it
         elif record.state is State.PROBATION or (record.state is State.CUTOVER and ours):
             record = await self._steps.step(
@@ -518,6 +526,7 @@ class Performer:
             self._trial_began, self.candidate_version = self._candidate.evidence(), ""
             replaced = self._host.activate(self.slot, self._candidate)
             self.active, self._candidate, self.held_until = self._candidate, None, None
+            self._loaded = record.digest
             if self._before is None:
                 self._before = replaced
             elif replaced is not None:
@@ -629,6 +638,7 @@ class Performer:
                 if self._before is not None:
                     self._host.activate(self.slot, self._before)
                     self.active, self._before = self._before, None
+                    self._loaded = previous.digest
                 else:
                     self.active = await self._bring_up(previous)
             except (AgentError, OSError) as error:

@@ -108,6 +108,7 @@ class Reconciler:
         self._new_slot = asyncio.Event()
         self._running: set[str] = set()  # slots that have a task
         self._unfinished: set[str] = set()  # slots of which a deployment was under way when this process began
+        self._unfinished_staging: set[str] = set()  # the same of what is only prepared
         self._to_boot: dict[str, Pointer] = {}
         self._held = ""  # why nothing may serve
         self._offers: dict[str, Offer] = {}
@@ -164,7 +165,7 @@ class Reconciler:
                     if slot not in self._running:
                         self._running.add(slot)
                         group.create_task(self._keep(slot), name=f"slot {slot}")
-                for slot in self._wishes.staging_slots():
+                for slot in self._wishes.staging_slots() | self._unfinished_staging:
                     if (lane := staging_lane(slot)) not in self._running:
                         self._running.add(lane)
                         group.create_task(self._keep_staging(slot), name=f"staging {slot}")
@@ -588,6 +589,7 @@ class Reconciler:
             await self.revocations.load()
             unfinished = await self._journal.unfinished()  # perhaps of a wish that was withdrawn
             self._unfinished = {record.slot for record in unfinished if not record.plan.stage_only}
+            self._unfinished_staging = {record.slot for record in unfinished if record.plan.stage_only}
             await self._wishes.refresh()
             self._new_slot.set()
 

@@ -322,6 +322,7 @@ class World:
         self.accepted: dict[str, Desired] = {}  # wishes that were made durable
         self.ended: dict[str, str] = {}  # reported ends by deployment
         self.trusted: dict[str, set[str]] = {slot: set() for slot in SLOTS}  # digests that were ever confirmed
+        self.taking_place: set[str] = set()  # slots whose version on trial took the place of one that served
         self.revoked: set[str] = set()
         self.excused: set[str] = set()  # slots that lost a version on disk
         self.violations: list[str] = []
@@ -553,10 +554,12 @@ class World:
         tried = before.active if before is not None and before.trial else None
         if after is not None and not after.trial and after.active == tried:
             trusted.add(after.active.digest)
-        if after is not None and after.trial and after.previous is not None:
-            others = [one for one in self.disk.pointers.values() if one.slot != slot and one.trial and one.previous]
-            if others:
-                self.violations.append(f"{slot} and {others[0].slot} are on trial at once")
+        if after is None or not after.trial:
+            self.taking_place.discard(slot)
+        elif slot in self.host.active and tried != after.active:  # a model that serves nothing waits for nobody
+            if self.taking_place - {slot}:
+                self.violations.append(f"{slot} and {', '.join(self.taking_place)} are on trial at once")
+            self.taking_place.add(slot)
         confirmed = after.confirmed if after is not None else None
         if confirmed is not None and confirmed.digest not in trusted:
             self.violations.append(f"{slot}: {confirmed.version} is called confirmed and never was")
