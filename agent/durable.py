@@ -62,14 +62,22 @@ def read_json(path: Path) -> Any:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename an unreadable file to ``<name>.broken`` so that it can be looked at; ``None`` if it is gone."""
-    target = path.with_name(path.name + ".broken")
-    try:
-        os.replace(path, target)
-    except FileNotFoundError:
-        return None
-    sync_directory(path.parent)
-    return target
+    """Rename what cannot be read to ``<name>.broken`` so that it can be looked at.
+
+    Returns:
+        Its new name; ``None`` if it is gone, or stays because the disk denies that: nobody's start fails for it.
+    """
+    for name in (f"{path.name}.broken", f"{path.name}.{os.getpid()}.broken"):  # a folder cannot replace a file
+        target = path.with_name(name)
+        try:
+            os.replace(path, target)
+            sync_directory(path.parent)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            continue
+        return target
+    return None
 
 
 def disk_error(what: object, error: OSError) -> StoreError:

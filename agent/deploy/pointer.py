@@ -7,6 +7,7 @@ without it a box could load nothing of what it has on disk until it reaches its 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -89,7 +90,8 @@ class Pointers:
         try:
             write_json(self._copy(pointer.slot), asdict(pointer))
         except (StoreError, OSError):  # the pointer itself is written, and an old copy is worse than none
-            self._copy(pointer.slot).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._copy(pointer.slot).unlink(missing_ok=True)
 
     def remove(self, slot: str) -> None:
         """Forget the slot."""

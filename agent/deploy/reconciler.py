@@ -580,6 +580,7 @@ class Reconciler:
         await self._removals.finish(slot, pointer)
         del self._performers[slot], self._lanes[slot], self._hints[slot]
         self._running.discard(slot)
+        self._new_slot.set()  # it may be wanted anew already
         self._wake()
         await self.retention.tidy()
         return None

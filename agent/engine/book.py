@@ -102,10 +102,7 @@ class VariantBook:
             found = msgspec.convert(raw, _File)
         except (StateError, msgspec.ValidationError) as error:
             _log.warning("what was learned of variants cannot be read; it is learned again", reason=str(error))
-            try:
-                set_aside(self._path)
-            except OSError as second:
-                _log.warning("cannot set it aside", reason=str(second))
+            set_aside(self._path)
             return {}
         if found.schema != _SCHEMA or found.device != self._device:
             _log.info("another device or driver: variants are measured again")

@@ -364,6 +364,26 @@ def test_a_pointer_and_a_copy_that_make_no_sense_are_set_aside(tmp_path: Path, f
     run(story())
 
 
+def test_a_folder_in_the_place_of_a_pointer_stops_no_start_and_is_out_of_the_way(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        file = tmp_path / "active/magika.json"
+        file.with_name("magika.json.broken").write_bytes(b"of an earlier trouble")
+        file.unlink()
+        file.mkdir()
+        await box.boot()
+        assert box.active() == "1.0.0"
+        await box.restart()
+        file.with_name("magika.json.copy").unlink()
+        file.with_name("magika.json.copy").mkdir()
+        assert (await deploy(box, "2.0.0", "b")).state is State.CONFIRMED
+        assert box.pointer().active.version == "2.0.0"
+        await box.journal.close()
+
+    run(story())
+
+
 def test_a_newer_wish_ends_the_older_one(tmp_path: Path) -> None:
     async def story() -> None:
         box = Box(tmp_path, ["1.0.0", "2.0.0"])

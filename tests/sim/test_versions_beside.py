@@ -264,3 +264,19 @@ def test_a_cut_at_each_write_of_a_removal_leaves_all_of_it_or_nothing(tmp_path: 
         assert bool(pointers(box)) == (writes == 0)
 
     run(story())
+
+
+def test_a_model_that_is_wanted_again_comes_back_once_its_removal_is_finished(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0"])
+        await deploy(box, "1.0.0", "first")
+        await box.journal.open()
+        await box.journal.leave(["magika"])  # a cut came in between, and the configuration names it again
+        box.configured = (Desired(id="file", slot="magika", team="files", version="1.0.0"),)
+        await box.restart()
+        async with living(box):
+            record = await asyncio.wait_for(box.reconciler.outcome("file"), 20)
+            assert record.state is State.CONFIRMED
+            assert serving(box) == {"magika": "1.0.0"}
+
+    run(story())
