@@ -796,6 +796,14 @@ class Reconciler:
     def _ending(self, record: Record) -> Ending | None:
         if record.slot in self._removals:
             return Ending(event=Event.SUPERSEDE, message="it is being removed")
+        performer = self._performers.get(record.slot)
+        if record.state in WAITING and record.lane == record.slot and performer is not None:
+            pointer = performer.pointer
+            if pointer is not None and performer.active is not None and record.source != REVOCATION:
+                reason = self._held or self.revocations.forbidden(pointer.active.digest)
+                if reason:  # which cannot wait for what this deployment waits for; its wish begins anew
+                    message = f"{pointer.active.version}, which serves, is to be stopped first: {reason}"
+                    return Ending(event=Event.SUPERSEDE, message=message)
         return self._wishes.ending(record)
 
     def _stager(self, slot: str) -> Stager:
