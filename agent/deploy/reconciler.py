@@ -830,12 +830,15 @@ class Reconciler:
         }
 
     def _situation(self, record: Record) -> Situation:
+        performer = self._performers.get(record.slot)
+        pointer = performer.pointer if performer is not None else None
         trying = {slot for slot, other in self._performers.items() if other.trying}
         trying |= {slot for slot, pointer in self._to_boot.items() if pointer.trial and pointer.previous is not None}
         return Situation(
             wall_s=self._clock.wall(),
             clock_trusted=self._clock_trusted(),
             serves=any(other.active is not None for other in self._performers.values() if other.model == record.model),
+            replaces=pointer is not None and pointer.confirmed is not None,
             held_by=self.holds.holder(record.model),
             on_trial=next(iter(sorted(trying - {record.slot})), ""),
         )
