@@ -406,7 +406,7 @@ class Performer:
 
     async def _start_to_load(self, record: Record) -> Record:
         """Take the box's one trial, before anything else may run."""
-        self.trying = self.active is not None
+        self.trying = self.pointer is not None and self.pointer.confirmed is not None
         if self._bundle is None:  # a restart came in between
             self._bundle = await self._obtainer.kept(record)
             if self._bundle is None:

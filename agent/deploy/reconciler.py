@@ -799,6 +799,14 @@ class Reconciler:
     def _ending(self, record: Record) -> Ending | None:
         if record.slot in self._removals:
             return Ending(event=Event.SUPERSEDE, message="it is being removed")
+        performer = self._performers.get(record.slot)
+        if record.state in WAITING and record.lane == record.slot and performer is not None:
+            pointer = performer.pointer
+            if pointer is not None and performer.active is not None and record.source != REVOCATION:
+                reason = self._held or self.revocations.forbidden(pointer.active.digest)
+                if reason:  # which cannot wait for what this deployment waits for; its wish begins anew
+                    message = f"{pointer.active.version}, which serves, is to be stopped first: {reason}"
+                    return Ending(event=Event.SUPERSEDE, message=message)
         return self._wishes.ending(record)
 
     def _stager(self, slot: str) -> Stager:
@@ -825,12 +833,15 @@ class Reconciler:
         }
 
     def _situation(self, record: Record) -> Situation:
+        performer = self._performers.get(record.slot)
+        pointer = performer.pointer if performer is not None else None
         trying = {slot for slot, other in self._performers.items() if other.trying}
         trying |= {slot for slot, pointer in self._to_boot.items() if pointer.trial and pointer.previous is not None}
         return Situation(
             wall_s=self._clock.wall(),
             clock_trusted=self._clock_trusted(),
             serves=any(other.active is not None for other in self._performers.values() if other.model == record.model),
+            replaces=pointer is not None and pointer.confirmed is not None,
             held_by=self.holds.holder(record.model),
             on_trial=next(iter(sorted(trying - {record.slot})), ""),
         )

@@ -122,10 +122,15 @@ class Retention:
         ``more``: digests that stay, too; deployments without a digest are then taken to be of these.
         """
         paths, digests, pinned = set(self.in_use()), more, self.pinned()
-        staged = self._staged()
+        staged, revoked = self._staged(), frozenset(item.digest for item in self._revoked())
         for lane in staged | self._slots.keys():
             latest = await self._journal.latest(lane)
-            if latest is not None and latest.state is State.PREPARED and lane in staged:
+            if (
+                latest is not None
+                and latest.state is State.PREPARED
+                and lane in staged
+                and latest.digest not in revoked
+            ):
                 digests |= {latest.digest}
             elif latest is not None and latest.state not in FINAL:
                 if not latest.digest and not more and latest.state is not State.QUEUED:
@@ -134,5 +139,4 @@ class Retention:
         if pinned:
             inventory = await self._store.inventory()
             paths |= {item.path for item in inventory.versions if (item.team, item.name, item.version) in pinned}
-        revoked = frozenset(item.digest for item in self._revoked())
         return Needed(paths=frozenset(paths), digests=digests - {""}, revoked=revoked)

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.sim
 HOUR_S = 3600.0
 LATER = WindowConfig(start="14:00", end="14:10", timezone="UTC")
 NOON_S = 1_760_011_200.0  # 2025-10-09 12:00 UTC
+LATER_S = NOON_S + 2 * HOUR_S
 FAST: dict[str, Any] = {"probation_s": 2, "probation_calls_min": 3, "probation_limit_s": 20, "fetch_retry_cap_s": 5}
 
 
@@ -531,3 +532,26 @@ def test_a_version_beside_the_default_waits_for_its_models_holds(tmp_path: Path)
             return await ended(box, "beside")
 
     assert asyncio.run(main()).state is State.CONFIRMED
+
+
+def test_a_revoked_version_is_left_at_once_while_another_waits_for_its_window(tmp_path: Path) -> None:
+    box = Gated(tmp_path)
+
+    async def main() -> None:
+        async with running(box):
+            await box.reconciler.want(wish("2.0.0"))
+            await ended(box, "pin-magika-2.0.0")
+        box.config = DeployConfig(**FAST, windows=(LATER,))
+        box.renew()
+        async with running(box):
+            await settled(box, lambda: box.version() == "2.0.0")
+            await box.reconciler.want(wish("3.0.0"))
+            await reached(box, "pin-magika-3.0.0", State.WAITING_WINDOW)
+            box.store.revoked["2.0.0"] = "it sees ghosts"
+            await box.reconciler.absorb((await box.store.survey(box.reconciler.models())).models)
+            await settled(box, lambda: box.version() == "1.0.0")
+            assert box.clock.wall() < LATER_S
+            await settled(box, lambda: box.version() == "3.0.0")
+
+    asyncio.run(main())
+    assert box.clock.wall() >= LATER_S
