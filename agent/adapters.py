@@ -60,6 +60,7 @@ from agent.engine.version import Version
 from agent.errors import AgentError, NotFoundError, PolicyError, SelfTestError, StateError, TransientError
 from agent.events import EventBus
 from agent.profile import Hardware, Profile
+from agent.scales import Scale
 from agent.telemetry.commands import CommandInbox
 from agent.telemetry.presence import Presence
 
@@ -86,9 +87,11 @@ class SpecMaker:
         serving: ServingConfig,
         profile: Profile,
         unified_memory: bool = False,
+        scales: Callable[[str], Scale | None] = lambda model: None,
     ) -> None:
-        """``unified_memory``: the GPU shares the host's."""
+        """``unified_memory``: the GPU shares the host's; ``scales``: the workers an operator wants, if any."""
         self._unified_memory = unified_memory
+        self._scales = scales
         self._engine = engine
         self._policy = policy
         self._serving = serving
@@ -181,12 +184,7 @@ class SpecMaker:
             worker=worker,
             lanes=not manifest.handler.module,
             window=max(32, 2 * batching.max_batch),
-            bounds=Bounds(
-                least=workers.min,
-                most=workers.max or max(workers.min, self._profile.workers_max),
-                grow_delay_s=workers.grow_delay_ms / 1000,
-                shrink_idle_s=workers.shrink_idle_s,
-            ),
+            bounds=self.bounds_of(manifest.name),
             threads=threads,
             resident_bytes_max=self._engine.resident_bytes_max or _RESIDENT_BASE + 4 * variant.memory.host_mb * MIB,
             need=estimate(
@@ -198,6 +196,17 @@ class SpecMaker:
                 measured=variant.memory.source == "measured",
                 unified=self._unified_memory,
             ),
+        )
+
+    def bounds_of(self, model: str) -> Bounds:
+        """Return between what a model's number of workers may change."""
+        workers, scale = self._engine.workers_of(model), self._scales(model)
+        least, most = (workers.min, workers.max) if scale is None else (scale.least, scale.most)
+        return Bounds(
+            least=least,
+            most=most or max(least, self._profile.workers_max),
+            grow_delay_s=workers.grow_delay_ms / 1000,
+            shrink_idle_s=workers.shrink_idle_s,
         )
 
     def _memory_bytes(self, variant: Variant) -> int:
@@ -359,6 +368,7 @@ class LoadedVersion:
             late=version.late,
             short=version.short,
             deaths=version.deaths,
+            under_way=version.pool.outstanding if version.pool is not None else 0,
             ready=version.ready,
             reason=version.reason,
             variant=variant,
@@ -486,10 +496,14 @@ class ReportedState:
                 # Models that come and go are no news to the fleet, nor are the seconds to the next try.
                 "reason": "" if row["ready"] else row.get("lasting", row["reason"]),
                 "selftest": _test_failure(row.get("selftest")),
+                **({"canary": _canary(row["canary"])} if "canary" in row else {}),
             }
             for row in self._engine.status()
         }
-        return {"slots": [{**slot, "serving": serving.get(slot["slot"])} for slot in self._reconciler.slots()]}
+        slots = self._reconciler.slots()
+        for slot in slots:
+            del slot["held_by"]  # comes and goes with applications; what waits for it says so
+        return {"slots": [{**slot, "serving": serving.get(slot["slot"])} for slot in slots]}
 
 
 @contextlib.contextmanager
@@ -558,6 +572,11 @@ def _bundle(stored: StoredBundle) -> Bundle:
         content=stored,
         rollout=_rollout(manifest.rollout),
     )
+
+
+def _canary(status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the fleet is told of a candidate: what changes with each step only."""
+    return {name: status[name] for name in ("version", "digest", "canary_percent", "shadow_percent")}
 
 
 def _rollout(asked: manifests.Rollout | None) -> Rollout | None:

@@ -17,6 +17,8 @@ import click
 from rich.console import Console
 
 from agent import __version__, cli_store, cli_versions
+from agent.cli_hold import hold
+from agent.cli_plan import plan_options
 from agent.cli_probe import probe_command
 from agent.cli_progress import POLL_S, follow
 from agent.cli_rollout import deployment, rollout_options
@@ -37,7 +39,7 @@ from agent.client.messages import Part, Result
 from agent.inspect_text import version_lines
 
 _SOCKET: Final = "/run/inferd/inferd.sock"
-_GIVEN_UP: Final = "canceled"
+_GIVEN_UP: Final = ("canceled", "prepared")
 _HISTORY_ROWS: Final = 100  # looked through for why a model is not ready
 
 
@@ -66,7 +68,9 @@ main.add_command(probe_command)
 main.add_command(selftest_command)
 main.add_command(cli_versions.default)
 main.add_command(deployment)
+main.add_command(hold)
 main.add_command(cli_versions.remove)
+main.add_command(cli_versions.scale)
 
 
 @main.command()
@@ -151,7 +155,7 @@ def infer(
 @click.option("--beside", is_flag=True, help="Keep the default; VERSION answers the requests that name it.")
 @rollout_options
 @click.option("--force", is_flag=True, help="Also a version that failed on this box before.")
-@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
+@plan_options
 @click.option("--no-wait", is_flag=True, help="Return at once instead of following the deployment.")
 @json_option
 @click.pass_obj
@@ -163,7 +167,7 @@ def deploy(
     beside: bool,
     rollout: dict[str, Any] | None,
     force: bool,
-    allow_incompatible: bool,
+    plan: dict[str, Any],
     no_wait: bool,
     as_json: bool,
 ) -> None:
@@ -172,6 +176,9 @@ def deploy(
     A version with other inputs, outputs, class labels or another handler than the one that serves is refused before it
     is loaded; --allow-incompatible lets it through. The pin stands against fleet commands until ``inferctl unpin
     MODEL``. With --json each step and each progress of the download is one line; the last one has ``"final": true``.
+
+    Windows of [deploy] and applications that hold MODEL may keep it waiting, and one model at a time is on trial. With
+    --stage-only nothing is pinned: the version is brought here and kept until a deploy of it, which needs no network.
 
     With --beside the version is brought here and tried in the same way, and then kept for those who name it, until
     ``inferctl remove MODEL@VERSION``; ``inferctl default MODEL VERSION`` lets it answer everybody.
@@ -185,22 +192,17 @@ def deploy(
       inferctl deploy magika@2.0.0 --shadow 20 --canary 5,25,50 --step-s 600
       inferctl deploy magika@2.1.0 --beside
       inferctl deploy detector --team vision --channel canary
+      inferctl deploy magika@2.0.0 --stage-only
+      inferctl deploy magika@2.0.0 --force-after 2h
       inferctl deploy detector@3.0.0 --allow-incompatible
     """
     model, _, version = target.partition("@")
-    args: dict[str, Any] = {
-        "model": model,
-        "version": version,
-        "team": team,
-        "channel": channel,
-        "force": force,
-        "allow_incompatible": allow_incompatible,
-    }
+    args: dict[str, Any] = {"model": model, "version": version, "team": team, "channel": channel, "force": force}
     if beside:
         args["beside"] = True
     if rollout is not None:
         args["rollout"] = rollout
-    change(socket_path, "deploy", args, no_wait=no_wait, as_json=as_json)
+    change(socket_path, "deploy", args | plan, no_wait=no_wait, as_json=as_json)
 
 
 @main.command()
@@ -266,6 +268,8 @@ def unpin(socket_path: str, model: str, as_json: bool) -> None:
 def cancel(socket_path: str, model: str, as_json: bool) -> None:
     """Give up what is being deployed to MODEL, as long as it does not serve yet, and the pin that asked for it.
 
+    Without a deployment to give up, it is what is being staged, or was (``deploy --stage-only``).
+
     What was fetched stays, so that another try fetches the rest only. What the fleet or the configuration want of MODEL
     stands: a version that the configuration names is tried again later.
 
@@ -275,7 +279,7 @@ def cancel(socket_path: str, model: str, as_json: bool) -> None:
     """
     with connected(socket_path) as client:
         record = follow(client, client.call("cancel", {"model": model})["deployment"], as_json=as_json)
-    given_up = record["state"] == _GIVEN_UP
+    given_up = record["state"] in _GIVEN_UP
     if not as_json:
         click.echo(f"{shown(model)}: cancelled" if given_up else end_text(record), err=not given_up)
     sys.exit(0 if given_up else 1)

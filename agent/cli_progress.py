@@ -13,7 +13,7 @@ from agent.cli_text import duration, shown
 from agent.client import Client
 
 POLL_S: Final = 20.0
-_WAITING: Final = "fetch_wait"
+_WAITING: Final = ("queued", "fetch_wait", "waiting_window")
 _CANARY: Final = "canary"
 
 
@@ -49,9 +49,9 @@ def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = F
 
 
 def step_text(record: dict[str, Any]) -> str:
-    """Return what is being done, and why nothing is while the store is waited for."""
+    """Return what is being done, and why nothing is while something is waited for."""
     text = f"{record['slot']} {record['version']}: {record['state']}"
-    if record["state"] == _WAITING and record["message"]:
+    if record["state"] in _WAITING and record["message"]:
         text += f" ({record['message']})"
     if record["state"] == _CANARY:
         text += f" at {record['percent']:g} %" if record["percent"] else ", copies only"

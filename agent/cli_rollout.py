@@ -20,7 +20,7 @@ _NONE: Final = "none"
 _COLUMNS: Final = (
     ("percent", "share"), ("elapsed_s", "for s"), ("good", "good"), ("failed", "failed"), ("p95_ms", "p95 ms"),
     ("before_p95_ms", "before"), ("compared", "copies"), ("agreement", "agree"), ("copies_p95_ms", "copies' p95"),
-    ("originals_p95_ms", "originals'"),
+    ("originals_p95_ms", "originals'"), ("delta_p95_ms", "delta"),
 )  # fmt: skip
 
 

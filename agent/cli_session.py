@@ -20,6 +20,7 @@ from agent.client import Client
 from agent.errors import AgentError
 
 FINAL_GOOD: Final = "confirmed"
+_GOOD: Final = (FINAL_GOOD, "prepared")
 _INTERRUPTED: Final = 130
 _HINT_REFUSED: Final = (
     "The socket is open to root and the group inferd: sudo usermod -aG inferd $USER, then log in anew."
@@ -47,7 +48,7 @@ def change(socket_path: str, verb: str, args: dict[str, Any], *, no_wait: bool, 
         except KeyboardInterrupt:
             click.echo(f"deployment {shown(begun['deployment'])} goes on; see inferctl deployments", err=True)
             sys.exit(_INTERRUPTED)
-    good = record["state"] == FINAL_GOOD
+    good = record["state"] in _GOOD
     if not as_json:  # whose last line said it
         click.echo(end_text(record), err=not good)
     sys.exit(0 if good else 1)

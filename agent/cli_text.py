@@ -59,6 +59,7 @@ def status_text(value: Mapping[str, Any], failures: Mapping[str, str]) -> Text:
         *([Text(f"trust: {freshness_text(value['trust'])}")] if value.get("trust") else []),
         *(Text(f"memory of models: {_place_text(*place)}") for place in value.get("memory", {}).items()),
         *_model_lines(value["models"], value.get("slots", []), failures),
+        *_waiting_lines(value.get("slots", []), value.get("holds", [])),
         columns(
             ("process", "pid", "PSS"),
             [(row["role"], row["pid"], f"{row['pss_bytes'] / 1e6:.1f} MB") for row in value["processes"]],
@@ -77,6 +78,9 @@ def models_text(rows: Rows) -> Text:
         cells.append((row["slot"], ready, active, row["previous"] or "-", row["wanted"] or "-", row["source"] or "-"))
         notes.append(
             ([] if row["ready"] else [f"not ready: {row['reason']}"])
+            + ([f"deployment waits: {row['waits']}"] if row.get("waits") else [])
+            + ([f"held by {row['held_by']}"] if row.get("held_by") else [])
+            + ([f"prepared: {row['prepared']}"] if row.get("prepared") else [])
             + ([f"memory: {residency_text(row['residency'])}"] if row.get("residency") else [])
             + [_ladder_text(row["variants"])] * bool(row["variants"])
             + [line for one in row["variants"] for line in variant_lines(one)]
@@ -247,6 +251,19 @@ def _model_lines(rows: Rows, slots: Rows, failures: Mapping[str, str]) -> list[T
     return lines
 
 
+def _waiting_lines(slots: Rows, holds: Rows) -> list[Text]:
+    """Return which deployments wait, and which applications hold models."""
+    lines = [
+        Text(f"{shown(row['slot'])}: deployment waits: {shown(row['waits'])}") for row in slots if row.get("waits")
+    ]
+    for hold in holds:
+        limit = "" if hold["counts"] else ", too long to count"
+        lines.append(
+            Text(f"{shown(hold['model'])} is held by {shown(hold['holder'])} for {duration(hold['held_s'])}{limit}")
+        )
+    return lines
+
+
 def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
     answers, sandbox = row["answers"], (row["sandbox"] or {}).get("level", "unknown")
     ready = ("ready", "green") if row["ready"] else (f"not ready: {shown(row['reason'])}", "red")
@@ -270,9 +287,19 @@ def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
         *_confinement_lines(row),
         *_worker_lines(row),
         *_test_lines(row.get("selftest")),
+        *_canary_lines(row.get("canary")),
         *(Text(f"  not {shown(skip['variant'])}: {shown(skip['reason'])}") for skip in row["fallbacks"]),
         *(Text(f"  {shown(line)}") for one in row.get("variants", ()) for line in variant_lines(one)),
     ]
+
+
+def _canary_lines(canary: Mapping[str, Any] | None) -> list[Text]:
+    """Return what is tried beside what serves."""
+    if canary is None:
+        return []
+    share = f"{canary['canary_percent']:g} % of the keys" if canary["canary_percent"] else "no share yet"
+    copies = f", {canary['agreement']:.1%} of {canary['compared']} copies agree" if canary["compared"] else ""
+    return [Text(f"  candidate {shown(canary['version'])}: {share}, {canary['requests']} requests{copies}")]
 
 
 def _test_lines(test: Mapping[str, Any] | None) -> list[Text]:

@@ -343,6 +343,7 @@ class EngineConfig(Section, frozen=True):
     device_memory_share: float = 0.8  # of each GPU's memory, for models together
     memory_wait_s: float = 10.0  # a load waits so long for models in use; then its requests are told to come back
     selftest_interval_s: float = 300.0  # a loaded model's golden inputs run again so often while it is idle; 0: never
+    selftest_share_max: float = 0.01  # of the time may go into that for one model: longer tests run more seldom
 
     def __post_init__(self) -> None:
         _require_workers(self.workers)
@@ -365,6 +366,7 @@ class EngineConfig(Section, frozen=True):
         _require(0 < self.device_memory_share <= 1, "device_memory_share: above 0, at most 1")
         _require(0 <= self.memory_wait_s <= 3600, "memory_wait_s: 0..3600")
         _require(0 <= self.selftest_interval_s <= 366 * 86_400, "selftest_interval_s: 0..a year")
+        _require(0.0001 <= self.selftest_share_max <= 1, "selftest_share_max: 0.0001..1")
 
     def of(self, model: str) -> ModelEngineConfig:
         """Return the entry of ``model``, an empty one if it has none."""

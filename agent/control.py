@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 from agent import __version__
 from agent.arguments import flag_of, integer_of, shortened, text_of, version_of, wait_s_of, wish_of
 from agent.config import Config
+from agent.control_holds import AtEnd, HoldVerbs
 from agent.control_store import StoreVerbs
 from agent.control_versions import VersionVerbs
 from agent.deploy.desired import Desired
@@ -45,7 +46,8 @@ _IMPLIED: Final[Mapping[str, Roles]] = {
     "operate": frozenset({"operate", "admin"}),
     "admin": frozenset({"admin"}),
 }
-_GOOD_ENDS: Final = frozenset({State.CONFIRMED})
+_GOOD_ENDS: Final = frozenset({State.CONFIRMED, State.PREPARED})
+_HOLD: Final = "hold"
 
 
 class TelemetryView(Protocol):
@@ -85,11 +87,12 @@ class Control:
         events: EventBus,
         telemetry: TelemetryView,
         store: StoreVerbs,
+        versions: VersionVerbs,
         inspector: Inspector,
         gpus: GpuWatch,
     ) -> None:
         self._store = store
-        self._versions = VersionVerbs(reconciler)
+        self._versions = versions
         self._box = box
         self._engine = engine
         self._reconciler = reconciler
@@ -97,6 +100,7 @@ class Control:
         self._telemetry = telemetry
         self._inspector = inspector
         self._gpus = gpus
+        self._holds = HoldVerbs(reconciler)
         self._verbs: Mapping[str, tuple[str, Verb]] = {
             "ping": ("infer", self._ping),
             "status": ("read", self._status),
@@ -113,12 +117,18 @@ class Control:
             **self._versions.verbs(),
             **store.verbs(),
             "cancel": ("operate", self._cancel),
+            _HOLD: ("infer", self._hold_nothing),
+            "release": ("infer", self._holds.release),
             "load": ("operate", self._load),
             "unload": ("operate", self._unload),
         }
 
-    async def call(self, method: str, args: dict[str, Any], roles: Roles, peer: str) -> Any:
+    async def call(
+        self, method: str, args: dict[str, Any], roles: Roles, peer: str, at_end: AtEnd | None = None
+    ) -> Any:
         """Return the verb's plain value.
+
+        ``at_end`` takes what is to be done when the caller's connection ends, if there is one.
 
         Raises:
             NotFoundError: no such verb.
@@ -133,6 +143,8 @@ class Control:
             raise ForbiddenError(f"{method} needs the role {role!r}; {peer} has {', '.join(sorted(roles)) or 'none'}")
         if role in ("operate", "admin"):
             self._events.emit(Stream.AUDIT, f"call.{method}", peer=peer, args=shortened(args))
+        if method == _HOLD:
+            return self._holds.take(args, peer, at_end)
         return await verb(args, peer)
 
     # The fleet's side: telemetry's Commander port
@@ -151,6 +163,8 @@ class Control:
             return await self._status({}, "fleet")
         if name == "remove":
             return await self._versions.remove(args, by_fleet=True)
+        if name == "cancel":
+            return await self._cancel_for_fleet(text_of(args, "model"))
         if name not in ("deploy", "default", "rollback"):
             raise CommandError(f"no command {name!r}")
         model = text_of(args, "model")
@@ -168,6 +182,12 @@ class Control:
                 if record.code
                 else CommandError(f"{record.state}: {record.message}")
             )
+        return record.plain()
+
+    async def _cancel_for_fleet(self, model: str) -> dict[str, Any]:
+        record = await self._reconciler.outcome(await self._reconciler.cancel(model, source="fleet"))
+        if record.state is not State.CANCELED and record.state is not State.PREPARED:
+            raise CommandError(f"too late: {model} ended {record.state}: {record.message}")
         return record.plain()
 
     # Verbs
@@ -202,6 +222,7 @@ class Control:
             "models": self._engine.status(),
             "memory": await self._engine.memory(),
             "slots": self._reconciler.slots(),
+            "holds": self._reconciler.holds.plain(),
             "trust": self._store.standing(),
             "telemetry": await self._telemetry.status(),
             "processes": await asyncio.to_thread(self._processes),
@@ -299,6 +320,9 @@ class Control:
 
     async def _cancel(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         return {"deployment": await self._reconciler.cancel(text_of(args, "model"))}
+
+    async def _hold_nothing(self, args: dict[str, Any], peer: str) -> dict[str, Any]:
+        return self._holds.take(args, peer, None)
 
     async def _load(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         """Return once the model is in memory."""

@@ -40,6 +40,7 @@ from agent.clock import SystemClock
 from agent.config import EXIT_BAD_CONFIG, Config, ModelConfig, ServingConfig
 from agent.control import Box, Control
 from agent.control_store import StoreVerbs
+from agent.control_versions import VersionVerbs
 from agent.deploy.desired import Desired
 from agent.deploy.journal import Journal
 from agent.deploy.plan import Plan
@@ -60,6 +61,7 @@ from agent.log import get_logger, setup
 from agent.metrics import Metrics
 from agent.probe import free_memory, probe, readings
 from agent.profile import Profile, choose, load_profiles
+from agent.scales import Scales
 from agent.serving.budget import ReceiveBudget
 from agent.serving.frames import FrameServer
 from agent.serving.http import HttpServer
@@ -200,12 +202,14 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             profile,
             on_refused=lambda source, error, about: refusals.source(error, source=source, **about),
         )
+        scales = Scales(state_dir / "scales.json")
         specs = SpecMaker(
             engine=config.engine,
             policy=config.policy,
             serving=config.serving,
             profile=profile,
             unified_memory=any(gpu.integrated for gpu in hardware.gpus),
+            scales=scales.of,
         )
         journal = Journal(state_dir / "journal.db")
         stack.push_async_callback(journal.close)
@@ -282,6 +286,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
             store=StoreVerbs(config.policy, reconciler=reconciler, watch=watch, sideload=sideload, trust=puller.trust),
+            versions=VersionVerbs(reconciler, engine, scales, specs.bounds_of),
             inspector=VersionInspector(puller, state_dir),
         )
         keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)

@@ -34,6 +34,7 @@ VERBS: Final = {
     "ls": "tools.hub.cli_store:list_models",
     "show": "tools.hub.cli_store:show",
     "deploy": "tools.hub.fleet_cli:deploy",
+    "cancel": "tools.hub.fleet_cli:cancel",
     "rollback": "tools.hub.fleet_cli:rollback",
     "default": "tools.hub.fleet_cli:default",
     "remove": "tools.hub.fleet_cli:remove",

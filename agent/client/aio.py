@@ -8,7 +8,8 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from itertools import count, islice
 from os import PathLike
 from types import TracebackType
@@ -20,6 +21,7 @@ from agent.client.lanes import Lanes, Target
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
+    Hold,
     InferFrames,
     Part,
     Result,
@@ -251,6 +253,14 @@ class AsyncClient:
             return call_frame(request_id, "status", None, None)
 
         return value_of(await self._ask(build, None, self._retries))
+
+    @asynccontextmanager
+    async def hold(self, model: str = "*", *, reason: str = "") -> AsyncIterator[Hold]:
+        """Keep new versions of ``model`` from being loaded as long as the body runs; as ``Client.hold``."""
+        async with AsyncClient(self._path, connect_timeout_s=self._connect_timeout_s, retries=0) as own:
+            value = await own.call("hold", {"model": model, "reason": reason})
+            line = own._line
+            yield Hold(value["model"], value["under_way"], lambda: line is not None and line.broken is None)
 
     async def close(self) -> None:
         """Close the connection; waiting requests fail with ``UnavailableError``."""

@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from os import PathLike
 from types import TracebackType
@@ -19,6 +19,7 @@ from agent.client.lanes import Lanes, Target
 from agent.client.messages import (
     ANSWER_LIMITS,
     DEFAULT_SOCKET,
+    Hold,
     InferFrames,
     Part,
     Result,
@@ -253,6 +254,31 @@ class Client:
             AgentError: as ``infer``; ``ForbiddenError`` without the role the verb needs.
         """
         return value_of(self._ask(lambda request_id: call_frame(request_id, method, args, deadline_ms), deadline_ms, 0))
+
+    @contextmanager
+    def hold(self, model: str = "*", *, reason: str = "") -> Iterator[Hold]:
+        """Keep new versions of ``model`` (``*``: of any) from being loaded as long as the body runs.
+
+        On a connection of its own. Deployments wait no longer than the daemon's [deploy] force_after_s and
+        hold_limit_s; ``reason`` tells people why. It ends with the daemon, too: ``Hold.lasts``.
+
+        Raises:
+            NotFoundError: no such model.
+            OverloadedError: too many applications hold models.
+            UnavailableError: no daemon there.
+        """
+        with Client(self._path, connect_timeout_s=self._connect_timeout_s, retries=0) as own:
+            value = own.call("hold", {"model": model, "reason": reason})
+            yield Hold(value["model"], value["under_way"], own._is_open)
+
+    def _is_open(self) -> bool:
+        """Whether the connection stands; only for one that nothing is asked on."""
+        try:
+            return self._sock is not None and bool(self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def status(self) -> Any:
         """Return the daemon's status."""

@@ -6,7 +6,7 @@ Leaves out: which tensors lie in shared memory (``regions.py``).
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -34,6 +34,15 @@ DEFAULT_SOCKET: Final = "/run/inferd/inferd.sock"
 
 # What we accept from the daemon, which we trust more than it trusts us: a reply's value lies in the header.
 ANSWER_LIMITS: Final = Limits(header_bytes_max=64 * 1024 * 1024, body_bytes_max=1 << 34, tensors_max=4096)
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """That no new version of a model is loaded now; ``model`` may be ``*``."""
+
+    model: str
+    under_way: list[dict[str, Any]]  # deployments that were too far to be kept waiting
+    lasts: Callable[[], bool]  # whether the connection stands: a daemon that restarted knows nothing of the hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,10 +72,11 @@ async def watch_share(
 
 
 async def probe_if_idle(loaded: Loaded, clock: Clock, wait_s: float) -> None:
-    """Wait; then ask a version its golden inputs if nobody asked it anything meanwhile."""
+    """Wait; then ask a version its golden inputs if nobody asked it anything meanwhile: a slow one is not idle."""
     before = loaded.evidence()
     await clock.sleep(wait_s)
-    if _answers(loaded.evidence()) == _answers(before):
+    now = loaded.evidence()
+    if _answers(now) == _answers(before) and not now.under_way:
         try:
             await loaded.self_test()
         except AgentError as error:

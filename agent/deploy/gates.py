@@ -26,8 +26,10 @@ class Situation:
 
     wall_s: float  # Unix seconds, as the system believes them
     clock_trusted: bool
-    serves: bool  # the slot serves something now
+    serves: bool  # some version of the model serves now
+    replaces: bool  # the slot has a confirmed version that it would return to
     held_by: str = ""  # the application that asked for no change now, as people are told; empty: none did
+    medium: bool = False  # the bytes can be taken from a medium, which costs no link
     on_trial: str = ""  # another slot whose new version is on trial; empty: none is
 
 
@@ -49,7 +51,7 @@ _OPEN: Final = Gate()
 
 def before_fetch(record: Record, now: Situation, config: DeployConfig) -> Gate:
     """Return whether ``record`` may fetch bytes; ``record.waited_s`` is up to date."""
-    if record.local or _exempt(record, now, config):
+    if record.local or record.medium or now.medium or _exempt(record, now, config):
         return _OPEN
     return _limited(_window(config.fetch_windows, now, "fetching"), record, config)
 
@@ -66,7 +68,7 @@ def before_load(record: Record, now: Situation, config: DeployConfig) -> Gate:
             gate = Gate(reason=f"held by {now.held_by}", look_s=_LOOK_S)
         if not gate.open:
             return _limited(gate, record, config)
-    if now.serves and now.on_trial:
+    if now.replaces and now.on_trial:
         return Gate(reason=f"{now.on_trial} is on trial, and only one model is at a time", look_s=_LOOK_S)
     return _OPEN
 

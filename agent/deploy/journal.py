@@ -20,7 +20,7 @@ import msgspec
 
 from agent.deploy.desired import Desired, Overtaken
 from agent.deploy.revocation import Revoked
-from agent.deploy.state import Event, Record
+from agent.deploy.state import FINAL, Event, Record
 from agent.durable import set_aside
 from agent.errors import DiskFullError, StateError
 from agent.log import get_logger
@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS refused (slot TEXT, digest TEXT, reason TEXT NOT NULL
 CREATE TABLE IF NOT EXISTS revoked (digest TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS overtaken (id TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS cancelled (id TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS untold (id TEXT PRIMARY KEY, lane TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS served (slot TEXT, digest TEXT, PRIMARY KEY (slot, digest));
 """
 # The disk's fault, not the file's; source: sqlite.org/rescode.html.
@@ -81,8 +82,16 @@ class Journal:
 
     async def save(self, record: Record) -> None:
         """Make a later state of a deployment durable."""
-        row = json.dumps(record.plain())
-        await self._do(lambda: self._execute("UPDATE deployment SET row = ? WHERE id = ?", row, record.id))
+        await self._do(lambda: self._save(record))
+
+    async def untold(self) -> list[Record]:
+        """Return the ends that nobody may have heard of: in each lane, that since its last deployment began."""
+        query = "SELECT row FROM deployment WHERE id IN (SELECT id FROM untold) ORDER BY number"
+        return list(_decoded(await self._do(lambda: self._query(query)), Record))
+
+    async def heard(self, deployment_id: str) -> None:
+        """Note that the end of a deployment was told in a later life than its own."""
+        await self._do(lambda: self._execute("DELETE FROM untold WHERE id = ?", deployment_id))
 
     async def get(self, deployment_id: str) -> Record | None:
         """Return one deployment."""
@@ -100,6 +109,10 @@ class Journal:
         query = "SELECT row FROM deployment ORDER BY number DESC LIMIT ?"
         rows = await self._do(lambda: self._query(query, limit))
         return list(_decoded(rows, Record))
+
+    async def unfinished(self) -> list[Record]:
+        """Return the deployments that are under way."""
+        return [record for record in await self.history(limit=_KEEP_FINISHED) if record.state not in FINAL]
 
     async def want(self, desired: Desired) -> None:
         """Record what a source wants of a slot; a wish that it replaces and that never began is overtaken by it."""
@@ -223,11 +236,19 @@ class Journal:
                 (record.id, record.lane, json.dumps(record.plain())),
             )
             database.execute("DELETE FROM cancelled WHERE id = ?", (record.id,))
+            database.execute("DELETE FROM untold WHERE lane = ?", (record.lane,))
             database.execute(
                 "DELETE FROM deployment WHERE number <= (SELECT max(number) FROM deployment) - ?"
                 " AND number NOT IN (SELECT max(number) FROM deployment GROUP BY slot)",
                 (_KEEP_FINISHED,),
             )
+
+    def _save(self, record: Record) -> None:
+        database = self._open_database()
+        with database:
+            database.execute("UPDATE deployment SET row = ? WHERE id = ?", (json.dumps(record.plain()), record.id))
+            if record.state in FINAL:
+                database.execute("INSERT OR REPLACE INTO untold VALUES (?, ?)", (record.id, record.lane))
 
     def _leave(self, slots: list[str]) -> None:
         database = self._open_database()

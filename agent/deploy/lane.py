@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
 
 from agent.deploy.desired import Ending, Overtaken, record_of
 from agent.deploy.state import BEFORE_CUTOVER, FINAL, STEPS_BEFORE_CUTOVER_MAX, TABLE, Event, Record, State
 from agent.deploy.steps import Steps
 
+TOO_MANY_STEPS: Final = "too_many_steps"
 Work = Mapping[State, Callable[[Record], Awaitable[Record]]]
 
 
@@ -18,9 +20,7 @@ async def perform(record: Record, work: Work, steps: Steps, ending: Callable[[Re
         if end is not None and (record.state, end.event) in TABLE:
             record = await steps.step(record, end.event, code=end.code, message=end.message)
         elif record.step >= STEPS_BEFORE_CUTOVER_MAX and record.state in BEFORE_CUTOVER:
-            record = await steps.step(
-                record, Event.FAIL, code="too_many_steps", message="the deployment went in circles"
-            )
+            record = await steps.step(record, Event.FAIL, code=TOO_MANY_STEPS, message="the deployment went in circles")
         else:
             record = await work[record.state](record)
     return record

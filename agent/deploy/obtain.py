@@ -90,6 +90,11 @@ class Obtainer:
         self._medium = medium
         self._medium_came.set()
 
+    @property
+    def offered(self) -> bool:
+        """Whether a medium was offered and not tried yet."""
+        return bool(self._medium)
+
     async def obtain(self, record: Record, pointer: Pointer | None, *, serves: bool) -> tuple[Record, Bundle | None]:
         """Do the work of VALIDATING, FETCHING and VERIFYING.
 
@@ -140,7 +145,7 @@ class Obtainer:
             AgentError: the disk could not be read.
         """
         for kept in (await self._store.inventory()).versions:
-            if (kept.team, kept.name) == (record.team, self._slot) and record.digest.startswith(kept.digest):
+            if (kept.team, kept.name) == (record.team, self._model) and record.digest.startswith(kept.digest):
                 try:
                     return await self._store.check(kept.path)
                 except BundleError as error:
@@ -168,16 +173,26 @@ class Obtainer:
         confirmed = pointer.active.digest if pointer is not None and not pointer.trial and serves else ""
         progress: asyncio.Queue[Progress | None] = asyncio.Queue()
         medium = record.medium or self._medium
-        async with asyncio.TaskGroup() as group:
-            fetch = group.create_task(self._fetch(record, medium, progress), name=f"fetch {self._slot}")
-            while (seen := await progress.get()) is not None:
-                record = await self._follow(record, seen, confirmed)
-                if record.state in FINAL or self._ending(record):
-                    fetch.cancel()
-                    return record, None
-                if record.state is State.FETCHING and record.step < _PATIENT_STEPS and (reason := self._closed(record)):
-                    fetch.cancel()
-                    return await self._steps.step(record, Event.WAIT, message=reason), None
+        trouble: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                fetch = group.create_task(self._fetch(record, medium, progress), name=f"fetch {self._slot}")
+                while (seen := await progress.get()) is not None:
+                    record = await self._follow(record, seen, confirmed)
+                    if record.state in FINAL or self._ending(record):
+                        fetch.cancel()
+                        return record, None
+                    if (
+                        record.state is State.FETCHING
+                        and record.step < _PATIENT_STEPS
+                        and (reason := self._closed(record))
+                    ):
+                        fetch.cancel()
+                        return await self._steps.step(record, Event.WAIT, message=reason), None
+        except* (AgentError, OSError) as errors:  # of the journal's disk; whoever keeps the slot tries again
+            trouble = errors.exceptions[0]
+        if trouble is not None:
+            raise trouble
         outcome = fetch.result()
         if isinstance(outcome, AgentError):
             return await self._failed(record, outcome, medium), None

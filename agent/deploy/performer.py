@@ -16,14 +16,15 @@ from agent.clock import Clock
 from agent.config import DeployConfig
 from agent.deploy import lane, trial
 from agent.deploy.candidate import probe_if_idle, watch_share
-from agent.deploy.desired import SUPERSEDED, Desired, Ending, Overtaken, record_of
+from agent.deploy.desired import REVOCATION, SUPERSEDED, Desired, Ending, Overtaken, record_of
+from agent.deploy.doubt import Doubt
 from agent.deploy.gates import Judge, Situation, before_fetch, before_load
 from agent.deploy.interface import Interface, differences
 from agent.deploy.journal import Journal
 from agent.deploy.obtain import Obtainer
 from agent.deploy.pointer import Pointer, Pointers, Target, target_of
 from agent.deploy.ports import Bundle, Evidence, Host, Loaded, Store
-from agent.deploy.probation import Verdict, judge, summary
+from agent.deploy.probation import Judgement, Verdict, judge, summary
 from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
 from agent.deploy.rollout import Course, course_of
@@ -46,7 +47,9 @@ from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
-_UNDECIDED: Final = "canary_undecided"  # nothing speaks against the version, so it is not remembered as bad
+_UNDECIDED: Final = "canary_undecided"
+# What ended a deployment without speaking against its version: it is not remembered as bad.
+_BLAMELESS: Final = frozenset({SUPERSEDED, _UNDECIDED, lane.TOO_MANY_STEPS})
 
 
 class Performer:
@@ -79,7 +82,7 @@ class Performer:
         self.trying = False  # what serves may be replaced, or was, and the new version is not confirmed yet
         self.held_until: float | None = None  # monotonic; on trial, not loaded, and nothing else could be
         self.candidate_version = ""  # that is tried beside what serves
-        self._model = model_of(slot)  # what failed or served anywhere on this box is remembered by model
+        self.model = model_of(slot)  # what failed or served anywhere on this box is remembered by model
         self._config = config
         self._store = store
         self._host = host
@@ -92,7 +95,13 @@ class Performer:
         self._ending = ending  # why the deployment is to be given up
         self._revoked = revoked  # why a digest was revoked, and policy keeps it from being loaded; else empty
         self._steps = Steps(journal, events, clock, changed)
-        self._waiting = Waiting(config=config, steps=self._steps, clock=clock, situation=situation, ending=ending)
+        self._waiting = Waiting(
+            config=config,
+            steps=self._steps,
+            clock=clock,
+            situation=lambda record: replace(situation(record), medium=self._obtainer.offered),
+            ending=ending,
+        )
         self._obtainer = Obtainer(
             slot,
             config=config,
@@ -108,10 +117,12 @@ class Performer:
             make_room=make_room,
         )
         self._interfaces: dict[str, Interface] = {}  # what callers count on, by digest, of what the pointer names
+        self._loaded = ""  # the digest of ``active``
         self._before: Loaded | None = None  # what served before the trial, still loaded
         self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
         self._course = Course()
+        self._doubt: Doubt | None = None  # about what is on trial
         self._trial_began: Evidence | None = None  # what the version on trial had shown at its cut-over
         self._work: lane.Work = {
             State.RECEIVED: self._received,
@@ -204,10 +215,9 @@ class Performer:
                 if isinstance(second, BundleError):
                     self._refuse_on_disk(pointer.previous, second)
             else:
-                self.pointer = Pointer(slot=self.slot, active=pointer.previous)
+                self._point(Pointer(slot=self.slot, active=pointer.previous))
                 if pointer.trial and not isinstance(error, StoreError):
-                    await self._journal.refuse(self._model, pointer.active.digest, str(error))
-                self._point(self.pointer)
+                    await self._journal.refuse(self.model, pointer.active.digest, str(error))
                 return
         if isinstance(error, BundleError):  # damaged on disk: whoever wants it fetches it again
             self._pointers.remove(self.slot)
@@ -259,6 +269,7 @@ class Performer:
     def offer(self, medium: str) -> None:
         """Let a deployment that waits for its store be taken from the folder ``medium``."""
         self._obtainer.offer(medium)
+        self._waiting.nudge()
 
     async def _bring_up(self, target: Target) -> Loaded:
         if reason := self._revoked(target.digest):
@@ -266,12 +277,15 @@ class Performer:
         bundle = await self._store.check(self._state_dir / target.path)
         if bundle.digest != target.digest:
             raise UntrustedError(f"{target.path} holds another manifest than the pointer names")
+        if reason := self._revoked(target.digest):  # meanwhile
+            raise PolicyError(revoked_text(target.version, reason))
         self._interfaces[bundle.digest] = bundle.interface
         pointer = self.pointer
         on_trial = pointer is not None and pointer.trial and target == pointer.active
         self._trial_began = None
         loaded = await (self._host.load(self.slot, bundle) if on_trial else self._host.restore(self.slot, bundle))
         self._host.activate(self.slot, loaded)
+        self._loaded = bundle.digest
         return loaded
 
     # Deployments
@@ -287,6 +301,12 @@ class Performer:
         begun()
         await self.perform(record)
 
+    async def refuse(self, wish: Desired, reason: str) -> None:
+        """Record and tell that what a wish names may not be loaded."""
+        record = record_of(wish, wish.id, now_s=self._clock.wall())
+        await self._steps.begin(record)
+        await self._steps.step(record, Event.REJECT, code=PolicyError.code, message=revoked_text(wish.version, reason))
+
     async def close(self, overtaken: Overtaken) -> None:
         """Record and tell the end of a wish whose deployment never began."""
         await lane.close(overtaken, self._steps, now_s=self._clock.wall())
@@ -297,7 +317,14 @@ class Performer:
         if record.state is State.CUTOVER and ours and self.held_until is not None:
             await self._steps.step(record, Event.DONE)  # its probation begins once it is started again
             return
-        if record.state in (State.PROBATION, State.CUTOVER) and ours and self.active is not None:
+        confirmed = ours and self.pointer is not None and not self.pointer.trial
+        if record.state in (State.PROBATION, State.CUTOVER) and confirmed:
+            if record.state is State.CUTOVER:
+                record = await self._steps.step(record, Event.DONE)
+            await self._confirm(record, "its pointer was confirmed before the restart")
+            return
+        loaded = self.active is not None and self._loaded == record.digest
+        if record.state in (State.PROBATION, State.CUTOVER) and ours and loaded:
             pass  # boot() loaded it
         elif record.state is State.PROBATION or (record.state is State.CUTOVER and ours):
             record = await self._steps.step(
@@ -315,6 +342,7 @@ class Performer:
             await lane.perform(record, self._work, self._steps, self._ending)
         finally:
             self.busy, self.candidate_version = False, ""
+            self._end_doubt()
             self.trying = self._on_trial
             await self._discard_candidate()
 
@@ -378,7 +406,7 @@ class Performer:
 
     async def _start_to_load(self, record: Record) -> Record:
         """Take the box's one trial, before anything else may run."""
-        self.trying = self.active is not None
+        self.trying = self.pointer is not None and self.pointer.confirmed is not None
         if self._bundle is None:  # a restart came in between
             self._bundle = await self._obtainer.kept(record)
             if self._bundle is None:
@@ -392,7 +420,9 @@ class Performer:
         if confirmed is None or serving is None or self._bundle is None:
             return ""
         found = differences(serving, self._bundle.interface)
-        if not found or record.local or record.plan.allow_incompatible:
+        previous = self.pointer.previous if self.pointer is not None else None
+        goes_back = record.local and previous is not None and previous.digest == record.digest
+        if not found or goes_back or record.source == REVOCATION or record.plan.allow_incompatible:
             return ""
         return (
             f"version {record.version} cannot take the place of {confirmed.version} unnoticed: {'; '.join(found)}; "
@@ -408,20 +438,41 @@ class Performer:
         try:
             self._candidate = await self._host.load(self.slot, self._bundle)
         except AgentError as error:
-            if isinstance(error, SelfTestError):  # what else fails may be the box's fault, and may pass
-                await self._journal.refuse(self._model, record.digest, str(error))
+            confirmed = self.pointer is not None and self.pointer.active.digest == record.digest
+            if isinstance(error, SelfTestError) and not confirmed:  # what else fails may be the box's fault, and pass
+                await self._journal.refuse(self.model, record.digest, str(error))
             event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
             return await self._steps.step(record, event, code=error.code, message=str(error))
         variant = self._candidate.evidence().variant
         self._course = course_of(record.plan.rollout, self._bundle.rollout, self._config)
         if self._course.shares and self._may_share(record):
-            return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._course.shares[0])
+            if reason := await self._missing_beside():
+                message = (
+                    f"what serves cannot stay beside it, which a canary needs ({reason}); --canary none --shadow 0"
+                )
+                return await self._steps.step(record, Event.FAIL, code="canary_impossible", message=message)
+            return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._share_of(record))
         return await self._steps.step(record, Event.DONE, variant=variant)
 
     def _may_share(self, record: Record) -> bool:
         """Whether a confirmed version serves beside which this one could be tried; a rollback is in a hurry."""
         pointer = self.pointer
         return self.active is not None and pointer is not None and not pointer.trial and not record.local
+
+    def _share_of(self, record: Record) -> float:
+        """Return the share to begin with: after a restart the one that was held, since those before are earned."""
+        shares = self._course.shares
+        return record.percent if record.percent in shares else shares[0]
+
+    async def _missing_beside(self) -> str:
+        """Return why what serves does not answer beside the candidate: memory may hold one of them only."""
+        if self.active is None or self.active.evidence().ready:
+            return ""
+        try:
+            await self.active.self_test()
+        except AgentError as error:
+            return str(error)
+        return ""
 
     async def _canary(self, record: Record) -> Record:
         """Watch the candidate at its share; then it gets the next, or everything."""
@@ -475,6 +526,7 @@ class Performer:
             self._trial_began, self.candidate_version = self._candidate.evidence(), ""
             replaced = self._host.activate(self.slot, self._candidate)
             self.active, self._candidate, self.held_until = self._candidate, None, None
+            self._loaded = record.digest
             if self._before is None:
                 self._before = replaced
             elif replaced is not None:
@@ -495,6 +547,10 @@ class Performer:
         while True:
             elapsed_s, shown = self._clock.monotonic() - began, self.active.evidence().since(first)
             judgement = judge(shown, elapsed_s, self._config, before=before)
+            if self._doubt is not None or judgement.late:
+                judgement = self._looked_at_again(judgement)
+                if self._doubt is None:  # its answers from now on count
+                    first = replace(first, latency=self.active.evidence().latency)
             if judgement.verdict is not Verdict.WAIT:
                 found = {**summary(shown, before, elapsed_s, 100.0), "verdict": judgement.reason}
                 record = replace(record, evidence=(*record.evidence, found))
@@ -513,11 +569,31 @@ class Performer:
                 )
             await probe_if_idle(self.active, self._clock, probe_s)
 
+    def _looked_at_again(self, judgement: Judgement) -> Judgement:
+        """Return the verdict about a version that answers late, or did: both versions are asked the same first."""
+        if judgement.verdict is Verdict.ROLL_BACK and not judgement.late:
+            return judgement  # something else speaks against it
+        if self._doubt is None:
+            if self._before is None:
+                return judgement
+            self._doubt = Doubt(self._before, judgement.reason, config=self._config, host=self._host, clock=self._clock)
+        settled = self._doubt.settled()
+        if settled:
+            return Judgement(verdict=Verdict.ROLL_BACK, reason=settled)
+        if settled is not None:
+            self._end_doubt()
+        return Judgement(verdict=Verdict.WAIT)
+
+    def _end_doubt(self) -> None:
+        doubt, self._doubt = self._doubt, None
+        if doubt is not None:
+            doubt.end()
+
     async def _confirm(self, record: Record, reason: str) -> Record:
         if self.pointer is not None and self.pointer.trial:
             self._point(replace(self.pointer, trial=False, starts_in_trial=0, running=False))
-        await self._journal.forgive(self._model, record.digest)
-        await self._journal.note_served(self._model, record.digest)
+        await self._journal.forgive(self.model, record.digest)
+        await self._journal.note_served(self.model, record.digest)
         if self.active is not None:
             self._host.confirm(self.active)
         record = await self._steps.step(record, Event.DONE, message=reason)
@@ -527,33 +603,54 @@ class Performer:
         return record
 
     async def _roll_back(self, record: Record) -> Record:
-        """Pointer first, then requests, then memory."""
-        failed, pointer = self.active, self.pointer
-        if record.code not in (SUPERSEDED, _UNDECIDED):
-            await self._journal.refuse(self._model, record.digest, record.message)
-        previous = pointer.previous if pointer is not None and pointer.trial else None
-        try:
-            if pointer is None or not pointer.trial:
-                return await self._steps.step(record, Event.DONE)  # done before a restart
-            if previous is None:
-                self._pointers.remove(self.slot)
-                self.pointer, self.active, self.held_until = None, None, None
-            else:
-                self._point(Pointer(slot=self.slot, active=previous))
+        """Pointer first, then requests, then memory; only then is the version remembered as bad: none that is loads."""
+        fault, pointer = "", self.pointer
+        bad = record.code not in _BLAMELESS
+        if pointer is not None and pointer.trial:  # else it was done before a restart
+            fault = await self._return_to(pointer.previous, record, stops=bad)
+        if bad:
+            await self._journal.refuse(self.model, record.digest, record.message)
+        if fault:
+            return await self._steps.step(record, Event.FAIL, message=f"{record.message}; {fault}")
+        return await self._steps.step(record, Event.DONE)
+
+    async def _return_to(self, previous: Target | None, record: Record, *, stops: bool) -> str:
+        """Leave the version on trial for ``previous``, which is brought up later if it cannot be now.
+
+        Args:
+            previous: The confirmed version; ``None``: there is none.
+            record: Of the deployment that is undone.
+            stops: What is left may not serve on, although nothing takes its place.
+
+        Returns:
+            Why ``previous`` does not serve; empty if it does.
+
+        Raises:
+            AgentError, OSError: the pointer cannot be written now; nothing has changed.
+        """
+        failed, fault = self.active, ""
+        if previous is None:
+            self._pointers.remove(self.slot)
+            self.pointer, self.active, self.held_until = None, None, None
+        else:
+            self._point(Pointer(slot=self.slot, active=previous))
+            try:
                 if self._before is not None:
                     self._host.activate(self.slot, self._before)
                     self.active, self._before = self._before, None
+                    self._loaded = previous.digest
                 else:
                     self.active = await self._bring_up(previous)
-        except (AgentError, OSError) as error:
-            return await self._steps.step(
-                record, Event.FAIL, message=f"{record.message}; the rollback failed too: {error}"
-            )
+            except (AgentError, OSError) as error:
+                fault = f"the rollback failed too: {error}"
+                if stops:
+                    self.active = None
         if failed is not None and failed is not self.active:
             await self._host.retire(failed)
-        if previous is None:
-            self._host.expect(self.slot, f"version {record.version} was rolled back: {record.message}")
-        return await self._steps.step(record, Event.DONE)
+        if self.active is None:
+            reason = "; ".join(filter(None, (record.message, fault)))
+            self._host.expect(self.slot, f"version {record.version} was rolled back: {reason}")
+        return fault
 
     # Inside
 

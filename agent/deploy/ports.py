@@ -77,6 +77,7 @@ class Evidence:
     late: int = 0  # requests whose deadline passed
     short: int = 0  # requests that memory did not suffice for
     deaths: int = 0
+    under_way: int = 0  # requests that it has not answered yet, at this moment
     ready: bool = True
     reason: str = ""
     variant: str = ""

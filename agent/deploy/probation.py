@@ -36,6 +36,7 @@ class Judgement:
     verdict: Verdict
     reason: str = ""
     undecided: bool = False  # nothing speaks against the version: evidence did not come
+    late: bool = False  # only that it answers later than the version before did, at another time
 
 
 def judge(now: Evidence, elapsed_s: float, config: DeployConfig, *, before: Evidence | None = None) -> Judgement:
@@ -47,8 +48,10 @@ def judge(now: Evidence, elapsed_s: float, config: DeployConfig, *, before: Evid
         config: The gates.
         before: What the version before it has shown lately.
     """
-    if reason := fault_of(now, before, config, config.probation_calls_min):
+    if reason := fault_of(now, before, config):
         return Judgement(verdict=Verdict.ROLL_BACK, reason=reason)
+    if reason := lateness_of(now, before, config, config.probation_calls_min):
+        return Judgement(verdict=Verdict.ROLL_BACK, reason=reason, late=True)
     if elapsed_s >= config.probation_s and now.good >= config.probation_calls_min and now.ready:
         return Judgement(verdict=Verdict.CONFIRM, reason=f"{now.good} good answers in {elapsed_s:.1f} s")
     if elapsed_s >= config.probation_limit_s:
@@ -73,11 +76,12 @@ def judge_share(
         before: What the version that serves has shown over the same time.
     """
     copies = now.copies
-    least = _least(course.calls_min)
-    reason = fault_of(now, before, config, course.calls_min) or _later(
-        copies.durations, copies.originals, config, least, "copies"
+    reason = (
+        fault_of(now, before, config)
+        or lateness_of(now, before, config, course.calls_min)
+        or later(copies.durations, copies.originals, config, course.calls_min, "copies")
     )
-    if not reason and copies.compared >= least and copies.agreement < course.agreement_min:
+    if not reason and copies.compared >= _least(course.calls_min) and copies.agreement < course.agreement_min:
         reason = (
             f"{copies.agreement:.1%} of {copies.compared} copies agree, {course.agreement_min:.1%} must"
             f" (last: {copies.difference or 'no reason'})"
@@ -95,8 +99,8 @@ def judge_share(
     )
 
 
-def fault_of(now: Evidence, before: Evidence | None, config: DeployConfig, calls_min: int) -> str:
-    """Return what speaks against a version that is to give ``calls_min`` good answers; empty if nothing does."""
+def fault_of(now: Evidence, before: Evidence | None, config: DeployConfig) -> str:
+    """Return what speaks against a version, but for lateness; empty if nothing does."""
     if now.deaths:
         return f"{now.deaths} worker death(s) on trial"
     if not now.ready and now.reason:
@@ -107,11 +111,29 @@ def fault_of(now: Evidence, before: Evidence | None, config: DeployConfig, calls
     share, usual = failed / answered if answered else 0.0, before.fault_share if before is not None else 0.0
     if failed >= _FAULTS_MIN and share > usual + config.probation_errors_max:
         return f"{failed} of {answered} answers failed"
+    return ""
+
+
+def lateness_of(now: Evidence, before: Evidence | None, config: DeployConfig, calls_min: int) -> str:
+    """Return by how much a version that is to give ``calls_min`` good answers gives them too late; else empty.
+
+    Where the version before was asked too little meanwhile, its last minutes count.
+    """
     if before is None:
         return ""
-    least = _least(calls_min)
-    usual_latency = before.latency if before.latency.total >= least else before.recent
-    return _later(now.latency, usual_latency, config, least, "answers")
+    usual = before.latency if before.latency.total >= _least(calls_min) else before.recent
+    return later(now.latency, usual, config, calls_min, "answers") or ""
+
+
+def later(now: Counts, before: Counts, config: DeployConfig, calls_min: int, what: str) -> str | None:
+    """Return by how much these durations are too long, empty if they are not; ``None`` if they are too few to say."""
+    if min(now.total, before.total) < _least(calls_min):
+        return None
+    q = min(_Q, 1 - 1 / now.total)  # of few answers the last one alone says nothing
+    ours_ms, theirs_ms = now.quantile_s(q) * 1000, before.quantile_s(_Q) * 1000
+    if ours_ms <= theirs_ms * config.latency_factor_max + config.latency_slack_ms:
+        return ""
+    return f"95 % of the {what} came within {ours_ms:.1f} ms, those of the version before within {theirs_ms:.1f} ms"
 
 
 def summary(now: Evidence, before: Evidence | None, elapsed_s: float, share: float) -> dict[str, Any]:
@@ -126,6 +148,9 @@ def summary(now: Evidence, before: Evidence | None, elapsed_s: float, share: flo
     if copies.compared or copies.skipped:
         found |= {"compared": copies.compared, "agreement": round(copies.agreement, 4), "skipped": copies.skipped}
         found |= _latency("copies_", copies.durations) | _latency("originals_", copies.originals)
+        for q in (50, 95) if copies.durations.total else ():
+            delta = found[f"copies_p{q}_ms"] - found[f"originals_p{q}_ms"]
+            found[f"delta_p{q}_ms"] = round(delta, 3)
         found |= {"difference": copies.difference} if copies.difference else {}
     return found
 
@@ -133,17 +158,6 @@ def summary(now: Evidence, before: Evidence | None, elapsed_s: float, share: flo
 def _least(calls_min: int) -> int:
     low, high = _SAMPLES
     return max(low, min(high, calls_min))
-
-
-def _later(now: Counts, before: Counts, config: DeployConfig, least: int, what: str) -> str:
-    """Return by how much these durations are too long, empty if they are not or too few to say."""
-    if min(now.total, before.total) < least:
-        return ""
-    q = min(_Q, 1 - 1 / now.total)  # of few answers the last one alone says nothing
-    ours_ms, theirs_ms = now.quantile_s(q) * 1000, before.quantile_s(_Q) * 1000
-    if ours_ms <= theirs_ms * config.latency_factor_max + config.latency_slack_ms:
-        return ""
-    return f"95 % of the {what} came within {ours_ms:.1f} ms, those of the version before within {theirs_ms:.1f} ms"
 
 
 def _latency(prefix: str, counts: Counts) -> dict[str, float]:

@@ -19,7 +19,7 @@ from agent.clock import Clock
 from agent.config import DeployConfig
 from agent.deploy.desired import REVOCATION, STAGING, TRANSIENT, Action, Desired, Ending, decide, may_pass, serves
 from agent.deploy.gates import Situation
-from agent.deploy.holds import Holds
+from agent.deploy.holds import EVERY_MODEL, Holds
 from agent.deploy.journal import Journal
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
@@ -31,7 +31,8 @@ from agent.deploy.revocation import Measure, OnRevoked, Revoked
 from agent.deploy.revocations import Revocations, fall_back_id
 from agent.deploy.slots import model_of, slot_of, version_beside
 from agent.deploy.stager import Stager
-from agent.deploy.state import BEFORE_CUTOVER, FINAL, Event, Record, State, staging_lane
+from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, WAITING, Event, Record, State, staging_lane
+from agent.deploy.steps import Steps
 from agent.deploy.wishes import Wishes
 from agent.errors import AgentError, BundleError, CommandError, NotFoundError, PolicyError
 from agent.events import EventBus, Severity, Stream
@@ -42,6 +43,8 @@ _REVIVE_S: Final = 30.0
 _FIRST_POLL_S: Final = 60.0  # for a model that has nothing to serve yet, or whose trouble may have passed
 
 _HELD: Final = frozenset({Action.RESUME, Action.NOTHING, Action.POLL})  # none ends a hold
+_GATED: Final = frozenset({State.QUEUED, State.WAITING_WINDOW})
+_PAST_GATE: Final = TRIAL | {State.LOADING, State.CANARY}
 _RESTING: Final = FINAL | {State.PROBATION}
 
 
@@ -97,13 +100,15 @@ class Reconciler:
         self._prepared: dict[str, Record] = {}  # by slot: on disk as asked, and not loaded yet
         self._clock_trusted = clock_trusted
         self._wishes = Wishes(journal, configured, lambda: clock.wall() if clock_trusted() else None)
-        self._waiting: dict[str, Record] = {}  # by slot: deployments that wait for their time
+        self._under_way: dict[str, Record] = {}  # by slot: deployments that have not ended
         self.holds = Holds(config, clock, changed=self._nudge)
         self._hints: dict[str, asyncio.Event] = {}
         self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
         self._change: asyncio.Future[None] | None = None
         self._new_slot = asyncio.Event()
         self._running: set[str] = set()  # slots that have a task
+        self._unfinished: set[str] = set()  # slots of which a deployment was under way when this process began
+        self._unfinished_staging: set[str] = set()  # the same of what is only prepared
         self._to_boot: dict[str, Pointer] = {}
         self._held = ""  # why nothing may serve
         self._offers: dict[str, Offer] = {}
@@ -117,7 +122,7 @@ class Reconciler:
             slots=self._lanes,
             wishes=lambda: self._wishes.strongest,
             revoked=self.revocations.all,
-            prepared=lambda: frozenset(record.digest for record in self._prepared.values()),
+            staged=lambda: {staging_lane(slot) for slot in self._wishes.staged},
         )
         self.booted = asyncio.Event()  # every slot with a pointer serves, or could not be made to
 
@@ -140,7 +145,7 @@ class Reconciler:
             await self.revocations.learn(await self._store.heard())
         with contextlib.suppress(AgentError):
             await self._removals.load()
-            await self._wishes.refresh()
+            await self._read_wishes()
         for slot in self._wishes.strongest or self._wishes.configured:
             self._host.expect(slot, "its first version has not arrived yet")
         self._to_boot = {pointer.slot: pointer for pointer in pointers if pointer.slot not in self._removals}
@@ -153,13 +158,14 @@ class Reconciler:
         """Component: keep every slot's task alive; each first serves what its pointer names."""
         async with asyncio.TaskGroup() as group:
             self._running = set()
+            group.create_task(self._tell_ends(), name="ends of the last life")
             while True:
                 self._new_slot.clear()
                 for slot in self._all_slots():
                     if slot not in self._running:
                         self._running.add(slot)
                         group.create_task(self._keep(slot), name=f"slot {slot}")
-                for slot in self._wishes.staging_slots():
+                for slot in self._wishes.staging_slots() | self._unfinished_staging:
                     if (lane := staging_lane(slot)) not in self._running:
                         self._running.add(lane)
                         group.create_task(self._keep_staging(slot), name=f"staging {slot}")
@@ -375,7 +381,7 @@ class Reconciler:
         if wish is None:
             raise NotFoundError(f"nothing is wanted of {slot!r}")
         performer, latest = self._performer(slot), await self._journal.latest(slot)
-        if latest is not None and latest.state is State.FETCH_WAIT and self._wishes.ending(latest) is None:
+        if latest is not None and latest.state in WAITING and self._ending(latest) is None:
             performer.offer(medium)
             return latest
         offered = await self._store.resolve(
@@ -448,12 +454,25 @@ class Reconciler:
         """Return the newest deployments, newest first."""
         return await self._journal.history(limit=limit)
 
+    def waiting(self) -> list[Record]:
+        """Return the deployments that wait for their time."""
+        return [record for record in self._under_way.values() if record.state in _GATED]
+
+    def past_gate(self, model: str) -> list[dict[str, str]]:
+        """Return the deployments of ``model`` (``*``: of all) that no hold can keep waiting any more."""
+        return [
+            {"slot": name, "deployment": record.id, "version": record.version, "state": str(record.state)}
+            for name, record in self._under_way.items()
+            if model in (record.model, EVERY_MODEL) and record.state in _PAST_GATE
+        ]
+
     def slots(self) -> list[dict[str, object]]:
         """Return wish and pointer of every slot."""
         rows: list[dict[str, object]] = []
         for slot in sorted(filter(self._serves_or_wanted, self._all_slots()), key=lambda slot: (model_of(slot), slot)):
             performer, wish = self._performers.get(slot), self._wishes.strongest.get(slot)
-            waits, prepared = self._waiting.get(slot), self._prepared.get(slot)
+            under_way, prepared = self._under_way.get(slot), self._prepared.get(slot)
+            waits = under_way is not None and under_way.state in _GATED
             pointer = performer.pointer if performer is not None else None
             rows.append(
                 {
@@ -468,8 +487,8 @@ class Reconciler:
                     if pointer is not None and pointer.previous is not None
                     else None,
                     "trial": pointer.trial if pointer is not None else False,
-                    "waits": waits.message if waits is not None else "",
-                    "held_by": self.holds.holder(slot),
+                    "waits": under_way.message if under_way is not None and waits else "",
+                    "held_by": self.holds.holder(model_of(slot)),
                     "prepared": prepared.version if prepared is not None else None,
                 }
             )
@@ -521,8 +540,8 @@ class Reconciler:
             if await self._close_unbegun(slot, performer, staging=False):
                 return None
         action = decide(wish, performer.pointer, latest)
-        if action is Action.BEGIN and wish is not None and self.revocations.against(wish):
-            action = Action.NOTHING  # what the wish names is never loaded again
+        if action is Action.BEGIN and wish is not None and (reason := self.revocations.against(wish)):
+            return await performer.refuse(wish, reason)
         if slot in self._removals:
             return await self._remove(performer, latest)
         stopped = ""
@@ -569,8 +588,21 @@ class Reconciler:
     async def _read_wishes(self) -> None:
         if not self._wishes.known:
             await self.revocations.load()
+            unfinished = await self._journal.unfinished()  # perhaps of a wish that was withdrawn
+            self._unfinished = {record.slot for record in unfinished if not record.plan.stage_only}
+            self._unfinished_staging = {record.slot for record in unfinished if record.plan.stage_only}
             await self._wishes.refresh()
             self._new_slot.set()
+
+    async def _tell_ends(self) -> None:
+        """Tell once more how deployments ended that a cut may have silenced; each end has a key that names it."""
+        steps, backoff = Steps(self._journal, self._events, self._clock, self._note), Backoff(first_s=1.0, cap_s=60.0)
+        while True:
+            try:
+                return await steps.tell_again()
+            except AgentError as error:
+                _log.warning("ends cannot be told again yet", reason=str(error))
+                await self._clock.sleep(1.0 + backoff.next())
 
     async def _close_unbegun(self, slot: str, lane: Performer | Stager, *, staging: bool) -> bool:
         """Record the ends of wishes that never began; return whether there were any."""
@@ -654,8 +686,7 @@ class Reconciler:
             await performer.revive()
         except AgentError as error:
             _log.warning("still does not load", slot=performer.slot, reason=str(error))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(hint.wait(), _REVIVE_S)
+            await self._hinted(hint, _REVIVE_S)
 
     async def _hold(
         self, performer: Performer, hint: asyncio.Event, wish: Desired | None, latest: Record | None, left_s: float
@@ -667,12 +698,12 @@ class Reconciler:
             except AgentError as error:
                 _log.error("does not load", slot=performer.slot, reason=str(error))
             return
-        async with asyncio.TaskGroup() as group:
-            waits = [group.create_task(hint.wait()), group.create_task(self._clock.sleep(min(left_s, _FIRST_POLL_S)))]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
-        if hint.is_set() or wish is None or latest is None or latest.state in FINAL:
+        if (
+            await self._hinted(hint, min(left_s, _FIRST_POLL_S))
+            or wish is None
+            or latest is None
+            or latest.state in FINAL
+        ):
             return
         offered = await self._offered(wish, performer.pointer)
         if offered is not None and offered.digest != latest.digest:
@@ -684,13 +715,19 @@ class Reconciler:
         interval_s = self._poll_interval_s or None
         if performer.pointer is None or latest.code in TRANSIENT:
             interval_s = min(_FIRST_POLL_S, interval_s or _FIRST_POLL_S)
-        try:
-            await asyncio.wait_for(hint.wait(), interval_s)
-        except TimeoutError:
-            pass
-        else:
-            return
-        await self._look_for_newer(performer, wish, latest)
+        if not await self._hinted(hint, interval_s):
+            await self._look_for_newer(performer, wish, latest)
+
+    async def _hinted(self, hint: asyncio.Event, limit_s: float | None) -> bool:
+        """Wait for a hint, at most so long (``None``: for ever); return whether one came."""
+        if limit_s is None:
+            return await hint.wait()
+        async with asyncio.TaskGroup() as group:
+            waits = [group.create_task(hint.wait()), group.create_task(self._clock.sleep(limit_s))]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        return hint.is_set()
 
     async def _look_for_newer(self, performer: Performer, wish: Desired, latest: Record) -> None:
         offered = await self._offered(wish, performer.pointer)
@@ -762,6 +799,14 @@ class Reconciler:
     def _ending(self, record: Record) -> Ending | None:
         if record.slot in self._removals:
             return Ending(event=Event.SUPERSEDE, message="it is being removed")
+        performer = self._performers.get(record.slot)
+        if record.state in WAITING and record.lane == record.slot and performer is not None:
+            pointer = performer.pointer
+            if pointer is not None and performer.active is not None and record.source != REVOCATION:
+                reason = self._held or self.revocations.forbidden(pointer.active.digest)
+                if reason:  # which cannot wait for what this deployment waits for; its wish begins anew
+                    message = f"{pointer.active.version}, which serves, is to be stopped first: {reason}"
+                    return Ending(event=Event.SUPERSEDE, message=message)
         return self._wishes.ending(record)
 
     def _stager(self, slot: str) -> Stager:
@@ -789,13 +834,15 @@ class Reconciler:
 
     def _situation(self, record: Record) -> Situation:
         performer = self._performers.get(record.slot)
+        pointer = performer.pointer if performer is not None else None
         trying = {slot for slot, other in self._performers.items() if other.trying}
         trying |= {slot for slot, pointer in self._to_boot.items() if pointer.trial and pointer.previous is not None}
         return Situation(
             wall_s=self._clock.wall(),
             clock_trusted=self._clock_trusted(),
-            serves=performer is not None and performer.active is not None,
-            held_by=self.holds.holder(record.slot),
+            serves=any(other.active is not None for other in self._performers.values() if other.model == record.model),
+            replaces=pointer is not None and pointer.confirmed is not None,
+            held_by=self.holds.holder(record.model),
             on_trial=next(iter(sorted(trying - {record.slot})), ""),
         )
 
@@ -806,7 +853,7 @@ class Reconciler:
 
     def _all_slots(self) -> set[str]:
         known = self._to_boot.keys() | self._performers.keys()
-        return known | self._wishes.slots() | set(self._removals)
+        return known | self._wishes.slots() | set(self._removals) | self._unfinished
 
     def _serves_or_wanted(self, slot: str) -> bool:
         performer = self._performers.get(slot)
@@ -833,10 +880,11 @@ class Reconciler:
         self._current[record.id] = record
         self._wishes.note(record)
         if record.lane == record.slot:
-            if record.state in (State.QUEUED, State.WAITING_WINDOW):
-                self._waiting[record.slot] = record
-            else:
-                self._waiting.pop(record.slot, None)
+            self._under_way[record.slot] = record
+            if record.state in FINAL:
+                del self._under_way[record.slot]
+        elif record.state is State.PREPARED:
+            self._prepared[record.slot] = record
         if record.state in FINAL:
             self._hint(staging_lane(record.slot)).set()
         while len(self._current) > 64:

@@ -31,7 +31,7 @@ class Retention:
 
     Args:
         slots: By lane; the caller's own, so that it is always current.
-        prepared: Digests that were asked to be on disk, and are not loaded yet.
+        staged: The lanes in which somebody wants a version to be on disk.
         wishes, revoked: What holds now.
     """
 
@@ -44,7 +44,7 @@ class Retention:
         slots: Mapping[str, Slot],
         wishes: Callable[[], Mapping[str, Desired]],
         revoked: Callable[[], list[Revoked]],
-        prepared: Callable[[], frozenset[str]] = frozenset,
+        staged: Callable[[], set[str]],
     ) -> None:
         self._store = store
         self._journal = journal
@@ -52,7 +52,7 @@ class Retention:
         self._slots = slots
         self._wishes = wishes
         self._revoked = revoked
-        self._prepared = prepared
+        self._staged = staged
 
     async def tidy(self) -> None:
         """Remove what nothing needs, unless a deployment is under way."""
@@ -121,15 +121,22 @@ class Retention:
 
         ``more``: digests that stay, too; deployments without a digest are then taken to be of these.
         """
-        paths, digests, pinned = set(self.in_use()), more | self._prepared(), self.pinned()
-        for slot in list(self._slots):
-            latest = await self._journal.latest(slot)
-            if latest is not None and latest.state not in FINAL:
+        paths, digests, pinned = set(self.in_use()), more, self.pinned()
+        staged, revoked = self._staged(), frozenset(item.digest for item in self._revoked())
+        for lane in staged | self._slots.keys():
+            latest = await self._journal.latest(lane)
+            if (
+                latest is not None
+                and latest.state is State.PREPARED
+                and lane in staged
+                and latest.digest not in revoked
+            ):
+                digests |= {latest.digest}
+            elif latest is not None and latest.state not in FINAL:
                 if not latest.digest and not more and latest.state is not State.QUEUED:
                     return None
                 digests |= {latest.digest}
         if pinned:
             inventory = await self._store.inventory()
             paths |= {item.path for item in inventory.versions if (item.team, item.name, item.version) in pinned}
-        revoked = frozenset(item.digest for item in self._revoked())
         return Needed(paths=frozenset(paths), digests=digests - {""}, revoked=revoked)

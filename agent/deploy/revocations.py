@@ -88,16 +88,18 @@ class Revocations:
         """Return what is to be done about what a slot serves; a fallback that failed is not tried again."""
         if pointer is None or pointer.active.digest not in self._known:
             return Measure.NONE, None
+        model = pointer.active.name
+        failed = {digest for name, digest, _ in await self._journal.all_refused() if name == model}
         measure, kept = decide(
             pointer,
             revoked=self._known,
             kept=(await store.inventory()).versions,
-            served=await self._journal.served(pointer.active.name),
+            served=await self._journal.served(model) - failed,
             policy=self._policy,
         )
         before = await self._journal.get(fall_back_id(pointer, kept)) if kept is not None else None
-        failed = before is not None and before.state in FINAL - {State.CONFIRMED, State.SUPERSEDED}
-        return (Measure.STOP, None) if failed else (measure, kept)
+        in_vain = before is not None and before.state in FINAL - {State.CONFIRMED, State.SUPERSEDED}
+        return (Measure.STOP, None) if in_vain else (measure, kept)
 
     def tell(self, digest: str, measure: Measure) -> Revoked:
         """Report once that a slot serves a revoked version, and what is done; return that version."""

@@ -41,6 +41,12 @@ class Steps:
         self._tell(after)
         return after
 
+    async def tell_again(self) -> None:
+        """Tell the ends that a cut may have come before, of all slots; their keys say that they are the same facts."""
+        for record in await self._journal.untold():
+            self._tell(record)
+            await self._journal.heard(record.id)
+
     async def note(self, record: Record) -> None:
         """Write what changed while a deployment stays in its state, for whoever looks; no step, no event."""
         await self._journal.save(record)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class Watch:
         self._one_at_a_time = asyncio.Lock()
         metrics.gauge("inferd_trust_age_seconds", "Age of the newest signature of the store", (), self._age)
         metrics.gauge("inferd_trust_state", "1 for the state the box is in", ("state",), self._states)
+        metrics.gauge("inferd_deployment_waiting", "1 while a deployment waits", ("model", "state"), self._waiting)
+        metrics.gauge("inferd_model_holds", "Applications that hold a model", ("model",), self._holds)
         metrics.gauge("inferd_clock_trusted", "0: the clock is before a signature", (), self._clock_state)
 
     async def run(self) -> None:
@@ -156,6 +159,13 @@ class Watch:
     def _states(self) -> list[tuple[tuple[str, ...], float]]:
         now = self._told.freshness if self._told is not None else "unknown"
         return [((state,), float(state == now)) for state in FRESHNESS]
+
+    def _waiting(self) -> list[tuple[tuple[str, ...], float]]:
+        return [((record.slot, str(record.state)), 1.0) for record in self._reconciler.waiting()]
+
+    def _holds(self) -> list[tuple[tuple[str, ...], float]]:
+        counts = Counter(row["model"] for row in self._reconciler.holds.plain() if row["counts"])
+        return [((model,), float(count)) for model, count in counts.items()]
 
     def _clock_state(self) -> list[tuple[tuple[str, ...], float]]:
         return [((), float(self._told.clock_trusted))] if self._told is not None else []

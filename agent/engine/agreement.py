@@ -64,6 +64,11 @@ class _Output(NamedTuple):
 
 
 _RowsAgree = Callable[[Sequence[Any], Sequence[Any]], bool]
+# What malformed answers make of the code below: a candidate may say anything.
+_NONSENSE: Final = (
+    TensorError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, struct.error,
+    msgspec.MsgspecError,
+)  # fmt: skip
 _AGREES: Final = Agreement(1.0)
 
 
@@ -108,7 +113,7 @@ def compare(
                 left, right = _oip(mine, found_body, json_bytes[0]), _oip(theirs, wanted_body, json_bytes[1])
                 return _outputs_agree(left, right, rules)
             return _documents_agree(mine, theirs)
-    except (TensorError, ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
+    except _NONSENSE as error:
         return Agreement(0.0, f"cannot be compared: {str(error)[:120]}")
     return Agreement(0.0, "the bodies are not equal") if small else None
 

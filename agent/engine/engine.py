@@ -29,6 +29,7 @@ from agent.engine.canary import Canary
 from agent.engine.cgroups import Groups
 from agent.engine.cores import Cores
 from agent.engine.crashes import Crashes
+from agent.engine.growth import Bounds
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, Terms
 from agent.engine.learned import Learned
@@ -151,6 +152,7 @@ class Engine:
             interval_s=config.selftest_interval_s,
             idle_s=config.variants.idle_s,
             timeout_s=config.hang_timeout_s,
+            share_max=config.selftest_share_max,
         )
         self._add_gauges(metrics)
 
@@ -169,6 +171,12 @@ class Engine:
             metrics.gauge(name, text, ("model", "version"), self._gauge(of))
         labels = ("model", "version")
         metrics.gauge("inferd_canary_percent", "Of the routing keys that a candidate answers", labels, self._shares)
+        metrics.gauge(
+            "inferd_shadow_latency_delta_seconds",
+            "By how much a candidate's answers to copies took longer than the originals",
+            (*labels, "quantile"),
+            self._deltas,
+        )
         metrics.gauge("inferd_shadow_agreement", "Of a candidate's copies, 0..1", labels, self._agreements)
 
     @asynccontextmanager
@@ -346,9 +354,10 @@ class Engine:
                 except BaseException:
                     await self.retire(version, beside=beside, timeout_s=0)
                     raise
-                version.stage = Stage.TRYING
+                version.stage, version.trying_beside = Stage.TRYING, beside
                 return version
             version = self._make_version(spec, Stage.TRYING)
+            version.trying_beside = beside
             version.hold(beside=beside)
             self._loaded.add(version)
             try:
@@ -391,7 +400,8 @@ class Engine:
         """Let a loaded candidate answer a share of the keys, and copy a share of the other requests to it.
 
         May be repeated with other shares; what copies have shown is kept as long as their share is. The default stands
-        in for it wherever it fails. The model gives no direct lanes until ``end_try``.
+        in for it wherever it fails. The model gives no direct lanes until ``end_try``. Copies may also go to the
+        version before one on trial, to tell whether that is slow or the box.
         """
         route = self._route_of(version.model)
         default, before = route.default, route.canary
@@ -413,7 +423,8 @@ class Engine:
                 durations=self._copy_latency.series(labels),
                 now=self._now,
             )
-        version.stand_in = default
+        if version.stage is Stage.TRYING:  # not one that stands in itself
+            version.stand_in = default
         requests = (before.requests, before.diverted) if before is not None and same else (0, 0)
         route.canary = Canary(version, canary_percent, shadow, *requests)
         version.route(here=True)
@@ -499,6 +510,13 @@ class Engine:
         report = await found.examine(timeout_s=self._config.hang_timeout_s)
         return {**named, **report.plain()}
 
+    def scale(self, model: str, bounds: Bounds) -> None:
+        """Let the versions of a model have a number of workers within ``bounds``."""
+        for version in self._loaded:
+            if version.model == model:
+                version.rebound(bounds)
+        self._work.set()
+
     def warm(self, runtime: str) -> None:
         """Start a runtime's zygote now, so that the first load need not wait for it; failures show at that load."""
         self._spawn(self._warm(self._zygote(runtime)), f"warm {runtime}")
@@ -543,14 +561,13 @@ class Engine:
 
     async def retire(self, version: Version, *, beside: bool = False, timeout_s: float = 30.0) -> None:
         """Take a version from its slot; unless another slot holds it, answer what it still holds, then unload it."""
-        self.end_try(version)
+        if not beside:
+            self.end_try(version)
         route = self._route_of(version.model)
         route.leave(version, beside=beside)
         version.let_go(beside=beside)
         if version.holders:
             version.route(here=version is route.default or route.beside.get(version.version) is version)
-            version.stand_in = None
-            version.stage = Stage.SERVING
             self._residency.look_again()
             return
         self._prune(version.model)
@@ -747,6 +764,15 @@ class Engine:
     def _agreements(self) -> list[tuple[tuple[str, ...], float]]:
         tallies = [((one.candidate.model, one.candidate.version), one.tally()) for one in self._canaries()]
         return [(labels, tally.agreed / tally.compared) for labels, tally in tallies if tally.compared]
+
+    def _deltas(self) -> list[tuple[tuple[str, ...], float]]:
+        found: list[tuple[tuple[str, ...], float]] = []
+        for one in self._canaries():
+            tally = one.tally()
+            for q in (0.5, 0.95) if tally.durations.total else ():
+                delta_s = tally.durations.quantile_s(q) - tally.originals.quantile_s(q)
+                found.append(((one.candidate.model, one.candidate.version, f"{q:g}"), delta_s))
+        return found
 
     def _is_default(self, version: Version) -> bool:
         return self._routes[version.model].default is version

@@ -24,6 +24,7 @@ from agent.engine.cgroups import Group
 from agent.engine.claims import hello_of, part_of
 from agent.engine.cores import Cores
 from agent.engine.crashes import Crashes
+from agent.engine.growth import Bounds
 from agent.engine.job import Job, error_of
 from agent.engine.lanes import Lane, LaneCounts, Terms, counts_of
 from agent.engine.link import WorkerLink
@@ -143,6 +144,7 @@ class Pool:
         self.held = ""  # why it could not grow when it last should have
         self.links: list[WorkerLink] = []
         self.waiting: deque[Job] = deque()
+        self.resting: WorkerLink | None = None  # takes nothing more: it is to leave
         self.hello: dict[str, Any] = {}
         self.restarts = 0
         self.cause = ""  # how its last worker that died ended, or why none starts
@@ -170,6 +172,10 @@ class Pool:
         self._place = place
         self._size_before = size_before
         self._sizing = Sizing(self, spawn=spawn, now=self._loop.time)
+
+    def rebound(self, bounds: Bounds) -> None:
+        """Have a number of workers within other bounds from now on."""
+        self._sizing.rebound(bounds)
 
     @property
     def resident_bytes_max(self) -> int:
@@ -266,7 +272,7 @@ class Pool:
             raise LaneRefusedError("the bundle's own code runs in its worker")
         if not self.links or self._closed.is_set():
             raise LaneRefusedError("no worker is ready")
-        link = min(self.links, key=lambda link: len(link.lanes))
+        link = min(self.links, key=lambda link: (link is self.resting, len(link.lanes)))
         try:
             return Lane(number, link, terms, model=str(self.spec.worker["model"]), version=self.version)
         except OSError as error:
@@ -459,6 +465,12 @@ class Pool:
         self._leaving.add(link)
         self._spawn(self._see_off(link), f"see off {link.process.pid}")
 
+    def rest(self, link: WorkerLink | None) -> None:
+        """Give this worker nothing more, from now on, and no other; its lanes end once they are answered."""
+        self.resting = link
+        for lane in list(link.lanes.values()) if link is not None else ():
+            lane.revoke()
+
     def resized(self, change: str, reason: str) -> None:
         """Tell that the pool has ``grown`` or ``shrunk``, or was ``held`` where it is."""
         self._owner.pool_resized(change, self.size, reason)
@@ -477,6 +489,8 @@ class Pool:
         """The worker with the fewest jobs, if it has room."""
         best = None
         for link in self.links:
+            if link is self.resting:
+                continue
             if len(link.owed) < self.spec.window and link.held_bytes < _HELD_BYTES_MAX:
                 if not link.owed:
                     return link

@@ -6,6 +6,7 @@ default, beside it, on trial, or kept for a rollback. Leaves out: what a version
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -74,8 +75,9 @@ class Route(Generic[V]):
     @property
     def versions(self) -> list[str]:
         """The versions that requests may name, the default first; also those that are not there yet."""
-        serving = [one.version for one in self]
-        return list(dict.fromkeys([*serving, *(version for version in self.expected if version)]))
+        first = [] if self.default is None else [self.default.version]
+        others = {one.version for one in self} | self.expected.keys() - {""}
+        return list(dict.fromkeys([*first, *sorted(others, key=_order)]))
 
     @property
     def empty(self) -> bool:
@@ -101,6 +103,11 @@ class Route(Generic[V]):
         default = self.default.version if self.default is not None else None
         names = [f"{version} (default)" if version == default else version for version in self.versions]
         return f"there are {', '.join(names)}" if names else "there are no versions"
+
+
+def _order(version: str) -> list[str | int]:
+    """Return what sorts versions by their numbers: 10.0.0 after 9.0.0."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", version)]
 
 
 def _named(model: str, version: str | None) -> str:

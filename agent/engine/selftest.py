@@ -83,6 +83,7 @@ class SelfTestRecord:
 
     due_at: float = 0.0  # loop seconds
     tested_at: float = -math.inf  # loop seconds
+    resume_at: int = 0  # the input at which the last test gave way to requests: the next one begins there
     last: Report | None = None
     failed_at: dict[str, deque[float]] = field(default_factory=dict)  # by variant
 
@@ -140,11 +141,12 @@ async def examine(version: Examined, pool: Pool, *, timeout_s: float, patient: b
     """
     worst: dict[str, GoldenResult] = {}
     count = max(1, len(pool.spec.worker.get("golden", ())))  # without any it shows that the worker answers
-    tried = 0
+    start, tried = version.tests.resume_at % count, 0
     for link in list(pool.links):
         tried += 1
-        for entry in range(count):
+        for entry in (*range(start, count), *range(start)):
             if patient and not pool.quiet(asyncio.get_running_loop().time()):
+                version.tests.resume_at = entry
                 return _report(pool, worst, tried, complete=False)
             if link not in pool.links:
                 break  # it left, or died of something else: there is another one, tested by its load
@@ -161,6 +163,7 @@ async def examine(version: Examined, pool: Pool, *, timeout_s: float, patient: b
             if not found.ok:
                 report = _report(pool, worst, tried, code=found.code, message=found.message)
                 return version.tested(pool, link, report)
+    version.tests.resume_at = 0
     return version.tested(pool, None, _report(pool, worst, tried))
 
 
@@ -174,7 +177,10 @@ class SelfTests:
         interval_s: float,
         idle_s: float,
         timeout_s: float,
+        share_max: float,
     ) -> None:
+        """``share_max``: how much of the time may go into the tests of one version."""
+        self._share_max = share_max
         self._versions = versions
         self._interval_s = interval_s
         self._idle_s = idle_s
@@ -203,9 +209,11 @@ class SelfTests:
         except (AgentError, OSError) as error:
             _log.warning("a self-test could not be made", name=version.name, reason=str(error))
             return
+        ended = asyncio.get_running_loop().time()
+        wait_s = (ended - now) / self._share_max
         if report.complete:
-            wait_s = self._interval_s if report.ok else min(self._interval_s, _AGAIN_S)
-            version.tests.due_at = asyncio.get_running_loop().time() + wait_s
+            wait_s = max(wait_s, self._interval_s) if report.ok else min(self._interval_s, _AGAIN_S)
+        version.tests.due_at = ended + wait_s
 
 
 def _report(

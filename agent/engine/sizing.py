@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from agent.backoff import Backoff
-from agent.engine.growth import Move, Seen, Trend, step
+from agent.engine.growth import Bounds, Move, Seen, Trend, step
 from agent.engine.job import Job
 from agent.engine.link import WorkerLink
 from agent.engine.types import VariantSpec
@@ -29,6 +30,7 @@ class Sized(Protocol):
     held: str  # why it could not grow when it last should have
     links: list[WorkerLink]
     waiting: deque[Job]
+    resting: WorkerLink | None  # takes nothing more
 
     @property
     def closed(self) -> bool:
@@ -47,6 +49,9 @@ class Sized(Protocol):
 
     def let_go(self, link: WorkerLink) -> None:
         """Let a worker leave."""
+
+    def rest(self, link: WorkerLink | None) -> None:
+        """Give this worker nothing more, from now on, and no other."""
 
     def resized(self, change: str, reason: str) -> None:
         """Tell that the pool has ``grown`` or ``shrunk``, or was ``held`` where it is."""
@@ -68,8 +73,11 @@ class Sizing:
 
     def sweep(self, now: float) -> None:
         """Look whether the pool should have another size."""
-        pool = self._pool
-        if pool.spec.bounds.most <= pool.spec.bounds.least or pool.closed:
+        pool, bounds = self._pool, self._pool.spec.bounds
+        if len(pool.links) > bounds.most and not pool.closed:
+            self._let_surplus_go(bounds.most)
+            return
+        if bounds.most <= bounds.least or pool.closed:
             return
         seen = Seen(
             now=now,
@@ -86,6 +94,23 @@ class Sizing:
             self._spawn(self._grow(reason), f"grow {pool.spec.id}")
         elif move is Move.SHRINK:
             self._shrink()
+
+    def rebound(self, bounds: Bounds) -> None:
+        """Keep to other bounds from now on: grow to the least at once, and let those above the most go once idle."""
+        pool = self._pool
+        pool.spec = replace(pool.spec, bounds=bounds)
+        pool.size = min(pool.size, bounds.most)
+        pool.rest(None)
+        self._trend = Trend()
+        if pool.size < bounds.least:
+            self._spawn(self._fill(), f"grow {pool.spec.id}")
+
+    async def _fill(self) -> None:
+        pool = self._pool
+        pool.held = ""
+        while pool.size < pool.spec.bounds.least and not pool.held and not pool.closed:
+            pool.size += 1
+            await self._grow(f"at least {pool.spec.bounds.least} are wanted")
 
     def catch_up(self, size_before: int) -> None:
         """Grow to the size of the version before, one worker at a time."""
@@ -132,6 +157,16 @@ class Sizing:
         pool.size -= 1
         pool.let_go(spare[-1])
         pool.resized("shrunk", f"not needed for {pool.spec.bounds.shrink_idle_s:g} s")
+
+    def _let_surplus_go(self, most: int) -> None:
+        """Give one worker nothing more, and let it go once it owes nothing: others are asked meanwhile."""
+        pool = self._pool
+        if pool.resting not in pool.links:
+            pool.rest(min(pool.links, key=lambda link: len(link.owed)))
+        elif pool.resting in pool.spare:
+            pool.let_go(pool.resting)
+            pool.rest(None)
+            pool.resized("shrunk", f"no more than {most} are wanted")
 
     def _queued_s(self, now: float) -> float:
         """Return how long the oldest request that the last growth could have helped has queued (seconds)."""

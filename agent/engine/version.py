@@ -26,6 +26,7 @@ from agent.engine.claims import answer_of
 from agent.engine.climb import Climb
 from agent.engine.contest import contest
 from agent.engine.crashes import Crashes
+from agent.engine.growth import Bounds
 from agent.engine.job import Job, error_of
 from agent.engine.ladder import Purpose, Try, Verdict
 from agent.engine.lanes import LaneCounts
@@ -127,6 +128,7 @@ class Version:
         self.tests = SelfTestRecord()
         self.holders = 0  # slots that hold it
         self.beside = 0  # of them those beside the default
+        self.trying_beside = False  # it is one of those that tries it, if it is on trial
         self.routed = False  # whether requests come: otherwise nothing better is looked for
         self.deaths = 0
         self.good = 0
@@ -282,9 +284,12 @@ class Version:
         self.beside += beside
 
     def let_go(self, *, beside: bool) -> None:
-        """Let one slot hold it no longer."""
+        """Let one slot hold it no longer; what that slot kept it loaded for is over for those that still do."""
         self.holders -= 1
         self.beside -= beside
+        kept_for_it = self.trying_beside == beside if self.stage is Stage.TRYING else not beside
+        if self.holders and kept_for_it:
+            self.stand_in, self.stage = None, Stage.SERVING
 
     def recent(self) -> Counts:
         """Return how long its answers of the last minutes took."""
@@ -559,6 +564,13 @@ class Version:
         self.routed = here
         self._climb.up()
 
+    def rebound(self, bounds: Bounds) -> None:
+        """Have a number of workers within other bounds from now on, whichever variant serves."""
+        self._variants = {name: replace(variant, bounds=bounds) for name, variant in self._variants.items()}
+        for pool in list(self.pools):
+            if not pool.closed:
+                pool.rebound(bounds)
+
     def device_lost(self, device: str) -> None:
         """Leave a device that is gone: a variant that is not pinned to it finds another, if there is one."""
         for variant in self._standing.pinned_to(device):
@@ -606,7 +618,7 @@ class Version:
         """Run the golden inputs again in every worker, because somebody asks, and do what follows.
 
         Raises:
-            UnavailableError: it does not serve.
+            UnavailableError: it does not serve, or no longer.
             AgentError: it cannot be loaded now; the class says why.
         """
         if self.asleep:
@@ -614,7 +626,10 @@ class Version:
             self.used_at = self._now()
         if self.pool is None or not self.ready:
             raise UnavailableError(f"{self.name}: {self.why_not}")
-        return await examine(self, self.pool, timeout_s=timeout_s, patient=False)
+        report = await examine(self, self.pool, timeout_s=timeout_s, patient=False)
+        if not report.complete:
+            raise UnavailableError(f"{self.name}: its workers left before the self-test had ended; try again")
+        return report
 
     @property
     def examinable(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol
@@ -87,8 +87,8 @@ class FrameConnection:
     """State of one connection. Open it once; it tells its server when it is closed."""
 
     __slots__ = (
-        "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_lanes", "_loop",
-        "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_serial", "_server", "_shared", "_sock",
+        "_at_end", "_blocked_since", "_calls", "_closed", "_decoder", "_failing", "_finishing", "_flush_due", "_lanes",
+        "_loop", "_mid_since", "_out", "_outstanding", "_paused", "_reserved", "_serial", "_server", "_shared", "_sock",
         "_streams", "caller",
     )  # fmt: skip
 
@@ -104,6 +104,7 @@ class FrameConnection:
         self._blocked_since = 0.0  # since when the peer has taken nothing (loop seconds); 0: it is not behind
         self._reserved = 0  # bytes of the receive budget
         self._lanes: dict[int, Lane] = {}
+        self._at_end: list[Callable[[], None]] = []  # what verbs asked to be done then
         self._shared: Attachments | None = None  # made for the first descriptor: most clients pass none
         self._streams: Pacing | None = None  # made for the first request that takes its answer in parts
         self._serial = 0  # of the last request
@@ -156,6 +157,8 @@ class FrameConnection:
         self._withdraw()
         for lane in tuple(self._lanes.values()):
             lane.revoke()
+        for act in self._at_end:
+            act()
         if self._shared is not None:
             self._shared.close()
         self._decoder.drop()
@@ -419,7 +422,9 @@ class FrameConnection:
         reply: Sequence[Buffer]
         try:
             async with asyncio.timeout(timeout_s):
-                value = await self._server.control.call(method, args, self.caller.roles, self.caller.detail)
+                value = await self._server.control.call(
+                    method, args, self.caller.roles, self.caller.detail, self._when_closed
+                )
             reply = encode({"kind": "reply", "id": request_id, "value": value})
         except AgentError as error:
             reply = _error(request_id, error)
@@ -432,6 +437,12 @@ class FrameConnection:
             del self._calls[request_id]
             self._send(reply)
             self._close_if_done()
+
+    def _when_closed(self, act: Callable[[], None]) -> None:
+        if self._closed:
+            act()
+        else:
+            self._at_end.append(act)
 
     def _hello(self, header: Header, request_id: int | None) -> None:
         if header.get("protocol", PROTOCOL) != PROTOCOL:

@@ -112,5 +112,15 @@ class Engine(Protocol):
 class Control(Protocol):
     """The management verbs; it checks the roles each verb needs."""
 
-    def call(self, method: str, args: dict[str, Any], roles: frozenset[str], peer: str) -> Awaitable[Any]:
-        """Return the verb's plain value; raises ``AgentError``."""
+    def call(
+        self,
+        method: str,
+        args: dict[str, Any],
+        roles: frozenset[str],
+        peer: str,
+        at_end: Callable[[Callable[[], None]], None] | None = None,
+    ) -> Awaitable[Any]:
+        """Return the verb's plain value; raises ``AgentError``.
+
+        ``at_end`` takes what is to be done when the caller's connection ends; ``None``: nobody would notice its end.
+        """

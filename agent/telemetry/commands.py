@@ -44,7 +44,9 @@ from agent.telemetry.storage import StoreThread, connect
 from agent.telemetry.topics import REPLY, Topics
 
 _VERIFY_TIMEOUT_S: Final = 60.0
-_RUNNING_MAX: Final = 8
+_RUNNING_MAX: Final = 64  # many may wait for their time, one for each model
+_URGENT_MAX: Final = 8  # of those that end a wait, above it
+_URGENT: Final = frozenset({"cancel", "rollback"})
 _STARTS_MAX: Final = 10  # crashes in the middle of one command
 _PROGRESS_INTERVAL_S: Final = 1.0  # between two progress replies of one command
 
@@ -243,7 +245,7 @@ class CommandInbox:
             received=self._clock.wall(),
             outcome={},
         )
-        room = len(self._running) < _RUNNING_MAX
+        room = len(self._running) < _RUNNING_MAX + (_URGENT_MAX if order.name in _URGENT else 0)
         verdict, known = await self._journal.call(lambda journal: journal.admit(entry, generation=order.gen, room=room))
         if verdict is Verdict.NEW:
             self._count(order.name, "accepted")

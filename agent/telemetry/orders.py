@@ -15,7 +15,7 @@ from agent.telemetry.payloads import TimeQuality
 
 SCHEMA: Final = "inferd-command/1"
 READ_ONLY: Final = frozenset({"ping", "rebirth", "report"})
-CHANGING: Final = frozenset({"default", "deploy", "remove", "rollback"})
+CHANGING: Final = frozenset({"cancel", "default", "deploy", "remove", "rollback"})
 PAYLOAD_BYTES_MAX: Final = 64 * 1024
 UNACKNOWLEDGED_MAX: Final = 8  # messages the broker may have at us before the oldest is dealt with
 _ARGS_BYTES_MAX: Final = 16 * 1024

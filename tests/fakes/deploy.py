@@ -10,8 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from agent.deploy.interface import Extent, Interface, Port
-from agent.deploy.ports import Bundle, Collected, Evidence, Inventory, Kept, Mark, Needed, News, Progress, Survey
-from agent.errors import AgentError, LoadError, OfflineError, TargetNotFoundError, WorkerDiedError
+from agent.deploy.ports import (
+    Bundle,
+    Collected,
+    Copies,
+    Evidence,
+    Inventory,
+    Kept,
+    Mark,
+    Needed,
+    News,
+    Progress,
+    Survey,
+)
+from agent.errors import AgentError, LoadError, OfflineError, OverloadedError, TargetNotFoundError, WorkerDiedError
+from agent.spread import counts_of
 
 ROWS = Port(dtype="float32", shape=(Extent(low=1, high=8, name="N"),))
 INTERFACE = Interface(inputs={"x": ROWS}, outputs={"y": ROWS}, handler="tensors/v1")
@@ -150,7 +163,10 @@ class FakeStore:
 
 @dataclass
 class FakeLoaded:
-    """A version in memory, as well behaved as ``host.behaviour`` says."""
+    """A version in memory, as well behaved as ``host.behaviour`` says.
+
+    A ``late`` one answers in half a second, others in a millisecond; beside a ``busy`` one every other is as slow, too.
+    """
 
     host: FakeHost
     bundle: Bundle
@@ -159,13 +175,38 @@ class FakeLoaded:
     good: int = 0
     faults: int = 0
     deaths: int = 0
+    copies: int = 0  # of requests that what serves got at the same time
 
     def evidence(self) -> Evidence:
-        return Evidence(good=self.good, faults=self.faults, deaths=self.deaths, variant="cpu-fp32")
+        crowded = self.host.behaviour.get(self.bundle.version) == "crowded"
+        ready = not crowded or all(other is self or other.retired for other in self.host.loaded)
+        if self.host.tried.get(self.bundle.name, (None, 0, 0))[::2] == (self, 100.0):
+            self.copies += 10
+        slow = self.host.behaviour.get(self.bundle.version) in ("late", "busy")
+        return Evidence(
+            good=self.good,
+            faults=self.faults,
+            deaths=self.deaths,
+            ready=ready,
+            variant="cpu-fp32",
+            latency=counts_of([0.5 if slow else 0.001] * self.good),
+            recent=counts_of([0.001] * self.good),
+            copies=Copies(
+                compared=self.copies,
+                durations=counts_of([0.5 if "busy" in self._beside() else 0.001] * self.copies),
+                originals=counts_of([0.5] * self.copies),
+            ),
+        )
+
+    def _beside(self) -> set[str | None]:
+        others = (other.bundle.version for other in self.host.loaded if other is not self and not other.retired)
+        return {self.host.behaviour.get(version) for version in others}
 
     async def self_test(self) -> None:
         await asyncio.sleep(0)
         behaviour = self.host.behaviour.get(self.bundle.version, "good")
+        if behaviour == "crowded" and not self.evidence().ready:
+            raise OverloadedError("memory holds one of them only")
         if behaviour == "dies":
             self.deaths += 1
             raise WorkerDiedError("died")

@@ -170,7 +170,9 @@ class FakeControl:
         self.calls: list[tuple[str, dict[str, Any], frozenset[str], str]] = []
         self.canceled = 0
 
-    async def call(self, method: str, args: dict[str, Any], roles: frozenset[str], peer: str) -> Any:
+    async def call(
+        self, method: str, args: dict[str, Any], roles: frozenset[str], peer: str, at_end: Any = None
+    ) -> Any:
         self.calls.append((method, args, roles, peer))
         needed = "operate" if method == "deploy" else "read"
         if needed not in roles:

@@ -73,11 +73,11 @@ class StrictHost(FakeHost):
         super().__init__(behaviour=dict.fromkeys(bad, "dies"))
         self._published = published
 
-    async def load(self, bundle: Bundle) -> FakeLoaded:
+    async def load(self, slot: str, bundle: Bundle) -> FakeLoaded:
         files = self._published[bundle.version]
         for path, digest in files.items():
             assert sha256((bundle.path / path).read_bytes()).hexdigest() == digest, f"{path} would serve damaged"
-        return await super().load(bundle)
+        return await super().load(slot, bundle)
 
 
 class Reboot:

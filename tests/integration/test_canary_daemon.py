@@ -20,6 +20,8 @@ from tests.models import FEATURES
 pytestmark = pytest.mark.integration
 
 KEYS = [f"user-{number}" for number in range(30)]
+LARGE_KEYS = frozenset(KEYS[::5])
+LARGE = json.dumps([[1.0] * FEATURES]).encode() + b" " * 200_000
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,12 @@ def _ask_by_frames(box: Box, seen: Traffic) -> None:
             for key in itertools.cycle(KEYS):
                 if seen.stop.wait(0.004):
                     return
-                seen.note(key, client.infer(MODEL, {"x": x}, params={"routing_key": key}).version)
+                params = {"routing_key": key}
+                if key in LARGE_KEYS:  # through the daemon's shared memory
+                    result = client.predict(MODEL, LARGE, "application/json", params=params)
+                else:
+                    result = client.infer(MODEL, {"x": x}, params=params)
+                seen.note(key, result.version)
     except Exception as error:  # noqa: BLE001  whatever it is, a client has lost a request
         seen.failures.append(repr(error))
 
@@ -110,7 +117,7 @@ def deployed(box: Box, *arguments: str) -> list[dict[str, Any]]:
 
 def test_a_version_meets_copies_then_shares_then_everybody_and_no_client_notices(box: Box) -> None:
     with traffic(box) as seen:
-        options = ("--shadow", "50", "--canary", "30,60", "--step-s", "1", "--calls-min", "5")
+        options = ("--shadow", "50", "--canary", "30,60", "--step-s", "0.5", "--calls-min", "5")
         steps = deployed(box, f"{MODEL}@2.0.0", *options)
         end = steps[-1]
         assert end["state"] == "confirmed", end
@@ -144,6 +151,7 @@ def test_a_version_meets_copies_then_shares_then_everybody_and_no_client_notices
         trying = record()["trying"]
         assert (trying["version"], trying["canary_percent"]) == ("3.0.0", 50.0)
         assert any(row.get("canary") for row in box.status()["models"])
+        assert "candidate 3.0.0: 50 % of the keys" in box.control("status").stdout
         box.store.rename(box.store.with_name("out of reach"))
         back = box.control("rollback", MODEL, "--json")
         assert back.returncode == 0, back.stdout + back.stderr
@@ -158,6 +166,34 @@ def test_a_version_meets_copies_then_shares_then_everybody_and_no_client_notices
     metrics = _get(box, "/metrics")
     assert 'inferd_shadow_requests_total{model="scale",outcome="agreed",version="2.0.0"}' in metrics
     assert 'inferd_shadow_requests_total{model="scale",outcome="differed",version="3.0.0"}' in metrics
+
+
+def test_a_crash_during_a_canary_leaves_what_served_and_the_canary_goes_on(box: Box) -> None:
+    options = ("--canary", "40,80", "--step-s", "600", "--no-wait", "--json")
+    begun = json.loads(box.control("deploy", f"{MODEL}@2.0.0", *options).stdout)["deployment"]
+
+    def trying() -> bool:
+        done = box.control("deployment", begun, "--json")
+        record = json.loads(done.stdout) if done.returncode == 0 else {"state": "not up yet"}
+        return bool(record["state"] == "canary" and record["percent"] == 40.0 and record.get("trying"))
+
+    box.until(trying, what="2.0.0 has its first share", timeout_s=90)
+    assert box.daemon is not None
+    box.daemon.kill()
+    box.daemon.wait()
+    pointer = json.loads((box.state / "active" / f"{MODEL}.json").read_bytes())
+    assert (pointer["active"]["version"], pointer["trial"]) == ("1.0.0", False)
+    box.start()
+    box.until(trying, what="2.0.0 has its share again", timeout_s=90)
+    with box.client() as client:
+        x = np.ones((1, FEATURES), dtype=np.float32)
+        seen = {client.infer(MODEL, {"x": x}, params={"routing_key": key}).version for key in KEYS}
+        assert seen == {"1.0.0", "2.0.0"}
+        assert client.infer(MODEL, {"x": x}, version="1.0.0").version == "1.0.0"
+    cancelled = box.control("cancel", MODEL)
+    assert cancelled.returncode == 0, cancelled.stderr
+    box.until(lambda: not any(row.get("canary") for row in box.status()["models"]), what="it is over", timeout_s=90)
+    assert box.ask()[1] == "1.0.0"
 
 
 def _get(box: Box, path: str) -> str:

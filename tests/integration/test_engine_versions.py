@@ -49,6 +49,10 @@ def test_slots_that_hold_the_same_version_share_its_workers_until_the_last_lets_
             tried = await engine.load(second)
             assert tried is one
             assert tried.held_by == "on trial"
+            await engine.retire(one, beside=True)
+            assert tried.held_by == "on trial", "another slot's end does not end the trial"
+            assert await engine.restore(second, beside=True) is one
+            engine.activate_beside(one)
             await engine.retire(tried)
             assert (tried.held_by, (await box.ask(version="2.0.0"))["y"]) == ("", 3.0)
             await engine.retire(one, beside=True)

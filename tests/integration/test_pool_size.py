@@ -202,6 +202,26 @@ def test_a_new_version_starts_with_as_many_workers_as_it_replaces(tmp_path: Path
     run(story)
 
 
+def test_other_bounds_hold_at_once_and_cost_no_request(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path) as box:
+            _, pool = await serve(box, tmp_path / "b", Bounds(least=1, most=1, shrink_idle_s=3600.0))
+            box.engine.scale("scale", Bounds(least=3, most=3))
+            await until(lambda: len(pool.links) == 3)
+            async with loaded(box, clients=8) as load:
+                box.engine.scale("scale", Bounds(least=1, most=2))
+                await until(lambda: len(pool.links) == 2)
+            assert load.failures == []
+            reasons = [(event.type, event.data["reason"]) for event in box.events.recent() if "pool." in event.type]
+            assert reasons == [
+                ("pool.grown", "at least 3 are wanted"),
+                ("pool.grown", "at least 3 are wanted"),
+                ("pool.shrunk", "no more than 2 are wanted"),
+            ]
+
+    run(story)
+
+
 def test_an_engine_that_stops_while_a_pool_grows_leaves_nothing(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path) as box:

@@ -22,7 +22,7 @@ from tests.models import FEATURES, scale_version
 from tools.hub import safetensors
 
 pytestmark = pytest.mark.integration
-OFTEN = {"selftest_interval_s": 0.05, "deaths_max": 1000}
+OFTEN = {"selftest_interval_s": 0.05, "selftest_share_max": 1.0, "deaths_max": 1000}
 LADDER = VariantsConfig(restart_first_s=0.05, retry_first_s=3000, idle_s=0.0)
 NEVER = VariantsConfig(restart_first_s=3000, retry_first_s=3000, idle_s=0.0)
 LOADS = 2  # runs that each load makes: one to warm up, one golden input

@@ -14,6 +14,7 @@ from tests.box import MODEL, Box
 pytestmark = pytest.mark.integration
 CONFIG = """[engine]
 selftest_interval_s = 0.2
+selftest_share_max = 1.0
 hang_timeout_s = 1.0
 start_timeout_s = 60
 

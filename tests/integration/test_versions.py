@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 
 from agent.client import Client
-from agent.errors import UnknownModelError
+from agent.errors import AgentError, UnknownModelError
 from tests.box import MODEL, Box, NearBox
 from tests.models import FEATURES
 from tools.demo.broker import Mosquitto, find_mosquitto
@@ -78,8 +81,32 @@ def answer(box: Box, version: str | None = None, *, lanes: bool = False) -> tupl
     with Client(box.socket, lanes=lanes) as client:
         result = client.infer(MODEL, {"x": ONES}, version=version)
         row = next(row for row in box.status()["models"] if row["version"] == result.version)
-        assert row["lanes"] == lanes
+        assert row["lanes"] or not lanes
     return float(result.outputs["y"][0, 0]), result.version
+
+
+@contextmanager
+def asked(box: Box, version: str | None, *, lanes: bool = False) -> Iterator[list[str]]:
+    """Ask again and again as long as the body runs; yield which versions answered, or what went wrong."""
+    answers: list[str] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        with Client(box.socket, retries=0, lanes=lanes) as client:
+            while not over.is_set():
+                try:
+                    answers.append(client.infer(MODEL, {"x": ONES}, version=version).version)
+                except AgentError as error:
+                    answers.append(f"{error.code}: {error}")
+                time.sleep(0.001)  # the box has other work, too
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        thread.join()
 
 
 def by_http(box: Box, version: str) -> float:
@@ -92,6 +119,10 @@ def by_http(box: Box, version: str) -> float:
 
 def slots(box: Box) -> dict[str, str]:
     return {row["slot"]: row["active"] for row in box.status()["slots"]}
+
+
+def workers(box: Box) -> dict[str, int]:
+    return {row["version"]: len(row["workers"]) for row in box.status()["models"]}
 
 
 def loads(box: Box) -> int:
@@ -133,14 +164,22 @@ def test_versions_answer_side_by_side_the_default_changes_in_one_step_and_a_rest
 
     # The default changes without anything being loaded, and back, when the one before is kept.
     before = loads(box)
-    assert inferctl(box, "default", MODEL, "2.0.0", "--keep")["state"] == "confirmed"
-    assert (answer(box), answer(box, "1.0.0")) == ((3.0, "2.0.0"), (2.0, "1.0.0"))
-    assert inferctl(box, "default", MODEL, "1.0.0")["state"] == "confirmed"
-    assert (answer(box), answer(box, "2.0.0")) == ((2.0, "1.0.0"), (3.0, "2.0.0"))
-    assert inferctl(box, "default", MODEL, "2.0.0")["state"] == "confirmed"
+    with asked(box, None) as everybody, asked(box, "1.0.0") as by_name, asked(box, None, lanes=True) as direct:
+        assert inferctl(box, "default", MODEL, "2.0.0", "--keep")["state"] == "confirmed"
+        assert (answer(box), answer(box, "1.0.0")) == ((3.0, "2.0.0"), (2.0, "1.0.0"))
+        assert inferctl(box, "default", MODEL, "1.0.0")["state"] == "confirmed"
+        assert (answer(box), answer(box, "2.0.0")) == ((2.0, "1.0.0"), (3.0, "2.0.0"))
+        assert inferctl(box, "default", MODEL, "2.0.0")["state"] == "confirmed"
+    assert set(everybody) | set(direct) == {"1.0.0", "2.0.0"}, "no request was lost on the way"
+    assert set(by_name) == {"1.0.0"}
     assert loads(box) == before
     assert len(box.status()["models"]) == 3
     assert "not on this box" in refusal(box, "default", MODEL, "3.0.0")
+
+    # So does the number of workers; what an operator said of it survives a restart.
+    assert inferctl(box, "scale", MODEL, "--min", "2")["max"] == 2
+    box.until(lambda: workers(box) == {"1.0.0": 2, "2.0.0": 2}, what="each version has two workers")
+    assert "'max' must be" in refusal(box, "scale", MODEL, "--min", "3", "--max", "2")
 
     # What is on disk is enough.
     assert box.stop_daemon() == 0
@@ -148,6 +187,8 @@ def test_versions_answer_side_by_side_the_default_changes_in_one_step_and_a_rest
     box.start()
     box.until(lambda: answer(box) == (3.0, "2.0.0") and answer(box, "1.0.0") == (2.0, "1.0.0"), what="both answer")
     assert loads(box) == 2
+    box.until(lambda: workers(box) == {"1.0.0": 2, "2.0.0": 2}, what="each version has two workers again")
+    assert inferctl(box, "scale", MODEL, "--reset")["configured"]
     everything = {MODEL: "2.0.0", f"{MODEL}@1.0.0": "1.0.0", f"{MODEL}@2.0.0": "2.0.0"}
     assert slots(box) == everything
 

@@ -104,6 +104,20 @@ def test_without_enough_comparisons_a_version_is_given_up_but_not_held_to_blame(
     run(story())
 
 
+def test_where_memory_holds_one_version_only_there_is_no_canary(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        box.behaviour["1.0.0"] = "crowded"
+        record = await box.run_until_final(asked("2.0.0", "b"), "b")
+        assert (record.state, record.code) == (State.FAILED, "canary_impossible")
+        assert not box.host.shares
+        assert (await deploy(box, "2.0.0", "c")).state is State.CONFIRMED
+        await box.journal.close()
+
+    run(story())
+
+
 def test_the_first_version_of_a_model_and_a_rollback_meet_everybody_at_once(tmp_path: Path) -> None:
     async def story() -> None:
         box = Box(tmp_path, ["1.0.0", "2.0.0"])
@@ -182,6 +196,61 @@ def test_a_rollback_ends_a_canary_and_leaves_what_serves(tmp_path: Path) -> None
     run(story())
 
 
+def test_a_restart_takes_up_the_share_that_was_held(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+
+        async def lose_power() -> None:
+            raise PowerCutError
+
+        with pytest.raises(BaseExceptionGroup):
+            await in_canary(box, lose_power, percent=25.0)
+        await box.restart()
+        record = await box.run_until_final(None, "b")
+        assert record.state is State.CONFIRMED
+        assert [share for _, share, _ in box.host.shares] == [25.0, 50.0]
+        assert [found["percent"] for found in record.evidence] == [5.0, 25.0, 50.0, 100.0]
+        await box.journal.close()
+
+    run(story())
+
+
+def test_a_box_that_is_restarted_all_the_time_ends_the_deployment_without_blame(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+
+        async def lose_power() -> None:
+            raise PowerCutError
+
+        with pytest.raises(BaseExceptionGroup):
+            await in_canary(box, lose_power)
+        for _ in range(20):
+            await box.restart()
+            record = await until_canary_or_end(box)
+            if record.state in FINAL:
+                break
+        assert record.code == "too_many_steps"
+        assert record.step <= 64
+        assert (await deploy(box, "2.0.0", "c")).state is State.CONFIRMED
+        await box.journal.close()
+
+    run(story())
+
+
+async def until_canary_or_end(box: Box) -> Record:
+    """Start the box, and lose power once the candidate has a share."""
+    await box.reconciler.open()
+    running = asyncio.ensure_future(box.reconciler.run())
+    before = await box.reconciler.find("b")
+    assert before is not None
+    record = await box.reconciler.beyond("b", (before.step, before.bytes_done))
+    while record.state is not State.CANARY and record.state not in FINAL:
+        record = await box.reconciler.beyond("b", (record.step, record.bytes_done))
+    running.cancel()
+    await asyncio.wait({running})
+    return record
+
+
 @pytest.mark.parametrize("cut_in", range(14))
 def test_a_power_cut_at_any_write_leaves_one_servable_version_and_an_end(tmp_path: Path, cut_in: int) -> None:
     async def story() -> None:
@@ -199,6 +268,36 @@ def test_a_power_cut_at_any_write_leaves_one_servable_version_and_an_end(tmp_pat
         assert record.state is State.CONFIRMED
         assert record.step <= 64
         assert box.active() == "2.0.0"
+        await box.journal.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "state", "code"),
+    [("late", State.ROLLED_BACK, "probation_failed"), ("busy", State.CONFIRMED, "")],
+)
+def test_a_version_that_is_late_goes_unless_the_whole_box_is(
+    tmp_path: Path, behaviour: str, state: State, code: str
+) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"], config=msgspec.structs.replace(CONFIG, probation_calls_min=6))
+        await box.run_until_final(wish("1.0.0", "a"), "a")
+        box.behaviour["2.0.0"] = behaviour
+        await box.restart()
+        await box.reconciler.open()
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(box.reconciler.run())
+            await box.reconciler.booted.wait()
+            box.host.active["magika"].good = 40  # it has answered for a while
+            await box.reconciler.want(wish("2.0.0", "b"))
+            record = await box.reconciler.outcome("b")
+            running.cancel()
+        assert (record.state, record.code) == (state, code), record
+        assert ("1.0.0", 0.0, 100.0) in box.host.shares, "the version before was asked the same"
+        assert not box.host.tried
+        if state is State.ROLLED_BACK:
+            assert record.message.endswith("at the same time")
         await box.journal.close()
 
     run(story())

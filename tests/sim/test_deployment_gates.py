@@ -23,6 +23,7 @@ pytestmark = pytest.mark.sim
 HOUR_S = 3600.0
 LATER = WindowConfig(start="14:00", end="14:10", timezone="UTC")
 NOON_S = 1_760_011_200.0  # 2025-10-09 12:00 UTC
+LATER_S = NOON_S + 2 * HOUR_S
 FAST: dict[str, Any] = {"probation_s": 2, "probation_calls_min": 3, "probation_limit_s": 20, "fetch_retry_cap_s": 5}
 
 
@@ -290,6 +291,8 @@ def test_one_model_is_on_trial_at_a_time_over_restarts_too(tmp_path: Path) -> No
         async with running(box):
             await box.reconciler.want(wish("2.0.0"))
             await reached(box, "pin-magika-2.0.0", State.PROBATION)
+            (late,) = box.reconciler.past_gate("*")  # what an application that holds now is told
+            assert (late["slot"], late["version"], late["state"]) == ("magika", "2.0.0", "probation")
             await box.reconciler.want(wish("2.0.0", slot="other"))
             waiting = await reached(box, "pin-other-2.0.0", State.WAITING_WINDOW)
             assert waiting.message == "magika is on trial, and only one model is at a time"
@@ -497,3 +500,58 @@ async def settled(box: Box, wanted: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not wanted():
             await asyncio.sleep(0.005)
+
+
+def test_a_medium_needs_no_fetch_window(tmp_path: Path) -> None:
+    box = Gated(tmp_path, fetch_windows=(LATER,))
+    box.store.media["/media/stick"] = {"magika": ["2.0.0"]}
+
+    async def main() -> Record:
+        async with running(box):
+            await box.reconciler.want(wish("2.0.0"))
+            await reached(box, "pin-magika-2.0.0", State.QUEUED)
+            assert (await box.reconciler.offer("magika", "/media/stick")).id == "pin-magika-2.0.0"  # type: ignore[union-attr]
+            return await ended(box, "pin-magika-2.0.0")
+
+    assert asyncio.run(main()).state is State.CONFIRMED
+    assert box.clock.wall() < NOON_S + HOUR_S
+
+
+def test_a_version_beside_the_default_waits_for_its_models_holds(tmp_path: Path) -> None:
+    box = Gated(tmp_path)
+    beside = Desired(id="beside", slot="magika@2.0.0", team="files", version="2.0.0", source="pin")
+
+    async def main() -> Record:
+        async with running(box):
+            await settled(box, lambda: box.version() == "1.0.0")
+            box.reconciler.holds.take("magika", "line 3")
+            await box.reconciler.want(beside)
+            assert (await reached(box, "beside", State.WAITING_WINDOW)).message == "held by line 3"
+        box.renew()  # the hold ends with the process, and what was staged is found again
+        async with running(box):
+            return await ended(box, "beside")
+
+    assert asyncio.run(main()).state is State.CONFIRMED
+
+
+def test_a_revoked_version_is_left_at_once_while_another_waits_for_its_window(tmp_path: Path) -> None:
+    box = Gated(tmp_path)
+
+    async def main() -> None:
+        async with running(box):
+            await box.reconciler.want(wish("2.0.0"))
+            await ended(box, "pin-magika-2.0.0")
+        box.config = DeployConfig(**FAST, windows=(LATER,))
+        box.renew()
+        async with running(box):
+            await settled(box, lambda: box.version() == "2.0.0")
+            await box.reconciler.want(wish("3.0.0"))
+            await reached(box, "pin-magika-3.0.0", State.WAITING_WINDOW)
+            box.store.revoked["2.0.0"] = "it sees ghosts"
+            await box.reconciler.absorb((await box.store.survey(box.reconciler.models())).models)
+            await settled(box, lambda: box.version() == "1.0.0")
+            assert box.clock.wall() < LATER_S
+            await settled(box, lambda: box.version() == "3.0.0")
+
+    asyncio.run(main())
+    assert box.clock.wall() >= LATER_S

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from agent.deploy.desired import Desired
+from agent.deploy.plan import Plan
 from agent.deploy.pointer import Pointers
 from agent.deploy.ports import Mark, News
 from agent.deploy.slots import slot_of
 from agent.deploy.state import FINAL, State
 from agent.errors import CommandError, NotFoundError, OfflineError
-from tests.fakes.deploy import digest_of
+from tests.fakes.deploy import INTERFACE, digest_of
+from tests.sim.test_canaries import in_canary
 from tests.sim.test_deployments import Box, PowerCutError, deploy, run, wish
 
 pytestmark = pytest.mark.sim
@@ -128,6 +130,27 @@ def test_only_what_was_confirmed_here_becomes_the_default_at_once(tmp_path: Path
     run(story())
 
 
+def test_a_default_that_callers_would_notice_needs_their_word_and_the_way_back_does_not(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        box.store.interfaces["2.0.0"] = replace(INTERFACE, outputs={})
+        await deploy(box, "1.0.0", "first")
+        assert (await box.run_until_final(beside(), beside().id)).state is State.CONFIRMED
+        await box.restart()
+        default = wish("2.0.0", "default", local=True)
+        record = await box.run_until_final(default, "default")
+        assert (record.state, record.code) == (State.REJECTED, "incompatible_signature")
+        assert serving(box) == {"magika": "1.0.0", BESIDE: "2.0.0"}
+        await box.restart()
+        agreed = replace(default, id="agreed", plan=Plan(allow_incompatible=True))
+        assert (await box.run_until_final(agreed, "agreed")).state is State.CONFIRMED
+        await box.restart()
+        back = await box.run_until_final(wish("1.0.0", "back", local=True), "back")
+        assert back.state is State.CONFIRMED
+
+    run(story())
+
+
 def test_a_revoked_version_beside_stops_and_nothing_takes_its_place(tmp_path: Path) -> None:
     async def story() -> None:
         box = await two_versions(tmp_path)
@@ -176,6 +199,21 @@ def test_a_removal_ends_what_is_under_way_and_holds_it_against_nobody(tmp_path: 
         box.store.offline = False
         again = await box.run_until_final(replace(beside(), id="again"), "again")
         assert again.state is State.CONFIRMED
+
+    run(story())
+
+
+def test_a_model_goes_while_its_candidate_has_a_share(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+
+        async def act() -> None:
+            await box.reconciler.removed(await box.reconciler.remove("magika"))
+
+        record = await in_canary(box, act)
+        assert record.state in {State.SUPERSEDED, State.CANCELED, State.ROLLED_BACK}
+        assert (serving(box), box.host.tried, await box.reconciler.quarantine()) == ({}, {}, [])
+        assert pointers(box) == {}
 
     run(story())
 

@@ -73,6 +73,7 @@ def status(text: str) -> dict[str, Any]:
         "answers": {"good": 1, "faults": 0}, "latency_s": {"p50": 0.001, "p99": 0.002},
         "fallbacks": [{"variant": text, "reason": text}], "variants": [variant(text, "failed")], "workers": [7, 8],
         "scaling": {"min": 1, "max": 4, "held": text, "cores": [[0, 1], [2, 3]]},
+        "canary": {"version": text, "canary_percent": 25.0, "requests": 3, "compared": 20, "agreement": 0.95},
     }  # fmt: skip
     return {
         "agent": {"version": text, "uptime_s": 61, "pid": 7},

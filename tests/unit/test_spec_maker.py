@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent.adapters import SpecMaker
+from agent.adapters import BundleStore, SpecMaker
 from agent.bundles.puller import StoredBundle
 from agent.config import MIB, EngineConfig, ModelEngineConfig, PolicyConfig, ServingConfig
 from agent.deploy.ports import Bundle
+from agent.deploy.rollout import Rollout
 from agent.engine.types import VariantSpec
 from agent.profile import Profile
 from tests.fakes import bundles
@@ -93,3 +95,42 @@ def test_a_pinned_model_keeps_its_gpu_and_a_cpu_variant_needs_none() -> None:
 def test_memory_really_used_has_head_room_over_what_was_measured() -> None:
     assert made({"memory": {"host_mb": 100}}).resident_bytes_max == (512 + 400) * MIB
     assert made({}, engine=EngineConfig(resident_bytes_max=64 * MIB)).resident_bytes_max == 64 * MIB
+
+
+def test_a_variant_is_tested_by_its_own_comparisons_within_the_publishers_time_or_the_boxs_if_that_is_less() -> None:
+    own = [{"output": "y", "metric": "topk", "k": 3}]
+    files = {"inputs": "golden/g1.in.safetensors", "outputs": "golden/g1.out.safetensors", "compare": [{"output": "y"}]}
+    golden = [{"id": "g1", **files}, {"id": "g2", **files, "timeout_ms": 70, "per_variant": {"cpu-fp32": own}}]
+    first, second = made({}, golden=golden).worker["golden"]
+    assert (list(first["compare"]), list(second["compare"])) == ([{"output": "y"}], own)
+    assert (first["timeout_ms"], second["timeout_ms"]) == (5000, 70)
+    for box_ms, expected in ((60.0, (60, 60)), (100.0, (100, 70)), (9000.0, (5000, 70))):
+        engine = EngineConfig(models=(ModelEngineConfig(name="tiny", selftest_ms_max=box_ms),))
+        told = made({}, engine=engine, golden=golden).worker["golden"]
+        assert tuple(one["timeout_ms"] for one in told) == expected
+
+
+def test_what_the_manifest_says_of_warming_up_is_passed_on() -> None:
+    warmup = made({}, warmup={"runs": 2, "shapes": [{"x": [3, 1024]}]}).worker["warmup"]
+    assert (warmup["runs"], list(warmup["shapes"])) == (2, [{"x": (3, 1024)}])
+
+
+def test_what_the_publisher_asks_of_a_rollout_reaches_deployment(tmp_path: Path) -> None:
+    asked = {"canary": [5, 25], "shadow": 20, "step_s": 600, "min_agreement": 0.99}
+    assert _rollout_of(asked, tmp_path) == Rollout(canary=(5.0, 25.0), shadow=20, step_s=600, agreement_min=0.99)
+    assert _rollout_of({"soak_s": 60}, tmp_path) == Rollout(), "what it does not say is left to the box"
+    assert _rollout_of(None, tmp_path) is None
+
+
+def _rollout_of(asked: dict[str, Any] | None, folder: Path) -> Rollout | None:
+    manifest = bundles.manifest(bundles.plain_files(), **({"rollout": asked} if asked is not None else {}))
+    stored = StoredBundle(
+        path=folder, manifest=manifest, manifest_sha256="0" * 64, variants=manifest.variants, dropped=()
+    )
+
+    class OneBundle:
+        async def check(self, path: Path) -> StoredBundle:
+            return stored
+
+    store = BundleStore(OneBundle(), folder, keep_versions=2)  # type: ignore[arg-type]
+    return asyncio.run(store.check(folder)).rollout

@@ -93,7 +93,7 @@ def make_command(
     """Return the signed command ``name`` for one device.
 
     Args:
-        name: ``deploy``, ``default``, ``remove`` or ``rollback``, or a read-only one.
+        name: ``deploy``, ``default``, ``remove``, ``cancel`` or ``rollback``, or a read-only one.
         args: JSON-able, what the command says.
         tenant, device: To whom.
         signer: Of a key that the store's ``fleet/operators.json`` names.

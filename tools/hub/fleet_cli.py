@@ -1,4 +1,4 @@
-"""``inferhub deploy``, ``default``, ``remove`` and ``rollback``: one signed command to a device, until its end."""
+"""Verbs of ``inferhub`` that send one signed command to a device and follow it to its end: ``deploy``, ``remove``, …"""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any, Final, TypeVar
 import click
 from rich.console import Console
 
+from agent.cli_plan import plan_options
 from agent.cli_rollout import rollout_options
 from agent.cli_text import human_bytes
 from tools.hub import commands
 from tools.hub.cli import Passwords, emit, json_option, key_option, password_option, wants_json
 from tools.hub.errors import HubError
 
+_WAITING: Final = ("queued", "fetch_wait", "waiting_window")
 _PASSWORD_VARIABLE: Final = "INFERHUB_BROKER_PASSWORD"
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -62,7 +64,7 @@ def _delivery_options(verb: Verb) -> Verb:
 @click.option("--beside", is_flag=True, help="Beside the default: for those who name the version.")
 @rollout_options
 @click.option("--force", is_flag=True, help="Although this version failed on the box before.")
-@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
+@plan_options
 @_delivery_options
 def deploy(
     model: str,
@@ -71,21 +73,22 @@ def deploy(
     beside: bool,
     rollout: dict[str, Any] | None,
     force: bool,
-    allow_incompatible: bool,
+    plan: dict[str, Any],
     **delivery: Any,
 ) -> None:
     """Make a box serve MODEL.
 
     \b
-    Example:
+    Examples:
+      inferhub deploy magika@2.0.0 --team demo --stage-only --device box-1 --broker mqtt.example:1883 --key k/op
       inferhub deploy magika@2.0.0 --team demo --device box-1 --broker mqtt.example:1883 --key keys/operator
       inferhub deploy magika@2.0.0 --canary 5,25 --shadow 10 --wait 0 --team demo --device box-1 ...
       inferhub deploy magika@2.1.0 --team demo --beside --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
     name, _, version = model.partition("@")
-    args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel}
+    args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel, **plan}
     args |= {"rollout": rollout} if rollout is not None else {}
-    flags = {"force": force, "beside": beside, "allow_incompatible": allow_incompatible}
+    flags = {"force": force, "beside": beside}
     _carry_out("deploy", args | {flag: True for flag, given in flags.items() if given}, **delivery)
 
 
@@ -93,8 +96,9 @@ def deploy(
 @click.argument("model")
 @click.argument("version")
 @click.option("--keep", is_flag=True, help="Keep the version that was the default until now beside it.")
+@click.option("--allow-incompatible", is_flag=True, help="Although it takes, gives or means something else.")
 @_delivery_options
-def default(model: str, version: str, keep: bool, **delivery: Any) -> None:
+def default(model: str, version: str, keep: bool, allow_incompatible: bool, **delivery: Any) -> None:
     """Let VERSION, which is on the box and was confirmed there, answer the requests to MODEL that name no version.
 
     \b
@@ -102,7 +106,8 @@ def default(model: str, version: str, keep: bool, **delivery: Any) -> None:
       inferhub default magika 2.1.0 --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
     args: dict[str, Any] = {"model": model, "version": version}
-    _carry_out("default", args | ({"keep": True} if keep else {}), **delivery)
+    flags = {"keep": keep, "allow_incompatible": allow_incompatible}
+    _carry_out("default", args | {flag: True for flag, given in flags.items() if given}, **delivery)
 
 
 @click.command()
@@ -130,6 +135,21 @@ def rollback(model: str, **delivery: Any) -> None:
       inferhub rollback magika --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
     _carry_out("rollback", {"model": model}, **delivery)
+
+
+@click.command()
+@click.argument("model")
+@_delivery_options
+def cancel(model: str, **delivery: Any) -> None:
+    """Let a box give up what it is deploying or preparing of MODEL, as long as that does not serve.
+
+    What a person pinned on the box is left alone.
+
+    \b
+    Example:
+      inferhub cancel magika --device box-1 --broker mqtt.example:1883 --key keys/operator
+    """
+    _carry_out("cancel", {"model": model}, **delivery)
 
 
 def _carry_out(
@@ -183,6 +203,8 @@ def _shown(title: str) -> Iterator[Callable[[dict[str, Any]], None]]:
 def _progress_text(reply: dict[str, Any]) -> str:
     progress = reply.get("progress") or {}
     state = str(progress.get("state") or reply["status"])
+    if state in _WAITING and progress.get("message"):
+        return f"{state}: {progress['message']}"
     done, total = progress.get("bytes_done"), progress.get("bytes_total")
     if not total:
         return state

@@ -55,7 +55,7 @@ def record(*, source: str = "fleet", local: bool = False, waited_s: float = 0.0,
 
 
 NEVER_NOW = DeployConfig(windows=(NIGHTS,), fetch_windows=(NIGHTS,))
-DAY = Situation(wall_s=at("2026-06-03T12:00"), clock_trusted=True, serves=True)
+DAY = Situation(wall_s=at("2026-06-03T12:00"), clock_trusted=True, serves=True, replaces=True)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_the_wish_says_more_than_the_configuration_of_when_to_force() -> None:
 
 
 def test_a_trial_elsewhere_holds_back_even_what_ignores_windows() -> None:
-    busy = Situation(wall_s=0, clock_trusted=True, serves=True, on_trial="other")
+    busy = Situation(wall_s=0, clock_trusted=True, serves=True, replaces=True, on_trial="other")
     assert not before_load(record(ignore_window=True), busy, DeployConfig()).open
-    first = Situation(wall_s=0, clock_trusted=True, serves=False, on_trial="other")
+    first = Situation(wall_s=0, clock_trusted=True, serves=False, replaces=False, on_trial="other")
     assert before_load(record(), first, DeployConfig()).open
 
 

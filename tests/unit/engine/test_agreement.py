@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agent.engine.agreement import Rules, compare, rules_of
 from agent.tensors import Array, pack
@@ -199,3 +201,58 @@ def test_large_documents_are_not_compared() -> None:
     assert compare(*document(["y" * 70_000]), *large, NONE) is None
     text = {"kind": "result", "content_type": "text/plain"}
     assert compare(text, b"x" * (1 << 21), text, b"y" * (1 << 21), NONE) is None
+
+
+_HEADERS = st.fixed_dictionaries(
+    {"kind": st.just("result")},
+    optional={
+        "content_type": st.sampled_from(["application/json", "application/octet-stream", "text/plain", None, 5]),
+        "params": st.one_of(st.none(), st.fixed_dictionaries({"oip_header_bytes": st.integers(-5, 300)})),
+        "tensors": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "name": st.sampled_from(["y", "z", 3]),
+                    "dtype": st.sampled_from(["float32", "bool", "bytes", "bfloat16", "int64", "none"]),
+                    "shape": st.lists(st.integers(-2, 4), max_size=3),
+                    "nbytes": st.integers(-1, 64),
+                }
+            ),
+            max_size=2,
+        ),
+    },
+)
+_ENTRIES = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["y", 3]),
+        "datatype": st.sampled_from(["FP32", "BYTES", "BOOL", "NONE", None]),
+        "shape": st.one_of(st.none(), st.lists(st.one_of(st.integers(-3, 9), st.text(max_size=2)), max_size=3)),
+    },
+    optional={
+        "data": st.one_of(st.none(), st.lists(st.one_of(st.floats(), st.text(max_size=3), st.none()), max_size=9)),
+        "parameters": st.one_of(st.lists(st.none()), st.fixed_dictionaries({"binary_data_size": st.integers(-9, 99)})),
+    },
+)
+_VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.sampled_from(["label", "score", "name", "a"]), inner, max_size=3),
+    ),
+    max_leaves=12,
+)
+_BODIES = st.one_of(
+    st.binary(max_size=64),
+    _VALUES.map(lambda value: json.dumps(value).encode()),
+    st.lists(_ENTRIES, max_size=2).map(lambda entries: json.dumps({"outputs": entries}).encode()),
+)
+_RULES = st.sampled_from(
+    [NONE, CLASSES, *(Rules({"y": {"metric": metric}}, classes=False) for metric in ("topk", "cosine", "max_abs"))]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(found=st.tuples(_HEADERS, _BODIES), wanted=st.tuples(_HEADERS, _BODIES), rules=_RULES)
+def test_nothing_that_an_answer_says_is_a_fault_of_ours(found: Answer, wanted: Answer, rules: Rules) -> None:
+    for mine, theirs in ((found, wanted), (found, (found[0], found[1] + b" ")), (found, found)):
+        agreement = compare(*mine, *theirs, rules)
+        assert agreement is None or 0.0 <= agreement.share <= 1.0

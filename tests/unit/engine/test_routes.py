@@ -58,6 +58,12 @@ def test_without_a_default_the_reason_is_told_or_what_can_be_named() -> None:
         route(beside=("2.0.0",)).choose(None)
 
 
+def test_versions_are_told_the_default_first_and_the_others_in_their_order() -> None:
+    assert route("3.0.0", beside=("10.0.0", "9.0.0", "9.0.0-rc.1", "3.0.0"), kept=("1.0.0",)).versions == [
+        "3.0.0", "1.0.0", "9.0.0", "9.0.0-rc.1", "10.0.0",
+    ]  # fmt: skip
+
+
 def test_one_that_is_the_default_and_beside_counts_once_and_leaves_each_place_for_itself() -> None:
     both = route("1.0.0")
     assert both.default is not None
