@@ -124,7 +124,7 @@ class Reconciler:
             revoked=self.revocations.all,
             staged=lambda: {staging_lane(slot) for slot in self._wishes.staged},
         )
-        self.booted = asyncio.Event()  # every slot with a pointer serves, or could not be made to
+        self.booted = asyncio.Event()  # every model whose pointer was found serves its default, or could not be made to
 
     async def open(self) -> None:
         """Read what is on disk: journal, pointers, wishes. No network, no clock."""
@@ -151,8 +151,7 @@ class Reconciler:
         self._to_boot = {pointer.slot: pointer for pointer in pointers if pointer.slot not in self._removals}
         for slot in self._to_boot:
             self._host.expect(slot, "it is being loaded")
-        if not self._to_boot:
-            self.booted.set()
+        self._note_booted()
 
     async def run(self) -> None:
         """Component: keep every slot's task alive; each first serves what its pointer names."""
@@ -501,13 +500,14 @@ class Reconciler:
         performer, hint = self._performer(slot), self._hint(slot)
         pointer = self._to_boot.get(slot)
         if pointer is not None:
+            if version_beside(slot):
+                await self.booted.wait()  # what most requests ask for comes first
             try:
                 await self._boot(performer, pointer)
             except (AgentError, OSError) as error:
                 _log.error("boot failed", slot=slot, reason=str(error))
             del self._to_boot[slot]
-            if not self._to_boot:
-                self.booted.set()
+            self._note_booted()
         backoff = Backoff(first_s=1.0, cap_s=60.0)
         while True:
             hint.clear()
@@ -520,6 +520,10 @@ class Reconciler:
                 self._tell_stuck(slot, error)
                 await self._clock.sleep(1.0 + backoff.next())
             self._nudge()  # it may have held the box's one trial
+
+    def _note_booted(self) -> None:
+        if all(version_beside(slot) for slot in self._to_boot):
+            self.booted.set()
 
     def _tell_stuck(self, slot: str, error: Exception) -> None:
         _log.error("deployment is stuck", slot=slot, reason=str(error))
