@@ -220,6 +220,7 @@ class InferenceExchange:
             deadline_ms = _integer(asked, b"x-deadline-ms", 1, DEADLINE_MS_MAX) or line.deadline_ms_default
             self._style = _style(target, asked)
             header = _engine_header(target, asked, len(body), self._style)
+            routing_key = _routing_key(asked)
         except AgentError as error:
             self._fail(error)
             return
@@ -231,7 +232,7 @@ class InferenceExchange:
             deadline=line.loop.time() + deadline_ms / 1000,
             client=self._client,
             answer=self._answer,
-            routing_key=_text(asked, b"x-routing-key") or "",
+            routing_key=routing_key,
         )
         if self._style is not None:
             request.part = self._part
@@ -406,6 +407,11 @@ def _text(asked: Mapping[bytes, bytes], name: bytes) -> str | None:
     if value is not None and len(value) > _TEXT_BYTES_MAX:
         raise InvalidInputError(f"{name.decode()} of {len(value)} bytes; the limit is {_TEXT_BYTES_MAX}")
     return None if value is None else value.decode("latin-1")
+
+
+def _routing_key(asked: Mapping[bytes, bytes]) -> str:
+    """Return the same text as a frame would bring; of bytes that are none, one that differs where they do."""
+    return (_text(asked, b"x-routing-key") or "").encode("latin-1").decode(errors="surrogateescape")
 
 
 def _integer(asked: Mapping[bytes, bytes], name: bytes, low: int, high: int) -> int | None:

@@ -45,6 +45,7 @@ KINDS: dict[str, tuple[bytes, int, bytes | None]] = {
     "nobody": (request("POST", "/predictions/nobody", b"abc"), 404, None),
     "wrong method": (request("GET", PREDICT, b"ignored"), 405, None),
     "wrong deadline": (request("POST", PREDICT, b"abc", X_Deadline_Ms="soon"), 400, None),
+    "long routing key": (request("POST", PREDICT, b"abc", X_Routing_Key="k" * 2000), 400, None),
     "wrong length": (request("POST", INFER, b"abc", Inference_Header_Content_Length="4"), 400, None),
 }
 
@@ -65,6 +66,16 @@ class LaterEngine(FakeEngine):
         self.holding = holding
         if not holding:
             asyncio.get_running_loop().call_soon(self.release)
+
+
+def test_a_routing_key_is_the_text_that_was_sent(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with edges(tmp_path) as served:
+            for sent in ("", "user-1", "\u00fc".encode().decode("latin-1"), "\xff"):
+                await ask(served.port, "POST", PREDICT, b"abc", X_Routing_Key=sent)
+            assert [seen.routing_key for seen in served.engine.seen] == ["", "user-1", "\u00fc", "\udcff"]
+
+    run(test)
 
 
 @pytest.mark.parametrize("engine", [FakeEngine, LaterEngine])
