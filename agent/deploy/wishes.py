@@ -38,9 +38,12 @@ class Wishes:
         Raises:
             StateError, DiskFullError: it cannot be read now; what was known stands.
         """
-        self._asked = await self._journal.wanted()
-        self._overtaken = {item.wish.id: item for item in await self._journal.overtaken()}
-        self._cancelled = set(await self._journal.cancelled())
+        asked, overtaken = await self._journal.wanted(), await self._journal.overtaken()
+        cancelled = await self._journal.cancelled()
+        # All at once: whoever looks while the journal is read must not see a new wish beside an old order of strength.
+        self._asked = asked
+        self._overtaken = {item.wish.id: item for item in overtaken}
+        self._cancelled = set(cancelled)
         self.strongest = effective([*self._asked, *self._configured])
         self.staged = {wish.slot: wish for wish in self._asked if wish.plan.stage_only}
         self.known = True

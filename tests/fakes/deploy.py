@@ -24,7 +24,7 @@ from agent.deploy.ports import (
     Survey,
 )
 from agent.errors import AgentError, LoadError, OfflineError, OverloadedError, TargetNotFoundError, WorkerDiedError
-from agent.spread import counts_of
+from agent.spread import NOTHING, Counts, counts_of
 
 ROWS = Port(dtype="float32", shape=(Extent(low=1, high=8, name="N"),))
 INTERFACE = Interface(inputs={"x": ROWS}, outputs={"y": ROWS}, handler="tensors/v1")
@@ -189,14 +189,19 @@ class FakeLoaded:
             deaths=self.deaths,
             ready=ready,
             variant="cpu-fp32",
-            latency=counts_of([0.5 if slow else 0.001] * self.good),
-            recent=counts_of([0.001] * self.good),
+            latency=self._counted(0.5 if slow else 0.001, self.good),
+            recent=self._counted(0.001, self.good),
             copies=Copies(
                 compared=self.copies,
-                durations=counts_of([0.5 if "busy" in self._beside() else 0.001] * self.copies),
-                originals=counts_of([0.5] * self.copies),
+                durations=self._counted(0.5 if "busy" in self._beside() else 0.001, self.copies),
+                originals=self._counted(0.5, self.copies),
             ),
         )
+
+    def _counted(self, duration_s: float, times: int) -> Counts:
+        if not {"late", "busy"} & set(self.host.behaviour.values()):
+            return NOTHING  # nobody asks, and histories are long
+        return Counts(tuple(times * amount for amount in counts_of([duration_s]).buckets))
 
     def _beside(self) -> set[str | None]:
         others = (other.bundle.version for other in self.host.loaded if other is not self and not other.retired)
