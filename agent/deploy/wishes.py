@@ -38,9 +38,11 @@ class Wishes:
         Raises:
             StateError, DiskFullError: it cannot be read now; what was known stands.
         """
-        self._asked = await self._journal.wanted()
-        self._overtaken = {item.wish.id: item for item in await self._journal.overtaken()}
-        self._cancelled = set(await self._journal.cancelled())
+        asked, overtaken = await self._journal.wanted(), await self._journal.overtaken()
+        cancelled = await self._journal.cancelled()
+        # All at once: who looks in between must not see a wish and miss that it is the strongest.
+        self._asked, self._cancelled = asked, set(cancelled)
+        self._overtaken = {item.wish.id: item for item in overtaken}
         self.strongest = effective([*self._asked, *self._configured])
         self.staged = {wish.slot: wish for wish in self._asked if wish.plan.stage_only}
         self.known = True
