@@ -70,7 +70,7 @@ def test_a_daemon_killed_in_a_deployment_serves_again_without_its_store_and_ends
     campaign.until_serving()
     killed_in: Counter[str] = Counter()
     first_answers: list[float] = []
-    typical_s = 3.0  # a deployment takes about so long; learned from those before
+    typical_s: dict[Kind, float] = {}  # how long a deployment takes without a kill, about; learned from those before
     for number, (family, flavour) in enumerate(schedule(KILLS, campaign.families), 1):
         trusted = dict(campaign.serving)
         version = campaign.publish(family, flavour)
@@ -78,7 +78,7 @@ def test_a_daemon_killed_in_a_deployment_serves_again_without_its_store_and_ends
         with campaign.tampered(flavour):
             deployment = campaign.ask_for(family, version)
             with campaign.load():  # what it loses is lost with the daemon
-                time.sleep(rng.uniform(0, typical_s))
+                time.sleep(rng.uniform(0, typical_s.get(flavour.kind, 1.5)))
                 state = campaign.state_of(deployment)
                 campaign.kill_daemon()
             with campaign.without_store():
@@ -97,7 +97,8 @@ def test_a_daemon_killed_in_a_deployment_serves_again_without_its_store_and_ends
         print(f"{number:3} killed while {state}; {took}; {told(outcome)}")
         assert outcome.ended_by_itself, outcome
         campaign.until_serving()
-        typical_s = 0.8 * typical_s + 0.2 * min(10.0, outcome.total_s - first_answers[-1])
+        lived_s = outcome.total_s - first_answers[-1]
+        typical_s[flavour.kind] = 0.5 * (typical_s.get(flavour.kind, 1.5) + min(3.0, 0.7 * lived_s))
     print(f"killed while {dict(killed_in.most_common())}")
     late = sum(seconds > 2.0 for seconds in first_answers)
     print(f"from the start to a right answer: median p95 max {spread(first_answers)} s, {late} above 2 s")
