@@ -243,7 +243,7 @@ def pin(socket_path: str, target: str, team: str | None, no_wait: bool, as_json:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", metavar="MODEL[@VERSION]")
 @json_option
 @click.pass_obj
 def unpin(socket_path: str, model: str, as_json: bool) -> None:
@@ -262,7 +262,7 @@ def unpin(socket_path: str, model: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", metavar="MODEL[@VERSION]")
 @json_option
 @click.pass_obj
 def cancel(socket_path: str, model: str, as_json: bool) -> None:

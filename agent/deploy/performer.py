@@ -541,8 +541,9 @@ class Performer:
 
     async def _probation(self, record: Record) -> Record:
         """Watch the version serve; probe an idle one with its own golden inputs."""
-        if record.local:
-            return await self._confirm(record, "it was confirmed before")
+        pointer = self.pointer
+        if record.local or (pointer is not None and not pointer.trial and pointer.active.digest == record.digest):
+            return await self._confirm(record, "it was confirmed before")  # here or by the pointer, before a stop
         if self.active is None:
             return await self._steps.step(record, Event.FAIL, code=BootFailedError.code, message="it is not loaded")
         before = self._before.evidence() if self._before is not None else None

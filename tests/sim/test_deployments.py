@@ -511,6 +511,21 @@ def test_crashes_on_trial_yield_to_the_confirmed_version(tmp_path: Path) -> None
     run(story())
 
 
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_a_stop_between_pointer_and_journal_does_not_begin_a_probation_anew(tmp_path: Path, confirmed: bool) -> None:
+    """The pointer is what confirms: a second probation could only take back what serves, and holds up what follows."""
+
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=confirmed)
+        Pointers(tmp_path / "active").write(replace(box.pointer(), trial=False, starts_in_trial=0, running=False))
+        await box.restart()
+        assert (await box.run_until_final(None, "trial")).state is State.CONFIRMED
+        assert (box.active(), box.pointer().trial) == ("2.0.0", False)
+        await box.journal.close()
+
+    run(story())
+
+
 def test_an_orderly_end_that_is_not_recorded_counts_like_a_crash(tmp_path: Path) -> None:
     async def story() -> None:
         box = await on_trial(tmp_path, confirmed=True)

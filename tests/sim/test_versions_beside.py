@@ -97,6 +97,24 @@ def test_a_bad_version_beside_leaves_the_default_alone_and_is_not_tried_as_the_d
     run(story())
 
 
+def test_a_version_on_its_way_is_cancelled_by_its_slots_name(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "first")
+        box.store.offline = True
+        async with living(box):
+            await box.reconciler.want(beside())
+            record = await box.reconciler.beyond(beside().id, (-1, -1))
+            while record.state is not State.FETCH_WAIT:
+                record = await box.reconciler.beyond(record.id, (record.step, record.bytes_done))
+            await box.reconciler.cancel(BESIDE)
+            assert (await box.reconciler.outcome(record.id)).state is State.CANCELED
+            assert serving(box) == {"magika": "1.0.0"}
+            assert [row["slot"] for row in box.reconciler.slots()] == ["magika"]
+
+    run(story())
+
+
 def test_nothing_is_kept_beside_a_model_without_a_default(tmp_path: Path) -> None:
     async def story() -> None:
         box = Box(tmp_path, ["1.0.0", "2.0.0"])

@@ -162,7 +162,8 @@ class Stage:
             *("[serving]", f'frame_socket = "{self.socket}"', f'http_socket = "{self.http_socket}"'),
             *(f"http_port = {self.http_port}", ""),
             *("[store]", f'urls = ["{store_url}"]', f'anchor = "{self.anchor}"', ""),
-            *("[deploy]", "probation_s = 1.0", "probation_calls_min = 10", ""),
+            *("[deploy]", "probation_s = 1.0", "probation_calls_min = 10"),
+            *("latency_slack_ms = 1000.0", ""),  # ten answers say nothing of the latency of a machine that is busy
         ]
         if broker_port is not None:
             lines += [
