@@ -408,7 +408,8 @@ class EngineHost:
         self._engine.end_try(_held(loaded).version)
 
     def confirm(self, loaded: Loaded) -> None:
-        self._engine.confirm(_held(loaded).version)
+        held = _held(loaded)
+        self._engine.confirm(held.version, beside=held.beside)
 
     def activate(self, slot: str, loaded: Loaded) -> LoadedVersion | None:
         beside, version = bool(version_beside(slot)), _held(loaded).version

@@ -47,7 +47,17 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     ├── LinkError* (link_failed)                    the MQTT broker cannot be reached, refused us or went away
     ├── CommandError (command_refused)              a fleet or local command that is not carried out
     │   ├── CommandExpiredError (command_expired)
-    │   └── CommandReplayError (command_replayed)
+    │   ├── CommandReplayError (command_replayed)
+    │   └── DeploymentError (deployment_failed)     a deployment's end that is nobody else's error
+    │       ├── CanaryFailedError (canary_failed)   worse than what serves, at its share or in copies
+    │       ├── CanaryImpossibleError (canary_impossible)  no room for both
+    │       ├── CanaryUndecidedError (canary_undecided)  too little was seen of it
+    │       ├── ProbationError (probation_failed)   it did not earn trust
+    │       ├── RefusedBeforeError (refused_before)  it failed here before
+    │       ├── BootFailedError (boot_failed)       it did not come back after a restart
+    │       ├── PointerFailedError (pointer_failed)  the disk did not record what serves
+    │       ├── TooManyStepsError (too_many_steps)
+    │       └── SupersededError (superseded)        another wish won while it was on trial
     ├── StateError (bad_state)                      a state file or journal cannot be read
     └── IllegalTransitionError (illegal_transition) a broken invariant, never expected
 
@@ -359,6 +369,66 @@ class CommandReplayError(CommandError):
     """The command's id was seen before with other content, or its generation is old."""
 
     code = "command_replayed"
+
+
+class DeploymentError(CommandError):
+    """A deployment did not end well, for a reason of its own; the message says which."""
+
+    code = "deployment_failed"
+
+
+class CanaryFailedError(DeploymentError):
+    """The version answered worse than the one that serves while it had a share of the requests, or copies."""
+
+    code = "canary_failed"
+
+
+class CanaryImpossibleError(DeploymentError):
+    """A share was asked for, and what serves cannot stay in memory beside the version."""
+
+    code = "canary_impossible"
+
+
+class CanaryUndecidedError(DeploymentError):
+    """Too little was seen of the version at its share; it may be tried again."""
+
+    code = "canary_undecided"
+
+
+class ProbationError(DeploymentError):
+    """The version did not earn trust after it took over."""
+
+    code = "probation_failed"
+
+
+class RefusedBeforeError(DeploymentError):
+    """The version failed on this box before."""
+
+    code = "refused_before"
+
+
+class BootFailedError(DeploymentError):
+    """The version on trial did not come back after a restart."""
+
+    code = "boot_failed"
+
+
+class PointerFailedError(DeploymentError):
+    """The disk denied to record which version serves."""
+
+    code = "pointer_failed"
+
+
+class TooManyStepsError(DeploymentError):
+    """The deployment went in circles."""
+
+    code = "too_many_steps"
+
+
+class SupersededError(DeploymentError):
+    """Another wish won while the version was on trial."""
+
+    code = "superseded"
 
 
 class StateError(AgentError):

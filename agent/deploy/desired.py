@@ -15,7 +15,7 @@ from agent.deploy.plan import ORDINARY, Plan
 from agent.deploy.pointer import Pointer
 from agent.deploy.slots import model_of
 from agent.deploy.state import BEFORE_CUTOVER, FINAL, TABLE, TRIAL, Event, Record, State
-from agent.errors import CanceledError, CommandExpiredError
+from agent.errors import CanceledError, CommandExpiredError, SupersededError
 
 PRECEDENCE: Final = ("pin", "fleet", "file")  # strongest first
 STAGING: Final = "stage"  # where a wish is kept that asks for no more than bytes on disk
@@ -24,7 +24,7 @@ REVOCATION: Final = "revocation"  # nobody's wish: away from a version that was 
 TRANSIENT: Final = frozenset(
     {"metadata_expired", "disk_full", "offline", "store_transient", "store_failed", "budget_spent", "overloaded"}
 )
-SUPERSEDED: Final = "superseded"  # code of a trial that was rolled back because another wish won
+SUPERSEDED: Final = SupersededError.code  # code of a trial that was rolled back because another wish won
 _BYTES_WRONG: Final = "chunk_mismatch"  # says something of who gave the bytes, nothing of what was signed
 
 

@@ -8,8 +8,9 @@ from typing import Final
 from agent.deploy.desired import Ending, Overtaken, record_of
 from agent.deploy.state import BEFORE_CUTOVER, FINAL, STEPS_BEFORE_CUTOVER_MAX, TABLE, Event, Record, State
 from agent.deploy.steps import Steps
+from agent.errors import TooManyStepsError
 
-TOO_MANY_STEPS: Final = "too_many_steps"
+TOO_MANY_STEPS: Final = TooManyStepsError.code
 Work = Mapping[State, Callable[[Record], Awaitable[Record]]]
 
 

@@ -24,7 +24,15 @@ from agent.deploy.revocation import revoked_text
 from agent.deploy.slots import model_of
 from agent.deploy.state import FINAL, STEPS_BEFORE_CUTOVER_MAX, Event, Record, State
 from agent.deploy.steps import Steps
-from agent.errors import AgentError, BudgetError, BundleError, DiskFullError, PolicyError, StoreError
+from agent.errors import (
+    AgentError,
+    BudgetError,
+    BundleError,
+    DiskFullError,
+    PolicyError,
+    RefusedBeforeError,
+    StoreError,
+)
 from agent.log import get_logger
 
 _log = get_logger("deploy")
@@ -230,7 +238,8 @@ class Obtainer:
             refused = await self._journal.refused(self._model, seen.digest)
             if refused and not record.force:
                 message = f"version {seen.version} failed here before: {refused}; deploy it with force to try again"
-                return await self._steps.step(record, Event.REJECT, code="refused_before", message=message, **found)
+                code = RefusedBeforeError.code
+                return await self._steps.step(record, Event.REJECT, code=code, message=message, **found)
             return await self._steps.step(record, Event.DONE, **found, bytes_total=seen.bytes_total)
         if seen.phase == "progress":
             record = replace(record, bytes_done=seen.bytes_done, bytes_total=seen.bytes_total, rate_bps=seen.rate_bps)

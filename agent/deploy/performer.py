@@ -34,9 +34,15 @@ from agent.deploy.steps import Steps
 from agent.deploy.waiting import Waiting
 from agent.errors import (
     AgentError,
+    BootFailedError,
     BundleError,
+    CanaryFailedError,
+    CanaryImpossibleError,
+    CanaryUndecidedError,
     IncompatibleError,
+    PointerFailedError,
     PolicyError,
+    ProbationError,
     SelfTestError,
     StateError,
     StoreError,
@@ -47,7 +53,7 @@ from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
-_UNDECIDED: Final = "canary_undecided"
+_UNDECIDED: Final = CanaryUndecidedError.code
 # What ended a deployment without speaking against its version: it is not remembered as bad.
 _BLAMELESS: Final = frozenset({SUPERSEDED, _UNDECIDED, lane.TOO_MANY_STEPS})
 
@@ -328,7 +334,7 @@ class Performer:
             pass  # boot() loaded it
         elif record.state is State.PROBATION or (record.state is State.CUTOVER and ours):
             record = await self._steps.step(
-                record, Event.FAIL, code="boot_failed", message="it did not survive a restart"
+                record, Event.FAIL, code=BootFailedError.code, message="it did not survive a restart"
             )
         elif record.state not in WAITING | {State.ROLLING_BACK, State.RECEIVED}:
             record = await self._steps.step(record, Event.RESUME)
@@ -450,7 +456,7 @@ class Performer:
                 message = (
                     f"what serves cannot stay beside it, which a canary needs ({reason}); --canary none --shadow 0"
                 )
-                return await self._steps.step(record, Event.FAIL, code="canary_impossible", message=message)
+                return await self._steps.step(record, Event.FAIL, code=CanaryImpossibleError.code, message=message)
             return await self._steps.step(record, Event.SHARE, variant=variant, percent=self._share_of(record))
         return await self._steps.step(record, Event.DONE, variant=variant)
 
@@ -498,7 +504,7 @@ class Performer:
         if outcome.judgement is None:
             return replace(record, evidence=evidence)  # given up by whoever goes by the states
         if outcome.judgement.verdict is Verdict.ROLL_BACK:
-            code = _UNDECIDED if outcome.judgement.undecided else "canary_failed"
+            code = _UNDECIDED if outcome.judgement.undecided else CanaryFailedError.code
             return await self._steps.step(
                 record, Event.FAIL, code=code, message=outcome.judgement.reason, evidence=evidence
             )
@@ -519,7 +525,7 @@ class Performer:
                     Pointer(slot=self.slot, active=active, previous=confirmed, trial=on_trial, running=on_trial)
                 )
             except (AgentError, OSError) as error:
-                return await self._steps.step(record, Event.FAIL, code="pointer_failed", message=str(error))
+                return await self._steps.step(record, Event.FAIL, code=PointerFailedError.code, message=str(error))
             named = {active.digest, confirmed.digest if confirmed is not None else ""}
             self._interfaces[active.digest] = self._bundle.interface
             self._interfaces = {digest: known for digest, known in self._interfaces.items() if digest in named}
@@ -539,7 +545,7 @@ class Performer:
         if record.local or (pointer is not None and not pointer.trial and pointer.active.digest == record.digest):
             return await self._confirm(record, "it was confirmed before")  # here or by the pointer, before a stop
         if self.active is None:
-            return await self._steps.step(record, Event.FAIL, code="boot_failed", message="it is not loaded")
+            return await self._steps.step(record, Event.FAIL, code=BootFailedError.code, message="it is not loaded")
         before = self._before.evidence() if self._before is not None else None
         if before is not None:  # of all its answers the last minutes' tell how long they take
             before = replace(before, latency=before.recent)
@@ -558,7 +564,7 @@ class Performer:
             if judgement.verdict is Verdict.CONFIRM:
                 return await self._confirm(record, judgement.reason)
             if judgement.verdict is Verdict.ROLL_BACK:
-                return await self._steps.step(record, Event.FAIL, code="probation_failed", message=judgement.reason)
+                return await self._steps.step(record, Event.FAIL, code=ProbationError.code, message=judgement.reason)
             if reason := self._revoked(record.digest):
                 message = revoked_text(record.version, reason)
                 return await self._steps.step(record, Event.FAIL, code=PolicyError.code, message=message)

@@ -354,7 +354,7 @@ class Engine:
                 except BaseException:
                     await self.retire(version, beside=beside, timeout_s=0)
                     raise
-                version.stage, version.trying_beside = Stage.TRYING, beside
+                version.begin_trial(beside=beside)
                 return version
             version = self._make_version(spec, Stage.TRYING)
             version.trying_beside = beside
@@ -461,10 +461,9 @@ class Engine:
         self._work.set()
         return job
 
-    def confirm(self, version: Version) -> None:
+    def confirm(self, version: Version, *, beside: bool = False) -> None:
         """It has earned trust: from now on its own configuration says how long it stays in memory."""
-        version.stand_in = None
-        version.stage = Stage.SERVING
+        version.end_trial(beside=beside)
         self._residency.look_again()
 
     async def load_now(self, model: str, version: str | None = None) -> None:
@@ -554,7 +553,8 @@ class Engine:
         route = self._route_of(version.model)
         previous = route.beside.get(version.version)
         route.beside[version.version] = version
-        route.kept = [one for one in route.kept if one is not version]
+        if version.holders == version.beside:  # else its model's own slot keeps it, too
+            route.kept = [one for one in route.kept if one is not version]
         route.expected.pop(version.version, None)
         version.route(here=True)
         return previous if previous is not version else None

@@ -283,6 +283,20 @@ class Version:
         self.holders += 1
         self.beside += beside
 
+    def begin_trial(self, *, beside: bool) -> None:
+        """Let a slot try it that found it loaded; one beside takes it from no trial of its model's own slot."""
+        if not beside or not self._kept_for_default:
+            self.stage, self.trying_beside = Stage.TRYING, beside
+
+    def end_trial(self, *, beside: bool) -> None:
+        """Let it serve as one that is trusted, unless it was tried beside and its model's own slot still tries it."""
+        if not beside or not self._kept_for_default:
+            self.stand_in, self.stage = None, Stage.SERVING
+
+    @property
+    def _kept_for_default(self) -> bool:
+        return self.stage is Stage.BEFORE or (self.stage is Stage.TRYING and not self.trying_beside)
+
     def let_go(self, *, beside: bool) -> None:
         """Let one slot hold it no longer; what that slot kept it loaded for is over for those that still do."""
         self.holders -= 1

@@ -199,6 +199,36 @@ def test_after_the_cut_over_the_version_before_stands_in_until_the_new_one_is_co
     run(story)
 
 
+def test_a_candidate_that_is_kept_beside_as_well_is_on_trial_until_its_own_is_over(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=100) as it:
+            candidate = await pair(it, tmp_path, handler="odd")
+            it.engine.try_out(candidate, canary_percent=100, shadow_percent=0)
+            serving = candidate.stand_in
+            assert serving is not None
+            assert await it.engine.load(candidate.spec, beside=True) is candidate
+            it.engine.activate_beside(candidate)
+            it.engine.confirm(candidate, beside=True)
+            assert (candidate.stand_in, candidate.held_by) == (serving, "on trial")
+            assert (await ask(it, text="raise"))["code"] == "handler_failed"
+            text = it.metrics.render().decode()
+            assert 'inferd_requests_total{code="handler_failed",model="scale",version="1.0.0"} 1.0' in text
+            await it.engine.retire(candidate, beside=True)
+            assert (candidate.stand_in, candidate.held_by) == (serving, "on trial")
+            assert (await ask(it, text="[1, 2, 3, 4]", version="2.0.0"))["version"] == "2.0.0"
+            assert (await ask(it, text="[1, 2, 3, 4]"))["version"] == "2.0.0"
+            # The one before, which is kept for a rollback, stays for it whatever else it is kept as.
+            it.engine.activate(candidate)
+            assert await it.engine.load(serving.spec, beside=True) is serving
+            it.engine.activate_beside(serving)
+            it.engine.confirm(serving, beside=True)
+            assert serving.held_by == "kept for a rollback"
+            it.engine.confirm(candidate)
+            assert (candidate.stand_in, candidate.held_by) == (None, "")
+
+    run(story)
+
+
 def test_a_model_with_a_candidate_gives_no_lanes(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path) as it:
