@@ -304,6 +304,8 @@ class Residency:
         waits = sibling and asker is not None and not asker.held_by
         replaced = tried and not (seat.loading or pool.closed)
         staying = lodger.held_by or ("pinned" if lodger.keeping.pinned else "")
+        if asker is not None and asker.held_by and asker.beside and lodger.model == asker.model and not lodger.beside:
+            staying = staying or "the default"  # it could not come back before the trial beside it is over
         kept = "" if replaced or waits or pool.closed else staying
         return Tenant(
             name=lodger.name,

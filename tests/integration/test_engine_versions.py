@@ -94,5 +94,11 @@ def test_a_version_beside_takes_nobodys_place_in_memory(tmp_path: Path) -> None:
             with pytest.raises(OverloadedError, match=r"a 1\.0\.0 .pinned"):
                 await box.engine.load(model(tmp_path, "a", factor=3.0, version="2.0.0", keeping=pinned), beside=True)
             assert (await ask(box, "a"))["version"] == "1.0.0"
+        async with limited(tmp_path, 1, memory_wait_s=0.1) as box:
+            await serve(box, model(tmp_path, "b"))
+            await ask(box, "b")
+            with pytest.raises(OverloadedError, match=r"b 1\.0\.0 .the default"):
+                await box.engine.load(model(tmp_path, "b", factor=3.0, version="2.0.0"), beside=True)
+            assert (await ask(box, "b"))["version"] == "1.0.0"
 
     run(story)
