@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -175,7 +176,7 @@ tenants_strategy = st.lists(
         busy=st.booleans(),
         loading=st.booleans(),
         kept=st.sampled_from(["", "pinned"]),
-    ),
+    ).map(lambda one: replace(one, busy=one.busy or one.loading)),  # what is being loaded is busy
     max_size=12,
 )
 
