@@ -26,6 +26,7 @@ from agent.metrics import Metrics
 
 _log = get_logger("memory")
 _LOOK_AGAIN_S: Final = 0.02
+_IN_USE_S: Final = 60.0  # since its last request: a model does not leave for a deployment of another
 _LEARN_EVERY_S: Final = 30.0
 _RETRY_S: Final = 5.0  # what a refused caller is told to wait, where nobody can know it
 _RETURN_S: Final = 5.0  # for freed device memory to be seen as free
@@ -56,6 +57,7 @@ class Lodger(Protocol):
     """What is asked of the version that a pool is of."""
 
     used_at: float  # loop seconds
+    asked_at: float  # loop seconds of the last request; self-tests and loads are none
     may_unload: bool  # whether others may be unloaded for what it loads now
     load_until: float  # loop seconds until which its load may wait for memory
 
@@ -304,8 +306,8 @@ class Residency:
         waits = sibling and asker is not None and not asker.held_by
         replaced = tried and not (seat.loading or pool.closed)
         staying = lodger.held_by or ("pinned" if lodger.keeping.pinned else "")
-        if asker is not None and asker.held_by and asker.beside and lodger.model == asker.model and not lodger.beside:
-            staying = staying or "the default"  # it could not come back before the trial beside it is over
+        if asker is not None and asker.held_by and not staying:  # it could not come back before that trial is over
+            staying = self._spared(lodger, asker)
         kept = "" if replaced or waits or pool.closed else staying
         return Tenant(
             name=lodger.name,
@@ -317,6 +319,12 @@ class Residency:
             kept=kept,
             replaced=replaced,
         )
+
+    def _spared(self, lodger: Lodger, asker: Lodger) -> str:
+        """Return why a version does not leave for one that is tried; empty if it may."""
+        if lodger.model != asker.model:
+            return "in use" if self._now() - lodger.asked_at < _IN_USE_S else ""
+        return "the default" if asker.beside and not lodger.beside else ""
 
     async def _send_out_idle(self) -> float:
         """Unload what has been idle for its keep-alive; return when to look again (loop seconds)."""

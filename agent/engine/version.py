@@ -120,6 +120,7 @@ class Version:
         self.stage = stage
         self.asleep = False
         self.used_at = now()
+        self.asked_at = -math.inf
         self.may_unload = True
         self.load_until = 0.0
         self.pool: Pool | None = None
@@ -509,7 +510,7 @@ class Version:
         client = job.request.client
         self._shares.check(client, outstanding=pool.outstanding, bound=pool.queue_requests_max)
         pool.submit(job)
-        self.used_at = job.arrived
+        self.used_at = self.asked_at = job.arrived
         if not job.settled:
             self._shares.add(client)
             job.shares = self._shares
@@ -762,7 +763,7 @@ class Version:
 
     def lanes_counted(self, counts: LaneCounts) -> None:
         """Count what was answered without us."""
-        self.used_at = self._now()
+        self.used_at = self.asked_at = self._now()
         for code, amount in counts.codes.items():
             known = "ok" if code == "ok" else by_code(code, "").code
             self._answers.add((self.spec.model, self.spec.version, known), amount)

@@ -179,6 +179,19 @@ def test_a_model_that_may_not_be_unloaded_keeps_another_out_with_a_reason(tmp_pa
     run(story)
 
 
+def test_a_model_that_is_being_asked_does_not_leave_for_a_deployment_of_another(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with limited(tmp_path, 1) as box:
+            await serve(box, model(tmp_path, "a", keeping=Keeping()))
+            assert (await ask(box, "a"))["kind"] == "result"
+            with pytest.raises(OverloadedError, match=r"a 1\.0\.0 \(in use\)"):
+                await box.engine.load(model(tmp_path, "b"))
+            assert (await ask(box, "a"))["kind"] == "result"
+            assert loads(box)["a"] == 1
+
+    run(story)
+
+
 def test_a_model_in_use_is_waited_for_and_no_longer_than_configured(tmp_path: Path) -> None:
     async def story() -> None:
         async with limited(tmp_path, 1, memory_wait_s=0.3) as box:
