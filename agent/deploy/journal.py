@@ -111,8 +111,9 @@ class Journal:
         return list(_decoded(rows, Record))
 
     async def unfinished(self) -> list[Record]:
-        """Return the deployments that are under way."""
-        return [record for record in await self.history(limit=_KEEP_FINISHED) if record.state not in FINAL]
+        """Return the deployments that are under way, however many began after them, newest first."""
+        rows = await self._do(lambda: self._query("SELECT row FROM deployment ORDER BY number DESC"))
+        return [record for record in _decoded(rows, Record) if record.state not in FINAL]
 
     async def want(self, desired: Desired) -> None:
         """Record what a source wants of a slot; a wish that it replaces and that never began is overtaken by it."""

@@ -26,6 +26,7 @@ def test_the_newest_deployment_of_a_slot_outlives_any_number_of_other_slots(tmp_
         latest = await journal.latest("quiet")
         assert latest is not None
         assert (latest.id, latest.state) == ("waits", State.FETCH_WAIT)
+        assert [record.id for record in await journal.unfinished()] == ["waits"]
         await journal.save(_record("waits", "quiet", State.CONFIRMED))
         kept = {record.id: record.state for record in await journal.history(limit=1000)}
         assert kept.pop("waits") is State.CONFIRMED
