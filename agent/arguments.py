@@ -37,7 +37,7 @@ def wish_of(wish_id: str, args: dict[str, Any], source: str, *, medium: str = ""
     plan = plan_of(args)
     if beside and plan.rollout is not None:
         raise InvalidInputError("a version beside the default answers those who name it: it gets no share of others")
-    if args.get("beside") and plan.stage_only:
+    if beside and plan.stage_only:
         raise InvalidInputError("a version that is only staged is beside nothing: stage it first, then --beside")
     return Desired(
         id=wish_id,

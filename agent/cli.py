@@ -77,7 +77,13 @@ main.add_command(cli_versions.scale)
 @json_option
 @click.pass_obj
 def status(socket_path: str, as_json: bool) -> None:
-    """Show the box, its models, the telemetry link and the memory of every process."""
+    """Show the box, its models, the telemetry link and the memory of every process.
+
+    \b
+    Examples:
+      inferctl status
+      inferctl status --json | jq '.models[].reason'
+    """
     with connected(socket_path) as client:
         value = client.call("status")
         if as_json:
@@ -90,7 +96,13 @@ def status(socket_path: str, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def models(socket_path: str, as_json: bool) -> None:
-    """List the models of this box: what serves, what is wanted and by whom, inputs and outputs."""
+    """List the models of this box: what serves, what is wanted and by whom, inputs and outputs.
+
+    \b
+    Examples:
+      inferctl models
+      inferctl models --json | jq '.[] | {slot, active}'
+    """
     with connected(socket_path) as client:
         rows = client.call("models")
     if as_json:
@@ -293,8 +305,9 @@ def load(socket_path: str, target: str, as_json: bool) -> None:
     """Load MODEL into memory now, as its next request would.
 
     \b
-    Example:
+    Examples:
       inferctl load detector
+      inferctl load detector@2.0.0
     """
     _move(socket_path, "load", target, as_json=as_json)
 
@@ -309,8 +322,9 @@ def unload(socket_path: str, target: str, as_json: bool) -> None:
     Refused for a model that is pinned in the configuration, and while one of its versions is on trial.
 
     \b
-    Example:
+    Examples:
       inferctl unload detector
+      inferctl unload detector@2.0.0 --json
     """
     _move(socket_path, "unload", target, as_json=as_json)
 

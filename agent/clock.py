@@ -23,6 +23,16 @@ class Clock(Protocol):
         """Return after ``seconds``."""
 
 
+async def wait_up_to(event: asyncio.Event, limit_s: float, clock: Clock) -> bool:
+    """Return once ``event`` is set or after ``limit_s`` seconds of ``clock``; say whether it is set."""
+    async with asyncio.TaskGroup() as group:
+        waits = [group.create_task(event.wait()), group.create_task(clock.sleep(limit_s))]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+    return event.is_set()
+
+
 class SystemClock:
     """The kernel's clocks."""
 

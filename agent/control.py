@@ -23,7 +23,7 @@ from agent.control_store import StoreVerbs
 from agent.control_versions import VersionVerbs
 from agent.deploy.desired import Desired
 from agent.deploy.reconciler import Reconciler
-from agent.deploy.slots import slot_of, version_beside
+from agent.deploy.slots import version_beside
 from agent.deploy.state import FINAL, State
 from agent.engine.engine import Engine, pss_bytes
 from agent.errors import (
@@ -281,7 +281,7 @@ class Control:
 
     async def _inspect(self, args: dict[str, Any], _peer: str) -> dict[str, Any]:
         """Return what the named version, or the active one, and its models say about themselves."""
-        model, version = text_of(args, "model"), str(args.get("version") or "")
+        model, version = text_of(args, "model"), version_of(args)
         active = next((row["active"] for row in self._reconciler.slots() if row["slot"] == model), None)
         if not version and not active:
             raise NotFoundError(f"{model!r} serves nothing here; name a version: {model}@VERSION")
@@ -338,7 +338,8 @@ class Control:
 
     def _residency_of(self, model: str, version: str) -> dict[str, Any]:
         found = self._engine.find(model, version)
-        return {"model": slot_of(model, version), **(found.residency() if found is not None else {"loaded": False})}
+        named = {"model": model, "version": found.version if found is not None else version}
+        return {**named, **(found.residency() if found is not None else {"loaded": False})}
 
     async def _rollback_wish(self, model: str, wish_id: str, source: str) -> Desired:
         known = await self._reconciler.find(wish_id)

@@ -211,7 +211,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             unified_memory=any(gpu.integrated for gpu in hardware.gpus),
             scales=scales.of,
         )
-        journal = Journal(state_dir / "journal.db")
+        journal = Journal(state_dir / "journal.db", device=measured_device(hardware))
         stack.push_async_callback(journal.close)
         store = BundleStore(
             puller,

@@ -34,7 +34,9 @@ CREATE TABLE IF NOT EXISTS deployment (
 CREATE INDEX IF NOT EXISTS deployment_slot ON deployment (slot, number);
 CREATE TABLE IF NOT EXISTS desired (slot TEXT, source TEXT, row TEXT NOT NULL, PRIMARY KEY (slot, source));
 CREATE TABLE IF NOT EXISTS leaving (slot TEXT PRIMARY KEY);
-CREATE TABLE IF NOT EXISTS refused (slot TEXT, digest TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest));
+CREATE TABLE IF NOT EXISTS refused (
+    slot TEXT, digest TEXT, device TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest, device)
+);
 CREATE TABLE IF NOT EXISTS revoked (digest TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS overtaken (id TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS cancelled (id TEXT PRIMARY KEY);
@@ -54,10 +56,18 @@ class Journal:
 
     A disk that denies the file (full, failing) is no reason to doubt it: it stays, each call raises, and the first call
     that finds the disk well again opens it.
+
+    Args:
+        path: Of the file.
+        device: Hardware, driver and agent: a version that failed with others may do better with these.
+        connector: Opens the file.
     """
 
-    def __init__(self, path: Path, *, connector: Callable[[Path], sqlite3.Connection] | None = None) -> None:
+    def __init__(
+        self, path: Path, *, device: str = "", connector: Callable[[Path], sqlite3.Connection] | None = None
+    ) -> None:
         self._path = path
+        self._device = device
         self._connector = connector or connect
         self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
@@ -111,8 +121,9 @@ class Journal:
         return list(_decoded(rows, Record))
 
     async def unfinished(self) -> list[Record]:
-        """Return the deployments that are under way."""
-        return [record for record in await self.history(limit=_KEEP_FINISHED) if record.state not in FINAL]
+        """Return the deployments that are under way, however many began after them, newest first."""
+        rows = await self._do(lambda: self._query("SELECT row FROM deployment ORDER BY number DESC"))
+        return [record for record in _decoded(rows, Record) if record.state not in FINAL]
 
     async def want(self, desired: Desired) -> None:
         """Record what a source wants of a slot; a wish that it replaces and that never began is overtaken by it."""
@@ -163,7 +174,8 @@ class Journal:
 
     async def refuse(self, model: str, digest: str, reason: str) -> None:
         """Remember a version that failed here."""
-        await self._do(lambda: self._execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", model, digest, reason))
+        row = (model, digest, self._device, reason)
+        await self._do(lambda: self._execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?, ?)", *row))
 
     async def forgive(self, model: str, digest: str) -> None:
         """Forget that a version failed here."""
@@ -171,14 +183,14 @@ class Journal:
 
     async def refused(self, model: str, digest: str) -> str:
         """Return why the version failed here, or an empty text."""
-        rows = await self._do(
-            lambda: self._query("SELECT reason FROM refused WHERE slot = ? AND digest = ?", model, digest)
-        )
+        query = "SELECT reason FROM refused WHERE slot = ? AND digest = ? AND device = ?"
+        rows = await self._do(lambda: self._query(query, model, digest, self._device))
         return str(rows[0][0]) if rows else ""
 
     async def all_refused(self) -> list[tuple[str, str, str]]:
         """Return model, digest and reason of every version that failed here."""
-        rows = await self._do(lambda: self._query("SELECT slot, digest, reason FROM refused ORDER BY slot, digest"))
+        query = "SELECT slot, digest, reason FROM refused WHERE device = ? ORDER BY slot, digest"
+        rows = await self._do(lambda: self._query(query, self._device))
         return [(model, digest, reason) for model, digest, reason in rows]
 
     async def revoke(self, revoked: Revoked) -> None:

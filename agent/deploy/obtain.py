@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.backoff import Backoff
-from agent.clock import Clock
+from agent.clock import Clock, wait_up_to
 from agent.config import DeployConfig
 from agent.deploy.desired import Ending
 from agent.deploy.journal import Journal
@@ -289,12 +289,7 @@ class Obtainer:
 
     async def _until_medium(self, wait_s: float) -> bool:
         """Wait so long, or until a medium is offered; return whether one was."""
-        async with asyncio.TaskGroup() as group:
-            waits = [group.create_task(self._medium_came.wait()), group.create_task(self._clock.sleep(wait_s))]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
-        came = self._medium_came.is_set()
+        came = await wait_up_to(self._medium_came, wait_s, self._clock)
         self._medium_came.clear()
         return came
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agent.backoff import Backoff
-from agent.clock import Clock
+from agent.clock import Clock, wait_up_to
 from agent.config import DeployConfig
 from agent.deploy.desired import REVOCATION, STAGING, TRANSIENT, Action, Desired, Ending, decide, may_pass, serves
 from agent.deploy.gates import Situation
@@ -726,12 +726,7 @@ class Reconciler:
         """Wait for a hint, at most so long (``None``: for ever); return whether one came."""
         if limit_s is None:
             return await hint.wait()
-        async with asyncio.TaskGroup() as group:
-            waits = [group.create_task(hint.wait()), group.create_task(self._clock.sleep(limit_s))]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
-        return hint.is_set()
+        return await wait_up_to(hint, limit_s, self._clock)
 
     async def _look_for_newer(self, performer: Performer, wish: Desired, latest: Record) -> None:
         offered = await self._offered(wish, performer.pointer)

@@ -105,10 +105,9 @@ TABLE: Final[Mapping[tuple[State, Event], State]] = {
     (State.STAGED, Event.PREPARE): State.PREPARED,
     (State.STAGED, Event.WAIT): State.WAITING_WINDOW,
     (State.WAITING_WINDOW, Event.DONE): State.LOADING,
-    (State.WAITING_WINDOW, Event.REJECT): State.REJECTED,  # it was damaged or revoked meanwhile
     (State.LOADING, Event.DONE): State.CUTOVER,
     (State.LOADING, Event.SHARE): State.CANARY,
-    (State.LOADING, Event.REJECT): State.REJECTED,
+    (State.LOADING, Event.REJECT): State.REJECTED,  # also if it was revoked while it waited
     (State.CANARY, Event.SHARE): State.CANARY,
     (State.CANARY, Event.DONE): State.CUTOVER,
     (State.CUTOVER, Event.DONE): State.PROBATION,

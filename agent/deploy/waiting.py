@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from agent.clock import Clock
+from agent.clock import Clock, wait_up_to
 from agent.config import DeployConfig
 from agent.deploy.desired import Ending
 from agent.deploy.gates import Judge, Situation
@@ -80,12 +80,4 @@ class Waiting:
                 record, written_s = replace(record, message=gate.reason), record.waited_s
                 await self._steps.note(record)
             left_s = self._config.wait_limit_s - record.waited_s
-            await self._sleep(max(_LOOK_S_MIN, min(gate.look_s, left_s)))
-
-    async def _sleep(self, wait_s: float) -> None:
-        """Sleep so long, or until something changed."""
-        async with asyncio.TaskGroup() as group:
-            waits = [group.create_task(self._nudged.wait()), group.create_task(self._clock.sleep(wait_s))]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
+            await wait_up_to(self._nudged, max(_LOOK_S_MIN, min(gate.look_s, left_s)), self._clock)

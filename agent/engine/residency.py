@@ -93,7 +93,7 @@ class Lodger(Protocol):
 
 
 class Seat:
-    """One pool's part of memory. Made by ``Residency.seat``."""
+    """One pool's part of memory."""
 
     def __init__(self, residency: Residency, lodger: Lodger, variant: VariantSpec) -> None:
         self.lodger = lodger

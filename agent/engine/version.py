@@ -158,7 +158,7 @@ class Version:
         self._crashes = {variant: make_crashes() for variant in self._variants}
         self._standing = Standing(spec, config, book, now=now)
         self._aside: Pool | None = None  # being started for requests that the serving one has no memory for
-        self._beside: set[Pool] = set()  # not serving yet
+        self._coming: set[Pool] = set()  # not serving yet
         self._leaving: set[Pool] = set()  # not serving any more
         self._too_large: dict[str, int] = {}  # bytes of the smallest request that a variant had no memory for
         self._opened: Pool | None = None  # made ahead of its load, so that jobs can wait in it
@@ -226,7 +226,7 @@ class Version:
         """All that may hold requests: the one that serves, those on their way in, those on their way out."""
         if self.pool is not None:
             yield self.pool
-        yield from self._beside
+        yield from self._coming
         yield from self._leaving
 
     @property
@@ -485,7 +485,7 @@ class Version:
             for job in waiting:
                 self.adopt(job)
         async with asyncio.TaskGroup() as group:
-            for tried in list(self._beside):
+            for tried in list(self._coming):
                 group.create_task(tried.close(timeout_s=0))
             group.create_task(self._drop(pool, timeout_s=_DRAIN_TIMEOUT_S))
         self._residency.tell_unloaded(self, cause, reason)
@@ -649,7 +649,7 @@ class Version:
     @property
     def examinable(self) -> bool:
         """Whether it serves on its own account: not asleep, not on trial, nothing else being tried."""
-        quiet = not self._beside and self._aside is None
+        quiet = not self._coming and self._aside is None
         return self.stage is Stage.SERVING and quiet and not self.moving and not self.closed
 
     def tested(self, pool: Pool, link: WorkerLink | None, report: Report) -> Report:
@@ -785,7 +785,7 @@ class Version:
 
     def worker_died(self, pool: Pool, pid: int, cause: str, retried: int) -> None:
         """Report a death the pool is already repairing."""
-        if pool not in self._beside:  # what is only tried is no evidence against what serves
+        if pool not in self._coming:  # what is only tried is no evidence against what serves
             self.deaths += 1
         self._pass_waiting(pool)
         self._tell("worker.died", Severity.WARNING, variant=pool.spec.id, pid=pid, cause=cause, retried=retried)
@@ -867,7 +867,7 @@ class Version:
             return None
         self._allow(may_unload=True)
         pool = self._make_pool(self._variants[variant], self, size_before=current.size)
-        self._beside.add(pool)
+        self._coming.add(pool)
         return pool
 
     async def _step_aside(self, current: Pool, aside: Pool) -> None:
@@ -931,7 +931,7 @@ class Version:
         variant = self._variants[step.rung.id]
         self._allow(may_unload=False)  # no other model leaves for a better variant of this one
         pool = self._make_pool(variant, self, size_before=current.size)
-        self._beside.add(pool)
+        self._coming.add(pool)
         try:
             await self._let_compete(pool, current, step.purpose)
         except OverloadedError as error:
@@ -939,7 +939,7 @@ class Version:
         except WorkerError as error:
             if not pool.closed or pool.spec.device in self._lost:  # else it was ended: nothing is wrong with it
                 self._fell(variant.id, error)
-        if pool in self._beside:
+        if pool in self._coming:
             await self._drop(pool)
 
     async def _let_compete(self, pool: Pool, current: Pool, purpose: Purpose) -> None:
@@ -971,7 +971,7 @@ class Version:
     def _take_over(self, pool: Pool, why: str) -> None:
         """Route requests to a pool that has passed its self-test; the one before answers what it holds."""
         before, self.pool = self.pool, pool
-        self._beside.discard(pool)
+        self._coming.discard(pool)
         if before is not None:
             for job in before.take_waiting():
                 pool.adopt(job)
@@ -998,7 +998,7 @@ class Version:
     async def _drop(self, pool: Pool, *, timeout_s: float = 0.0) -> None:
         """End a pool; ``close`` does if this is canceled."""
         await pool.close(timeout_s=timeout_s)
-        self._beside.discard(pool)
+        self._coming.discard(pool)
         self._leaving.discard(pool)
 
     def _fell(self, variant: str, error: AgentError) -> None:

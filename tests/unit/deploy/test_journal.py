@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from agent.deploy.journal import Journal
@@ -26,6 +27,7 @@ def test_the_newest_deployment_of_a_slot_outlives_any_number_of_other_slots(tmp_
         latest = await journal.latest("quiet")
         assert latest is not None
         assert (latest.id, latest.state) == ("waits", State.FETCH_WAIT)
+        assert [record.id for record in await journal.unfinished()] == ["waits"]
         await journal.save(_record("waits", "quiet", State.CONFIRMED))
         kept = {record.id: record.state for record in await journal.history(limit=1000)}
         assert kept.pop("waits") is State.CONFIRMED
@@ -35,3 +37,34 @@ def test_the_newest_deployment_of_a_slot_outlives_any_number_of_other_slots(tmp_
         await journal.close()
 
     asyncio.run(story())
+
+
+def test_what_failed_with_other_hardware_driver_or_agent_may_be_tried_again(tmp_path: Path) -> None:
+    async def life(device: str, story: Callable[[Journal], Awaitable[None]]) -> None:
+        journal = Journal(tmp_path / "journal.db", device=device)
+        await journal.open()
+        await story(journal)
+        await journal.close()
+
+    async def fails(journal: Journal) -> None:
+        await journal.refuse("magika", "d" * 64, "wrong answers")
+
+    async def is_refused(journal: Journal) -> None:
+        assert await journal.refused("magika", "d" * 64) == "wrong answers"
+        assert await journal.all_refused() == [("magika", "d" * 64, "wrong answers")]
+
+    async def is_not_refused(journal: Journal) -> None:
+        assert not await journal.refused("magika", "d" * 64)
+        assert not await journal.all_refused()
+
+    async def is_forgiven(journal: Journal) -> None:
+        await journal.forgive("magika", "d" * 64)
+
+    async def stories() -> None:
+        await life("driver 1", fails)
+        await life("driver 2", is_not_refused)
+        await life("driver 1", is_refused)
+        await life("driver 2", is_forgiven)
+        await life("driver 1", is_not_refused)
+
+    asyncio.run(stories())
