@@ -34,14 +34,21 @@ CREATE TABLE IF NOT EXISTS deployment (
 CREATE INDEX IF NOT EXISTS deployment_slot ON deployment (slot, number);
 CREATE TABLE IF NOT EXISTS desired (slot TEXT, source TEXT, row TEXT NOT NULL, PRIMARY KEY (slot, source));
 CREATE TABLE IF NOT EXISTS leaving (slot TEXT PRIMARY KEY);
-CREATE TABLE IF NOT EXISTS refused (
-    slot TEXT, digest TEXT, device TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest, device)
+CREATE TABLE IF NOT EXISTS failed (
+    model TEXT, digest TEXT, device TEXT, reason TEXT NOT NULL, PRIMARY KEY (model, digest, device)
 );
 CREATE TABLE IF NOT EXISTS revoked (digest TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS overtaken (id TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS cancelled (id TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS untold (id TEXT PRIMARY KEY, lane TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS served (slot TEXT, digest TEXT, PRIMARY KEY (slot, digest));
+"""
+# Journals of before kept what failed without the device: it counts on any, until it is forgiven.
+_FROM_REFUSED: Final = """
+BEGIN;
+INSERT OR IGNORE INTO failed SELECT slot, digest, '', reason FROM refused;
+DROP TABLE refused;
+COMMIT;
 """
 # The disk's fault, not the file's; source: sqlite.org/rescode.html.
 _DISK_FAULTS: Final = frozenset(
@@ -175,21 +182,21 @@ class Journal:
     async def refuse(self, model: str, digest: str, reason: str) -> None:
         """Remember a version that failed here."""
         row = (model, digest, self._device, reason)
-        await self._do(lambda: self._execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?, ?)", *row))
+        await self._do(lambda: self._execute("INSERT OR REPLACE INTO failed VALUES (?, ?, ?, ?)", *row))
 
     async def forgive(self, model: str, digest: str) -> None:
         """Forget that a version failed here."""
-        await self._do(lambda: self._execute("DELETE FROM refused WHERE slot = ? AND digest = ?", model, digest))
+        await self._do(lambda: self._execute("DELETE FROM failed WHERE model = ? AND digest = ?", model, digest))
 
     async def refused(self, model: str, digest: str) -> str:
         """Return why the version failed here, or an empty text."""
-        query = "SELECT reason FROM refused WHERE slot = ? AND digest = ? AND device = ?"
+        query = "SELECT reason FROM failed WHERE model = ? AND digest = ? AND device IN (?, '')"
         rows = await self._do(lambda: self._query(query, model, digest, self._device))
         return str(rows[0][0]) if rows else ""
 
     async def all_refused(self) -> list[tuple[str, str, str]]:
         """Return model, digest and reason of every version that failed here."""
-        query = "SELECT slot, digest, reason FROM refused WHERE device = ? ORDER BY slot, digest"
+        query = "SELECT model, digest, reason FROM failed WHERE device IN (?, '') ORDER BY model, digest"
         rows = await self._do(lambda: self._query(query, self._device))
         return [(model, digest, reason) for model, digest, reason in rows]
 
@@ -305,6 +312,8 @@ def connect(path: Path) -> sqlite3.Connection:
         if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
             raise sqlite3.DatabaseError("quick_check failed")
         database.executescript(_SCHEMA)
+        if database.execute("SELECT 1 FROM sqlite_schema WHERE name = 'refused'").fetchone():
+            database.executescript(_FROM_REFUSED)
     except sqlite3.Error:
         database.close()
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -68,3 +69,24 @@ def test_what_failed_with_other_hardware_driver_or_agent_may_be_tried_again(tmp_
         await life("driver 1", is_not_refused)
 
     asyncio.run(stories())
+
+
+def test_what_failed_before_devices_were_told_apart_stays_refused_until_it_is_forgiven(tmp_path: Path) -> None:
+    async def story() -> None:
+        old = sqlite3.connect(tmp_path / "journal.db")
+        old.execute("CREATE TABLE refused (slot TEXT, digest TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest))")
+        old.execute("INSERT INTO refused VALUES ('magika', 'd', 'wrong answers')")
+        old.commit()
+        old.close()
+        for _ in range(2):
+            journal = Journal(tmp_path / "journal.db", device="driver 1")
+            assert not await journal.open()
+            assert await journal.all_refused() == [("magika", "d", "wrong answers")]
+            await journal.close()
+        journal = Journal(tmp_path / "journal.db", device="driver 2")
+        await journal.open()
+        await journal.forgive("magika", "d")
+        assert not await journal.refused("magika", "d")
+        await journal.close()
+
+    asyncio.run(story())
