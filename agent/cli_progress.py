@@ -50,7 +50,8 @@ def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = F
 
 def step_text(record: dict[str, Any]) -> str:
     """Return what is being done, and why nothing is while something is waited for."""
-    text = f"{record['slot']} {record['version']}: {record['state']}"
+    version = record["version"] or record["wanted"] or f"({record['channel']})"
+    text = f"{record['slot']} {version}: {record['state']}"
     if record["state"] in _WAITING and record["message"]:
         text += f" ({record['message']})"
     if record["state"] == _CANARY:

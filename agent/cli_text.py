@@ -108,9 +108,8 @@ def deployments_text(rows: Rows) -> Text:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["updated"]))
         version = row["version"] or row["wanted"] or f"({row['channel']})"
         cells.append((when, row["slot"], version, row["previous"] or "-", row["state"], row["source"]))
-        reason = reason_text(row)
-        notes.append([reason] if reason else [])
-    return columns(("when", "model", "version", "from", "state", "source"), cells, notes, note_title="reason")
+        notes.append([": ".join(filter(None, (row["id"], reason_text(row))))])
+    return columns(("when", "model", "version", "from", "state", "source"), cells, notes, note_title="id: reason")
 
 
 def reason_text(record: Mapping[str, Any]) -> str:
@@ -270,11 +269,9 @@ def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
     residency = row.get("residency")
     name = f"{shown(row['model'])} {shown(row['version'])}" + " beside" * (row.get("role") == "beside")
     if residency is not None and not residency["loaded"]:
-        note = [] if not row["ready"] else [f"  {shown(row['reason'])}; {shown(residency_text(residency))}"]
-        return [
-            Text.assemble((name, "bold"), " ", ready),
-            *map(Text, note),
-        ]
+        takes = residency_text(residency).removeprefix("not loaded ")
+        note = [f"  {shown(row['reason'])} {shown(takes)}"] if row["ready"] else []
+        return [Text.assemble((name, "bold"), " ", ready), *map(Text, note)]
     facts = f"{answers['good']} good answers, {answers['faults']} faults{_latency(row['latency_s'])}"
     return [
         Text.assemble(
