@@ -84,7 +84,7 @@ def test_a_self_test_that_was_not_passed_says_what_follows_and_cannot_colour_the
 
 def test_all_models_are_tested_and_one_that_sleeps_is_no_failure(tmp_path: Path) -> None:
     asleep = {"model": "m", "version": "1", "ok": True, "message": "not loaded, loads on demand"}
-    models = [{"slot": "m", "active": "1"}, {"slot": "new", "active": None}]
+    models = [{"slot": "m", "active": "1"}, {"slot": "m@1", "active": "1"}, {"slot": "new", "active": None}]
     with daemon(tmp_path / "s", replies(models=models, selftest=asleep)):
         done = CliRunner().invoke(main, ["--socket", str(tmp_path / "s"), "selftest", "--all"])
     assert (done.exit_code, done.stdout) == (0, "m 1: not tested: not loaded, loads on demand\n")
