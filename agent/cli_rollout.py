@@ -89,7 +89,7 @@ def deployment_lines(record: Mapping[str, Any]) -> list[str]:
     if reason := reason_text(record):
         lines.append(shown(reason))
     for evidence in record.get("evidence") or ():
-        lines.append(_evidence_line(evidence))
+        lines += _evidence_lines(evidence)
         if evidence.get("difference"):
             lines.append(f"    last difference: {shown(evidence['difference'])}")
     if trying := record.get("trying"):
@@ -109,7 +109,8 @@ def _percentages(_context: click.Context, _option: click.Parameter, value: str |
         raise click.BadParameter(f"{value!r}: percentages such as 5,25,50, or {_NONE}") from error
 
 
-def _evidence_line(evidence: Mapping[str, Any]) -> str:
+def _evidence_lines(evidence: Mapping[str, Any]) -> list[str]:
     share = f"at {evidence['percent']:g} %" if evidence["percent"] else "copies only"
     found = [form.format(evidence[name]) for name, form in _FOUND if evidence.get(name) is not None]
-    return f"  {share} for {evidence['elapsed_s']:g} s: {', '.join(found)}: {shown(evidence.get('verdict') or '')}"
+    verdict = shown(evidence.get("verdict") or "no verdict")
+    return [f"  {share} for {evidence['elapsed_s']:g} s: {verdict}", f"    {', '.join(found)}"]

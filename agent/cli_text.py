@@ -166,9 +166,10 @@ def human_bytes(count: float) -> str:
 
 
 def event_text(row: Mapping[str, Any]) -> str:
-    """Return one event as one line."""
+    """Return one event as one line; lists of things with fields, such as a canary's evidence, are left to JSON."""
     when = time.strftime("%H:%M:%S", time.localtime(row["wall_s"]))
-    fields = " ".join(f"{shown(name)}={shown(value)}" for name, value in row["data"].items())
+    data = {name: value for name, value in row["data"].items() if not _is_table(value)}
+    fields = " ".join(f"{shown(name)}={shown(value)}" for name, value in data.items())
     return f"{when} {shown(row['severity']):7} {shown(row['type']):28} {fields}".rstrip()
 
 
@@ -212,6 +213,10 @@ def columns(
 def print_text(text: Text, *, console: Console | None = None) -> None:
     """Print without wrapping or guessing at colours."""
     (console or Console(highlight=False, soft_wrap=True)).print(text, soft_wrap=True, highlight=False)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _ladder_text(rows: Rows) -> str:

@@ -193,6 +193,12 @@ def test_headers_stand_above_their_cells() -> None:
     assert len(cells) <= 80
 
 
+def test_an_event_leaves_evidence_to_json() -> None:
+    data = {"slot": "m", "evidence": [{"percent": 5.0}], "models": ["m"]}
+    text = cli_text.event_text({"wall_s": 0.0, "severity": "info", "type": "deployment.canary", "data": data})
+    assert text.endswith("slot=m models=['m']")
+
+
 def test_wide_characters_keep_columns_aligned() -> None:
     lines = cli_text.columns(("a", "b"), [("日本", "x"), ("abcd", "y")]).plain.split("\n")
     assert lines[1:] == ["日本  x", "abcd  y"]

@@ -82,7 +82,7 @@ def test_a_deployment_is_told_with_its_evidence() -> None:
     text = "\n".join(deployment_lines(RECORD))
     assert text.startswith("magika 2.0.0: rolled_back\n")
     assert "canary_failed: 50.0% of 20 copies agree" in text
-    assert "copies only for 3.2 s: 40 good, 20 copies, 50.0% agree: too few agree" in text
+    assert "copies only for 3.2 s: too few agree\n    40 good, 20 copies, 50.0% agree" in text
     assert "\x1b" not in text
     trying = {"requests": 12, "compared": 0, "agreement": None}
     text = "\n".join(deployment_lines({**RECORD, "state": "canary", "code": "", "trying": trying}))
