@@ -165,7 +165,7 @@ def ending(record: Record, wish: Desired | None, *, cancelled: bool, now_s: floa
         message = f"it was to be carried out until {datetime.fromtimestamp(limit or 0.0, UTC):%Y-%m-%d %H:%M:%S} UTC"
         return Ending(event=Event.EXPIRE, message=message, code=CommandExpiredError.code)
     if wish is not None and record.source != REVOCATION and not serves(record, wish):
-        return Ending(event=Event.SUPERSEDE, message="another version was asked for")
+        return Ending(event=Event.SUPERSEDE, message="something else was asked for")
     return None
 
 
