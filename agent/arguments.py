@@ -69,7 +69,7 @@ def plan_of(args: dict[str, Any]) -> Plan:
     """Return how a wish is to be carried out.
 
     Raises:
-        InvalidInputError: a time that is none, or stage-only together with what concerns loading.
+        InvalidInputError: a time that is none, no waiting together with a limit of it, or stage-only with a rollout.
     """
     plan = Plan(
         stage_only=flag_of(args, "stage_only"),
@@ -80,7 +80,9 @@ def plan_of(args: dict[str, Any]) -> Plan:
         rollout=rollout_of(args.get("rollout")),
     )
     if plan.ignore_window and plan.force_after_s is not None:
-        raise InvalidInputError("'ignore_window' and 'force_after_s' exclude each other: the first waits for nothing")
+        raise InvalidInputError("'ignore_window' (--now) and 'force_after_s' (--force-after) exclude each other")
+    if plan.stage_only and plan.rollout is not None:
+        raise InvalidInputError("a version that is only staged meets no requests: canary and shadow are for its deploy")
     return plan
 
 

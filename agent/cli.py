@@ -261,6 +261,8 @@ def pin(socket_path: str, target: str, team: str | None, no_wait: bool, as_json:
 def unpin(socket_path: str, model: str, as_json: bool) -> None:
     """Give MODEL back to the fleet and the configuration file.
 
+    What they want of it is deployed if another version serves, also where that is the older one.
+
     \b
     Example:
       inferctl unpin magika
@@ -344,7 +346,7 @@ def _move(socket_path: str, verb: str, target: str, *, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def deployments(socket_path: str, limit: int, as_json: bool) -> None:
-    """Show the newest deployments with their ends and reasons.
+    """Show the newest deployments with their ends, ids and reasons; ``inferctl deployment ID`` tells more of one.
 
     \b
     Example:

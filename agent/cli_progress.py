@@ -6,14 +6,17 @@ import json
 from typing import Any, Final
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from agent.cli_text import duration, shown
 from agent.client import Client
 
 POLL_S: Final = 20.0
 _WAITING: Final = ("queued", "fetch_wait", "waiting_window")
+_FETCHING: Final = "fetching"
 _CANARY: Final = "canary"
 
 
@@ -21,16 +24,16 @@ def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = F
     """Return the final record; on the way show a bar on a terminal, or each change as a line of JSON, or nothing."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+        _WhileFetching(BarColumn()),
+        _WhileFetching(DownloadColumn()),
         TextColumn("{task.fields[pace]}", markup=False),
     )
     console = Console(stderr=True)
     with Progress(
         *columns, console=console, disable=as_json or quiet or not console.is_terminal, transient=True
     ) as progress:
-        task = progress.add_task("begun", total=None, pace="")
+        task = progress.add_task("begun", total=None, pace="", fetching=False)
         args: dict[str, Any] = {"id": deployment_id, "wait_s": POLL_S}
         while True:
             record: dict[str, Any] = client.call("deployment", args)
@@ -40,6 +43,7 @@ def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = F
                 completed=record["bytes_done"],
                 total=record["bytes_total"] or None,
                 pace=pace_text(record),
+                fetching=record["state"] == _FETCHING,
             )
             if as_json:
                 click.echo(json.dumps(record))
@@ -50,7 +54,8 @@ def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = F
 
 def step_text(record: dict[str, Any]) -> str:
     """Return what is being done, and why nothing is while something is waited for."""
-    text = f"{record['slot']} {record['version']}: {record['state']}"
+    version = record["version"] or record["wanted"] or f"({record['channel']})"
+    text = f"{record['slot']} {version}: {record['state']}"
     if record["state"] in _WAITING and record["message"]:
         text += f" ({record['message']})"
     if record["state"] == _CANARY:
@@ -65,3 +70,14 @@ def pace_text(record: dict[str, Any]) -> str:
         return ""
     left = record.get("eta_s")
     return f"{rate / 1e6:.1f} MB/s" + (f", {duration(left)} left" if left is not None else "")
+
+
+class _WhileFetching(ProgressColumn):
+    """Another column, as long as bytes come: afterwards the line belongs to what is waited for."""
+
+    def __init__(self, column: BarColumn | DownloadColumn) -> None:
+        super().__init__()
+        self._column = column
+
+    def render(self, task: Task) -> RenderableType:
+        return self._column(task) if task.fields["fetching"] else Text("")

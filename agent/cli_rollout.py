@@ -17,10 +17,11 @@ from agent.cli_session import connected, json_option, print_json
 from agent.cli_text import reason_text, shown
 
 _NONE: Final = "none"
-_COLUMNS: Final = (
-    ("percent", "share"), ("elapsed_s", "for s"), ("good", "good"), ("failed", "failed"), ("p95_ms", "p95 ms"),
-    ("before_p95_ms", "before"), ("compared", "copies"), ("agreement", "agree"), ("copies_p95_ms", "copies' p95"),
-    ("originals_p95_ms", "originals'"), ("delta_p95_ms", "delta"),
+_FOUND: Final = (
+    ("good", "{} good"), ("failed", "{} failed"), ("p95_ms", "p95 {:.1f} ms"),
+    ("before_p95_ms", "p95 before {:.1f} ms"), ("compared", "{} copies"), ("agreement", "{:.1%} agree"),
+    ("copies_p95_ms", "copies' p95 {:.1f} ms"), ("originals_p95_ms", "originals' {:.1f} ms"),
+    ("delta_p95_ms", "delta {:+.1f} ms"),
 )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def rollout_options(verb: Callable[..., None]) -> Callable[..., None]:
 def deployment(socket_path: str, deployment_id: str, as_json: bool) -> None:
     """Show one deployment: where it stands and why, and what each share of a canary and its probation have shown.
 
-    The ids are in ``inferctl deployments --json`` and in events.
+    The ids are in ``inferctl deployments`` and in events.
 
     \b
     Example:
@@ -88,7 +89,7 @@ def deployment_lines(record: Mapping[str, Any]) -> list[str]:
     if reason := reason_text(record):
         lines.append(shown(reason))
     for evidence in record.get("evidence") or ():
-        lines.append(_evidence_line(evidence))
+        lines += _evidence_lines(evidence)
         if evidence.get("difference"):
             lines.append(f"    last difference: {shown(evidence['difference'])}")
     if trying := record.get("trying"):
@@ -108,6 +109,8 @@ def _percentages(_context: click.Context, _option: click.Parameter, value: str |
         raise click.BadParameter(f"{value!r}: percentages such as 5,25,50, or {_NONE}") from error
 
 
-def _evidence_line(evidence: Mapping[str, Any]) -> str:
-    found = [f"{title} {evidence[name]}" for name, title in _COLUMNS if evidence.get(name) is not None]
-    return f"  {', '.join(found)}: {shown(evidence.get('verdict') or '')}"
+def _evidence_lines(evidence: Mapping[str, Any]) -> list[str]:
+    share = f"at {evidence['percent']:g} %" if evidence["percent"] else "copies only"
+    found = [form.format(evidence[name]) for name, form in _FOUND if evidence.get(name) is not None]
+    verdict = shown(evidence.get("verdict") or "no verdict")
+    return [f"  {share} for {evidence['elapsed_s']:g} s: {verdict}", f"    {', '.join(found)}"]

@@ -66,10 +66,13 @@ def report_lines(value: Mapping[str, Any]) -> list[str]:
 
 
 def _all(client: Client) -> Iterator[dict[str, Any]]:
-    """Test every model that has something to serve; one that cannot be tested has not passed."""
+    """Test every version that serves, once however many slots hold it; what cannot be tested has not passed."""
+    tested: set[tuple[str, str]] = set()
     for row in client.call("models"):
-        if row["active"]:
-            named = _named(row["slot"])
+        named = _named(row["slot"])
+        one = (named["model"], row["active"])
+        if row["active"] and one not in tested:
+            tested.add(one)
             try:
                 yield client.call("selftest", {**named, "wake": False})
             except AgentError as error:

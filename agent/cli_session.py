@@ -21,6 +21,8 @@ from agent.errors import AgentError
 
 FINAL_GOOD: Final = "confirmed"
 _GOOD: Final = (FINAL_GOOD, "prepared")
+_PINNED: Final = "pin"
+_PIN_GONE: Final = ("canceled", "superseded")  # ends after which the pin that asked for it is there no more
 _INTERRUPTED: Final = 130
 _HINT_REFUSED: Final = (
     "The socket is open to root and the group inferd: sudo usermod -aG inferd $USER, then log in anew."
@@ -51,6 +53,8 @@ def change(socket_path: str, verb: str, args: dict[str, Any], *, no_wait: bool, 
     good = record["state"] in _GOOD
     if not as_json:  # whose last line said it
         click.echo(end_text(record), err=not good)
+        if not good and record["source"] == _PINNED and record["state"] not in _PIN_GONE:
+            click.echo(_pin_text(shown(record["slot"])), err=True)
     sys.exit(0 if good else 1)
 
 
@@ -62,6 +66,13 @@ def end_text(record: dict[str, Any]) -> str:
         return f"{slot} serves {version}{channel} ({reason or 'confirmed'})"
     tried = version or shown(record["wanted"]) or f"channel {shown(record['channel'])}"
     return f"{slot} {tried}: {shown(record['state'])}: {reason}"
+
+
+def _pin_text(slot: str) -> str:
+    """Return what is to be known of a pin whose deployment did not end well."""
+    if "@" in slot:
+        return f"It stays wanted beside the default; inferctl remove {slot} forgets it."
+    return f"It stays pinned on this box; inferctl unpin {slot} gives it back to the fleet and the configuration."
 
 
 @contextmanager

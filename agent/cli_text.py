@@ -108,9 +108,8 @@ def deployments_text(rows: Rows) -> Text:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["updated"]))
         version = row["version"] or row["wanted"] or f"({row['channel']})"
         cells.append((when, row["slot"], version, row["previous"] or "-", row["state"], row["source"]))
-        reason = reason_text(row)
-        notes.append([reason] if reason else [])
-    return columns(("when", "model", "version", "from", "state", "source"), cells, notes, note_title="reason")
+        notes.append([": ".join(filter(None, (row["id"], reason_text(row))))])
+    return columns(("when", "model", "version", "from", "state", "source"), cells, notes, note_title="id: reason")
 
 
 def reason_text(record: Mapping[str, Any]) -> str:
@@ -167,9 +166,10 @@ def human_bytes(count: float) -> str:
 
 
 def event_text(row: Mapping[str, Any]) -> str:
-    """Return one event as one line."""
+    """Return one event as one line; lists of things with fields, such as a canary's evidence, are left to JSON."""
     when = time.strftime("%H:%M:%S", time.localtime(row["wall_s"]))
-    fields = " ".join(f"{shown(name)}={shown(value)}" for name, value in row["data"].items())
+    data = {name: value for name, value in row["data"].items() if not _is_table(value)}
+    fields = " ".join(f"{shown(name)}={shown(value)}" for name, value in data.items())
     return f"{when} {shown(row['severity']):7} {shown(row['type']):28} {fields}".rstrip()
 
 
@@ -213,6 +213,10 @@ def columns(
 def print_text(text: Text, *, console: Console | None = None) -> None:
     """Print without wrapping or guessing at colours."""
     (console or Console(highlight=False, soft_wrap=True)).print(text, soft_wrap=True, highlight=False)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _ladder_text(rows: Rows) -> str:
@@ -270,11 +274,9 @@ def _serving_lines(row: Mapping[str, Any]) -> list[Text]:
     residency = row.get("residency")
     name = f"{shown(row['model'])} {shown(row['version'])}" + " beside" * (row.get("role") == "beside")
     if residency is not None and not residency["loaded"]:
-        note = [] if not row["ready"] else [f"  {shown(row['reason'])}; {shown(residency_text(residency))}"]
-        return [
-            Text.assemble((name, "bold"), " ", ready),
-            *map(Text, note),
-        ]
+        takes = residency_text(residency).removeprefix("not loaded ")
+        note = [f"  {shown(row['reason'])} {shown(takes)}"] if row["ready"] else []
+        return [Text.assemble((name, "bold"), " ", ready), *map(Text, note)]
     facts = f"{answers['good']} good answers, {answers['faults']} faults{_latency(row['latency_s'])}"
     return [
         Text.assemble(

@@ -101,7 +101,9 @@ def scale(socket_path: str, model: str, least: int | None, most: int | None, res
         return
     now = ", ".join(f"{shown(version)} has {count}" for version, count in value["workers"].items()) or "none is loaded"
     said = "as configured" if value["configured"] else "until inferctl scale --reset"
-    click.echo(f"{shown(model)}: {value['min']} to {value['max']} workers, {said}; now {now}")
+    least, most = value["min"], value["max"]
+    workers = f"{least} to {most} workers" if most > least else f"{least} worker{'s' * (least > 1)}"
+    click.echo(f"{shown(model)}: {workers}, {said}; now {now}")
 
 
 def _ask_again(client: Client, args: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
 
@@ -161,10 +162,10 @@ def ending(record: Record, wish: Desired | None, *, cancelled: bool, now_s: floa
     limit = record.plan.not_after
     late = limit is not None and now_s is not None and now_s > limit
     if late and (record.state, Event.EXPIRE) in TABLE:
-        message = f"it was to be carried out until {(now_s or 0.0) - (limit or 0.0):.0f} s ago"
+        message = f"it was to be carried out until {datetime.fromtimestamp(limit or 0.0, UTC):%Y-%m-%d %H:%M:%S} UTC"
         return Ending(event=Event.EXPIRE, message=message, code=CommandExpiredError.code)
     if wish is not None and record.source != REVOCATION and not serves(record, wish):
-        return Ending(event=Event.SUPERSEDE, message="another version was asked for")
+        return Ending(event=Event.SUPERSEDE, message="something else was asked for")
     return None
 
 

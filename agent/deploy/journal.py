@@ -134,7 +134,7 @@ class Journal:
 
     async def want(self, desired: Desired) -> None:
         """Record what a source wants of a slot; a wish that it replaces and that never began is overtaken by it."""
-        await self._do(lambda: self._want(desired.slot, desired.place, desired, "another version was asked for"))
+        await self._do(lambda: self._want(desired.slot, desired.place, desired, "something else was asked for"))
 
     async def unwant(self, slot: str, place: str) -> None:
         """Forget what is wanted of a slot; a wish that never began is overtaken."""

@@ -360,7 +360,7 @@ class Performer:
     async def give_up(self, record: Record) -> None:
         """End an interrupted deployment because another wish won."""
         if record.state in BEFORE_CUTOVER:
-            message = self._end_text(record) or "another version was asked for"
+            message = self._end_text(record) or "something else was asked for"
             await self._steps.step(record, Event.SUPERSEDE, message=message)
         elif self.leaving and record.state is State.PROBATION:
             message = self._end_text(record)

@@ -168,5 +168,5 @@ def _latency(prefix: str, counts: Counts) -> dict[str, float]:
 
 def _shown(now: Evidence, share: float, elapsed_s: float) -> str:
     copies = now.copies
-    text = f"{now.good} good answers in {elapsed_s:.1f} s at {share:g} %"
+    text = f"{now.good} good answers in {elapsed_s:.1f} s " + (f"at {share:g} %" if share else "to copies")
     return f"{text}, {copies.agreement:.1%} of {copies.compared} copies agree" if copies.compared else text

@@ -437,7 +437,7 @@ class Reconciler:
             if record is not None and (record.state in FINAL or (record.step, record.bytes_done) > seen):
                 return record
             if record is None and not self._wishes.may_come(deployment_id):
-                raise NotFoundError(f"no deployment {deployment_id!r}")
+                raise NotFoundError(f"no deployment {deployment_id!r}; inferctl deployments lists their ids")
             await self._changed()
 
     async def _changed(self) -> None:

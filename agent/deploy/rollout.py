@@ -117,4 +117,4 @@ def _is_number(value: object) -> bool:
 
 def _within(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:
-        raise InvalidInputError(f"{name}: {low:g}..{high:g}")
+        raise InvalidInputError(f"{name}: {low:g}..{high:g}, got {value:g}")

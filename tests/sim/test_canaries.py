@@ -155,7 +155,7 @@ def test_another_wish_ends_a_canary(tmp_path: Path) -> None:
         box = Box(tmp_path, ["1.0.0", "2.0.0", "3.0.0"])
         record = await in_canary(box, lambda: box.reconciler.want(wish("3.0.0", "c")))
         assert record.state is State.SUPERSEDED
-        assert record.evidence[-1]["verdict"] == "another version was asked for"
+        assert record.evidence[-1]["verdict"] == "something else was asked for"
         assert not box.host.tried
         assert (await deploy(box, "2.0.0", "d")).state is State.CONFIRMED
         await box.journal.close()

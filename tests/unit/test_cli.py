@@ -180,17 +180,23 @@ def test_control_characters_become_visible(value: str, expected: str) -> None:
 
 def test_headers_stand_above_their_cells() -> None:
     row = deployment("") | {
-        "slot": "magika", "version": "2.0.0", "previous": "1.0.0", "state": "rolled_back", "source": "fleet",
-        "code": "probation_failed", "message": "too many errors",
+        "id": "pin-1", "slot": "magika", "version": "2.0.0", "previous": "1.0.0", "state": "rolled_back",
+        "source": "fleet", "code": "probation_failed", "message": "too many errors",
     }  # fmt: skip
     head, cells, note = cli_text.deployments_text([row]).plain.split("\n")
     for title, cell in (
         ("model", "magika"), ("version", "2.0.0"), ("from", "1.0.0"), ("state", "rolled_back"), ("source", "fleet"),
     ):  # fmt: skip
         assert cells[head.index(title) :].startswith(cell)
-    assert note == "    probation_failed: too many errors"
+    assert note == "    pin-1: probation_failed: too many errors"
     assert len(head) <= 80
     assert len(cells) <= 80
+
+
+def test_an_event_leaves_evidence_to_json() -> None:
+    data = {"slot": "m", "evidence": [{"percent": 5.0}], "models": ["m"]}
+    text = cli_text.event_text({"wall_s": 0.0, "severity": "info", "type": "deployment.canary", "data": data})
+    assert text.endswith("slot=m models=['m']")
 
 
 def test_wide_characters_keep_columns_aligned() -> None:
@@ -223,7 +229,7 @@ def test_status_says_what_models_hold_and_which_are_not_loaded() -> None:
     value["models"][1] |= {"ready": True, "reason": "not loaded, loads on demand"}
     text = cli_text.status_text(value, {}).plain
     assert "\nmemory of models: 5 of 9 MB, 7 MB free\n" in text
-    assert "m m ready\n  not loaded, loads on demand; not loaded (12 MB + m 1000 MB m), m, pinned\n" in text
+    assert "m m ready\n  not loaded, loads on demand (12 MB + m 1000 MB m), m, pinned\n" in text
 
 
 def test_status_says_how_many_workers_there_are_and_may_be() -> None:

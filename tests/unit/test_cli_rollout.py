@@ -73,7 +73,7 @@ def test_a_wish_carries_it() -> None:
     args = {"model": "magika", "team": "files", "version": "2.0.0", "rollout": {"canary": [5, 25], "shadow": 20}}
     assert wish_of("w", args, "fleet").plan.rollout == Rollout(canary=(5.0, 25.0), shadow=20)
     assert wish_of("w", {**args, "rollout": None}, "fleet").plan.rollout is None
-    for more in ({"rollout": {"canary": [25, 5]}}, {"rollout": {"shadows": 1}}, {"beside": True}):
+    for more in ({"rollout": {"canary": [25, 5]}}, {"rollout": {"shadows": 1}}, {"beside": True}, {"stage_only": True}):
         with pytest.raises(InvalidInputError):
             wish_of("w", {**args, **more}, "fleet")
 
@@ -82,7 +82,7 @@ def test_a_deployment_is_told_with_its_evidence() -> None:
     text = "\n".join(deployment_lines(RECORD))
     assert text.startswith("magika 2.0.0: rolled_back\n")
     assert "canary_failed: 50.0% of 20 copies agree" in text
-    assert "share 0.0, for s 3.2, good 40, copies 20, agree 0.5: too few agree" in text
+    assert "copies only for 3.2 s: too few agree\n    40 good, 20 copies, 50.0% agree" in text
     assert "\x1b" not in text
     trying = {"requests": 12, "compared": 0, "agreement": None}
     text = "\n".join(deployment_lines({**RECORD, "state": "canary", "code": "", "trying": trying}))

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli import main
-from tests.unit.test_cli import daemon, replies
+from tests.unit.test_cli import daemon, deployment, replies
 
 pytestmark = pytest.mark.unit
 
@@ -84,7 +84,7 @@ def test_a_self_test_that_was_not_passed_says_what_follows_and_cannot_colour_the
 
 def test_all_models_are_tested_and_one_that_sleeps_is_no_failure(tmp_path: Path) -> None:
     asleep = {"model": "m", "version": "1", "ok": True, "message": "not loaded, loads on demand"}
-    models = [{"slot": "m", "active": "1"}, {"slot": "new", "active": None}]
+    models = [{"slot": "m", "active": "1"}, {"slot": "m@1", "active": "1"}, {"slot": "new", "active": None}]
     with daemon(tmp_path / "s", replies(models=models, selftest=asleep)):
         done = CliRunner().invoke(main, ["--socket", str(tmp_path / "s"), "selftest", "--all"])
     assert (done.exit_code, done.stdout) == (0, "m 1: not tested: not loaded, loads on demand\n")
@@ -94,3 +94,20 @@ def test_a_self_test_needs_a_model_or_all_of_them() -> None:
     for arguments in (["selftest"], ["selftest", "m", "--all"]):
         done = CliRunner().invoke(main, arguments)
         assert (done.exit_code, "name a MODEL, or --all" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("slot", "state", "hint"),
+    [
+        ("m", "rejected", "inferctl unpin m gives"),
+        ("m@2.0.0", "rolled_back", "inferctl remove m@2.0.0 forgets"),
+        ("m", "canceled", ""),
+    ],
+)
+def test_a_deployment_that_fails_says_what_becomes_of_its_pin(tmp_path: Path, slot: str, state: str, hint: str) -> None:
+    record = deployment("x") | {"slot": slot, "state": state, "source": "pin"}
+    with daemon(tmp_path / "s", replies(deploy={"deployment": "pin-1"}, deployment=record)):
+        done = CliRunner().invoke(main, ["--socket", str(tmp_path / "s"), "deploy", "m@2.0.0"])
+    assert done.exit_code == 1
+    assert hint in done.stderr
+    assert ("inferctl" in done.stderr) == bool(hint)
