@@ -21,7 +21,7 @@ _CANARY: Final = "canary"
 
 
 def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = False) -> dict[str, Any]:
-    """Return the final record; on the way show a bar on a terminal, or each change as a line of JSON, or nothing."""
+    """Return the final record; on the way show a bar on a terminal, else a line for each step, or JSON, or nothing."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
@@ -30,6 +30,8 @@ def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = F
         TextColumn("{task.fields[pace]}", markup=False),
     )
     console = Console(stderr=True)
+    told = ""
+    as_lines = not (as_json or quiet or console.is_terminal)
     with Progress(
         *columns, console=console, disable=as_json or quiet or not console.is_terminal, transient=True
     ) as progress:
@@ -47,6 +49,9 @@ def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = F
             )
             if as_json:
                 click.echo(json.dumps(record))
+            if as_lines and not record["final"] and step_text(record) != told:
+                told = step_text(record)
+                click.echo(told, err=True)
             if record["final"]:
                 return record
             args |= {"after_step": record["step"], "after_bytes": record["bytes_done"]}

@@ -124,6 +124,7 @@ class Performer:
         )
         self._interfaces: dict[str, Interface] = {}  # what callers count on, by digest, of what the pointer names
         self._loaded = ""  # the digest of ``active``
+        self._instead: Pointer | None = None  # what serves since the start, as long as the disk denies the pointer
         self._before: Loaded | None = None  # what served before the trial, still loaded
         self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
@@ -221,7 +222,8 @@ class Performer:
                 if isinstance(second, BundleError):
                     self._refuse_on_disk(pointer.previous, second)
             else:
-                self._point(Pointer(slot=self.slot, active=pointer.previous))
+                self._instead = Pointer(slot=self.slot, active=pointer.previous)
+                self._point(self._instead)
                 if pointer.trial and not isinstance(error, StoreError):
                     await self._journal.refuse(self.model, pointer.active.digest, str(error))
                 return
@@ -265,8 +267,14 @@ class Performer:
                 await self._host.retire(loaded)
 
     def rest(self) -> None:
-        """Nothing is being deployed, so nothing of it is on trial, whatever the pointer says."""
+        """Nothing is being deployed, so nothing of it is on trial, whatever the pointer says.
+
+        Raises:
+            AgentError, OSError: what serves since the start is not what the pointer names, which cannot be written yet.
+        """
         self.trying = False
+        if self._instead is not None:
+            self._point(self._instead)
 
     def nudge(self) -> None:
         """Let a deployment that waits look again now."""
@@ -663,7 +671,7 @@ class Performer:
 
     def _point(self, pointer: Pointer) -> Pointer:
         self._pointers.write(pointer)
-        self.pointer = pointer
+        self.pointer, self._instead = pointer, None
         return pointer
 
     async def _discard_candidate(self) -> None:

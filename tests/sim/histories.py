@@ -576,7 +576,7 @@ class World:
         if bundle.digest in self.revoked:
             self.violations.append(f"{slot}: {version} was revoked and is loaded")
         reason = self.disk.database.execute(
-            "SELECT reason FROM refused WHERE slot = ? AND digest = ?", (slot, bundle.digest)
+            "SELECT reason FROM failed WHERE model = ? AND digest = ?", (slot, bundle.digest)
         ).fetchone()
         forced = any(wish.force and (wish.slot, wish.version) == (slot, version) for wish in self.accepted.values())
         if reason and not forced:

@@ -330,6 +330,29 @@ def test_a_start_on_trial_that_cannot_be_recorded_serves_the_confirmed_version(t
     run(story())
 
 
+def test_a_fall_back_at_the_start_that_the_disk_denies_is_written_once_it_does_not(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        await deploy(box, "2.0.0", "b")
+        box.behaviour["2.0.0"] = "unloadable"
+        await box.restart()
+        obstacle = tmp_path / f"active/.magika.json.{os.getpid()}.tmp"  # where the new file would be written
+        obstacle.mkdir()
+        await box.reconciler.open()
+        running = asyncio.ensure_future(box.reconciler.run())
+        await box.reconciler.booted.wait()
+        assert (box.active(), box.pointer().active.version) == ("1.0.0", "2.0.0")
+        obstacle.rmdir()
+        while box.pointer().active.version != "1.0.0":
+            await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.wait({running})
+        await box.journal.close()
+
+    run(story())
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b'{"slot": "other"}', b"\xff\xfe"])
 def test_a_damaged_pointer_is_served_from_its_copy(tmp_path: Path, damage: bytes) -> None:
     async def story() -> None:
