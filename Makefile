@@ -48,9 +48,17 @@ $(VENV)/.bench: pyproject.toml constraints.txt tools/bootstrap.sh
 demo: $(VENV)/.demo ## The whole main job on real input, in under two minutes
 	@$(ENV) $(BIN)/python -m tools.demo --state "$(STATE)/demo" --wheels "$(STATE)/wheels"
 
-test: $(VENV)/.dev ## Every test
+# All of them in two processes side by side, as there are two cores; what the second says follows at the end.
+test: $(VENV)/.dev ## Every test; PYTEST_ARGS="-k …" for some
 	@mkdir -p "$(STATE)"
+ifeq ($(PYTEST_ARGS),)
+	@$(ENV) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest-2" -q \
+	  tests/unit tests/sim tests/system tests/integration/test_[p-z]*.py > "$(STATE)/test-2.log" 2>&1 & second=$$!; \
+	$(ENV) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" tests/integration/test_[a-o]*.py; first=$$?; \
+	wait $$second; second=$$?; cat "$(STATE)/test-2.log"; exit $$(( first || second ))
+else
 	@$(ENV) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" $(PYTEST_ARGS)
+endif
 
 test-torch: $(VENV)/.torch ## What needs torch: installs it (0.9 GB on a CPU index, several GB with CUDA on PyPI)
 	@mkdir -p "$(STATE)"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,13 +137,14 @@ def test_an_application_holds_a_model_as_long_as_its_connection(box: GatedBox, t
 
     box.reach(asyncio.run(deploy_while_held()), "confirmed")
     marker = tmp_path / "held"
-    script = f"touch {marker}; exec sleep 600"
+    script = f"echo $$ > {marker}; exec sleep 600"
     command = [sys.executable, "-m", "agent.cli", "--socket", str(box.socket), "hold", MODEL, "--", "sh", "-c", script]
     with subprocess.Popen(command) as holder:
-        box.until(marker.exists, what="the command runs while the model is held")
+        box.until(lambda: marker.exists() and marker.read_text(), what="the command runs while the model is held")
         begun = box.json("deploy", f"{MODEL}@2.0.0", "--no-wait")["deployment"]
         box.reach(begun, "waiting_window")
         holder.kill()
+    os.kill(int(marker.read_text()), signal.SIGKILL)
     box.reach(begun, "confirmed")
     assert box.control("hold", MODEL, "--", "sh", "-c", "exit 7").returncode == 7
     with box.client() as client:
