@@ -66,7 +66,7 @@ test-torch: $(VENV)/.torch ## What needs torch: installs it (0.9 GB on a CPU ind
 
 system: $(VENV)/.dev ## The units under a real systemd in a container (root, minutes)
 	@mkdir -p "$(STATE)"
-	@$(ENV) INFERD_SYSTEM=1 $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -rA tests/system
+	@$(ENV) INFERD_SYSTEM=1 $(BIN)/python -m pytest --timeout=0 -o cache_dir="$(abspath $(STATE))/pytest" -rA tests/system
 
 run: $(VENV)/.demo ## The daemon in the foreground with the demo's store, until Ctrl-C
 	@$(ENV) $(BIN)/python -m tools.demo run --state "$(STATE)/run" --wheels "$(STATE)/wheels"
@@ -86,23 +86,23 @@ fuzz: $(VENV)/.demo ## Damaged frames and regions against a real daemon for MINU
 
 powercuts: $(VENV)/.dev ## Replay STATES power cuts of a pull and an activation (needs strace)
 	@mkdir -p "$(STATE)"
-	@$(ENV) INFERD_POWERCUTS=$(STATES) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/sim/test_pull_powercuts.py $(PYTEST_ARGS)
+	@$(ENV) INFERD_POWERCUTS=$(STATES) $(BIN)/python -m pytest --timeout=0 -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/sim/test_pull_powercuts.py $(PYTEST_ARGS)
 
 kills: $(VENV)/.dev ## Kill a pull at KILLS random moments and resume it
 	@mkdir -p "$(STATE)"
-	@$(ENV) INFERD_KILLS=$(KILLS) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/integration/test_pull_killed.py $(PYTEST_ARGS)
+	@$(ENV) INFERD_KILLS=$(KILLS) $(BIN)/python -m pytest --timeout=0 -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/integration/test_pull_killed.py $(PYTEST_ARGS)
 
 histories: $(VENV)/.dev ## Simulate N histories of a box under faults (20000); SEED=n repeats one
 	@mkdir -p "$(STATE)"
-	@$(ENV) INFERD_HISTORIES=$(or $(N),20000) INFERD_SEED=$(SEED) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/sim/test_histories.py $(PYTEST_ARGS)
+	@$(ENV) INFERD_HISTORIES=$(or $(N),20000) INFERD_SEED=$(SEED) $(BIN)/python -m pytest --timeout=0 -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/sim/test_histories.py $(PYTEST_ARGS)
 
 deployments: $(VENV)/.dev ## Deploy N real versions, good and bad, under load (100)
 	@mkdir -p "$(STATE)"
-	@$(ENV) INFERD_DEPLOYMENTS=$(or $(N),100) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s -k no_request tests/integration/test_deployments_real.py $(PYTEST_ARGS)
+	@$(ENV) INFERD_DEPLOYMENTS=$(or $(N),100) $(BIN)/python -m pytest --timeout=0 -o cache_dir="$(abspath $(STATE))/pytest" -q -s -k no_request tests/integration/test_deployments_real.py $(PYTEST_ARGS)
 
 deployment-kills: $(VENV)/.dev ## Kill the daemon at N random moments of deployments (100); SEED=n repeats them
 	@mkdir -p "$(STATE)"
-	@$(ENV) INFERD_DEPLOYMENT_KILLS=$(or $(N),100) INFERD_SEED=$(SEED) $(BIN)/python -m pytest -o cache_dir="$(abspath $(STATE))/pytest" -q -s -k killed tests/integration/test_deployments_real.py $(PYTEST_ARGS)
+	@$(ENV) INFERD_DEPLOYMENT_KILLS=$(or $(N),100) INFERD_SEED=$(SEED) $(BIN)/python -m pytest --timeout=0 -o cache_dir="$(abspath $(STATE))/pytest" -q -s -k killed tests/integration/test_deployments_real.py $(PYTEST_ARGS)
 
 conformance: $(VENV)/.dev ## The public TUF conformance suite, checked out in SUITE, against our client
 	@test -x "$(SUITE)/env/bin/pytest" || { echo "SUITE=PATH: a checkout of the suite, see docs/conformance.md"; exit 2; }

@@ -255,7 +255,8 @@ class Control:
         if not found and wait_s:
             heard = asyncio.Event()
             with self._events.subscribed(lambda _: heard.set()), contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(heard.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await heard.wait()
             found = self._events.recent(after=after)
         return [event.plain() for event in found]
 
@@ -270,7 +271,8 @@ class Control:
         seen = (integer_of(args, "after_step", -1, least=-1), integer_of(args, "after_bytes", -1, least=-1))
         deployment_id = text_of(args, "id")
         try:
-            record = await asyncio.wait_for(self._reconciler.beyond(deployment_id, seen), wait_s_of(args) or 0.05)
+            async with asyncio.timeout(wait_s_of(args) or 0.05):
+                record = await self._reconciler.beyond(deployment_id, seen)
         except TimeoutError:
             known = await self._reconciler.find(deployment_id)
             if known is None:

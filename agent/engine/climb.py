@@ -105,5 +105,6 @@ class Climb:
             if wait_s <= 0:
                 return True
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._news.wait()
                 return False

@@ -208,7 +208,8 @@ class Pool:
         if self.outstanding or self.lanes:
             self._drained.clear()
             try:
-                await asyncio.wait_for(self._drained.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._drained.wait()
             except TimeoutError:
                 _log.warning("drain timed out", variant=self.spec.id, outstanding=self.outstanding)
         self.abandon(WorkerDiedError("the model was unloaded before it answered"))
@@ -431,7 +432,8 @@ class Pool:
         self._calls[number] = (link, future)
         link.post({"kind": "call", "id": number, "method": method, **arguments})
         try:
-            return await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await future
         except TimeoutError as error:
             _log.error("worker hangs; killing it", variant=self.spec.id, pid=link.process.pid, method=method)
             link.kill()
@@ -564,7 +566,8 @@ class Pool:
             ready: asyncio.Future[None] = self._loop.create_future()
             self._starting[link] = ready
             try:
-                await asyncio.wait_for(ready, self._config.start_timeout_s)
+                async with asyncio.timeout(self._config.start_timeout_s):
+                    await ready
                 if not link.alive:
                     raise LoadError("the worker died as soon as it was ready")
             except BaseException as error:
@@ -675,7 +678,8 @@ class Pool:
         """Let a worker finish and leave; kill it when it does not."""
         link.hang_up()
         try:
-            await asyncio.wait_for(link.gone.wait(), _LEAVE_TIMEOUT_S)
+            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+                await link.gone.wait()
         except TimeoutError:
             link.kill()
             await link.gone.wait()

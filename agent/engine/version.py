@@ -991,7 +991,8 @@ class Version:
     async def _forgive(self, pool: Pool) -> None:
         """Forget earlier failures once the variant has served well for long enough."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._closing.wait(), self._config.healthy_s)
+            async with asyncio.timeout(self._config.healthy_s):
+                await self._closing.wait()
         if self.pool is pool and not self._closing.is_set():
             self._standing.served_well(pool.spec.id)
 

@@ -131,7 +131,9 @@ class Zygote:
                     descriptors.append(group.procs())
                     theirs_always.callback(os.close, descriptors[-1])
                 socket.send_fds(control, [order], descriptors)
-                pid, pidfd = await asyncio.wait_for(answer, self._fork_timeout_s)
+                ours_on_failure.callback(_close_unused, answer)
+                async with asyncio.timeout(self._fork_timeout_s):
+                    pid, pidfd = await answer
             except (OSError, TimeoutError) as error:
                 if isinstance(error, TimeoutError) and self._process is not None:
                     self._process.kill()  # a fork takes milliseconds: it is stuck, and the next one starts another
@@ -151,9 +153,11 @@ class Zygote:
         known = _reap(worker.pidfd) or self._exits.pop(worker.pid, None)
         if known is not None:
             return known
-        waiter = self._exit_waiters[worker.pid] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self._exit_waiters[worker.pid] = waiter
         try:
-            return await asyncio.wait_for(waiter, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await waiter
         except TimeoutError:
             return Exit()
         finally:
@@ -189,7 +193,8 @@ class Zygote:
             self._spawned = None
             loop.add_reader(self._control.fileno(), self._on_packet)
             try:
-                await asyncio.wait_for(self._ready, self._start_timeout_s)
+                async with asyncio.timeout(self._start_timeout_s):
+                    await self._ready
             except TimeoutError as error:
                 self._process.kill()
                 self._lose(WorkerDiedError("start timed out"))
@@ -262,6 +267,12 @@ def _memory_file(data: bytes) -> int:
     descriptor = os.memfd_create("inferd-spec", os.MFD_CLOEXEC)
     os.pwrite(descriptor, data, 0)
     return descriptor
+
+
+def _close_unused(answer: asyncio.Future[tuple[int, int]]) -> None:
+    """Close the pidfd of a worker that nobody waits for any more; its closed channel lets it leave."""
+    if answer.done() and not answer.cancelled() and answer.exception() is None:
+        os.close(answer.result()[1])
 
 
 def _reap(pidfd: int) -> Exit | None:

@@ -34,6 +34,7 @@ from agent.wire import Header, Limits
 from tests.models import FEATURES, scale_version
 
 pytestmark = pytest.mark.integration
+STOP_TIMEOUT_S = 60.0
 
 
 @dataclass
@@ -118,7 +119,8 @@ async def bench(
             yield Bench(engine, events, sweeper, metrics)
         finally:
             sweeper.cancel()
-            await asyncio.wait({sweeper})
+            await asyncio.wait({sweeper}, timeout=STOP_TIMEOUT_S)
+            assert sweeper.done(), "the engine does not stop"
     assert not list((folder / "scratch").iterdir()), "a worker's scratch folder is left"
 
 

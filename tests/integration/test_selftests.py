@@ -212,6 +212,19 @@ def test_a_version_on_trial_is_not_restarted_by_its_tests(tmp_path: Path) -> Non
     run(story)
 
 
+def test_an_engine_that_is_stopped_as_a_worker_answers_its_test_stops(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, variants=NEVER, **OFTEN) as box:
+            version = await serve(box, fickle(tmp_path / "b"))
+            assert version.pool is not None
+            calls = version.pool._calls
+            await until(lambda: any(not answer.done() for _, answer in calls.values()))
+            for _, answer in calls.values():
+                answer.set_result({"ok": True, "golden": []})  # and the end of the bench stops it in the same step
+
+    run(story)
+
+
 def test_the_others_are_served_while_one_hangs_in_its_test(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path, variants=NEVER, hang_timeout_s=1.5, **OFTEN) as box:
