@@ -378,7 +378,8 @@ class LoadedVersion:
         )
 
     async def self_test(self) -> None:
-        value = await self.version.self_test(timeout_s=_SELF_TEST_TIMEOUT_S)
+        timeout_s = min(_SELF_TEST_TIMEOUT_S, self._engine.hang_timeout_s)
+        value = await self.version.self_test(timeout_s=timeout_s)
         if not value.get("ok"):
             raise SelfTestError(str(value.get("message") or "a golden output differs"))
 

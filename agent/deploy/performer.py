@@ -16,7 +16,7 @@ from agent.clock import Clock
 from agent.config import DeployConfig
 from agent.deploy import lane, trial
 from agent.deploy.candidate import probe_if_idle, watch_share
-from agent.deploy.desired import REVOCATION, SUPERSEDED, Desired, Ending, Overtaken, record_of
+from agent.deploy.desired import REVOCATION, SUPERSEDED, TRANSIENT, Desired, Ending, Overtaken, record_of
 from agent.deploy.doubt import Doubt
 from agent.deploy.gates import Judge, Situation, before_fetch, before_load
 from agent.deploy.interface import Interface, differences
@@ -55,7 +55,7 @@ _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
 _UNDECIDED: Final = CanaryUndecidedError.code
 # What ended a deployment without speaking against its version: it is not remembered as bad.
-_BLAMELESS: Final = frozenset({SUPERSEDED, _UNDECIDED, lane.TOO_MANY_STEPS})
+_BLAMELESS: Final = TRANSIENT | {SUPERSEDED, _UNDECIDED, lane.TOO_MANY_STEPS}
 
 
 class Performer:
@@ -150,19 +150,53 @@ class Performer:
     # Boot: from disk alone, before any network
 
     async def boot(self, pointer: Pointer) -> None:
-        """Load what the pointer names; fall back to the previous version when that does not work."""
+        """Load the confirmed version; one on trial beside it follows when its deployment goes on.
+
+        What has no confirmed version, or one that does not load, is loaded although it is on trial.
+        """
         self.pointer = pointer
         self.trying = self._on_trial
-        if reason := self._revoked(pointer.active.digest):
-            self._host.expect(self.slot, revoked_text(pointer.active.version, reason))
-            return  # what serves instead is for the reconciler to say
+        revoked = self._revoked(pointer.active.digest)
         try:
-            if pointer.trial:
+            if pointer.trial and (self._on_trial or not revoked):
                 pointer = self._begin_start(pointer)
-            if self.held_until is None:
+            if self._on_trial and await self._boot_confirmed(pointer):
+                return
+            if revoked:  # what serves instead is for the reconciler to say
+                self._host.expect(self.slot, revoked_text(pointer.active.version, revoked))
+            elif self.held_until is None:
                 self.active = await self._bring_up(pointer.active)
         except (AgentError, OSError) as error:
             await self._boot_previous(pointer, error)
+
+    async def _boot_confirmed(self, pointer: Pointer) -> bool:
+        """Let the version before the one on trial serve first: it is known to answer, also the first request."""
+        assert pointer.previous is not None
+        try:
+            self._before = await self._bring_up(pointer.previous)
+        except (AgentError, OSError) as error:
+            _log.error("the version before does not load", slot=self.slot, reason=str(error))
+            return False
+        return True
+
+    @property
+    def _trial_rests(self) -> bool:
+        """Whether the version on trial is yet to be started again, after a restart, and the one before serves."""
+        return self._on_trial and self.active is None and self._before is not None
+
+    async def _try_again(self, pointer: Pointer) -> tuple[str, str]:
+        """Load the version on trial beside the one before, which a restart brought up.
+
+        Returns:
+            Code and text of what kept it from being loaded, where it was not; what may pass by itself keeps its code.
+        """
+        try:
+            self.active = await self._bring_up(pointer.active)
+        except (AgentError, OSError) as error:
+            self._tell_boot_failed(pointer, error)
+            code = error.code if isinstance(error, AgentError) else StoreError.code
+            return code if code in TRANSIENT | {PolicyError.code} else BootFailedError.code, str(error)
+        return "", ""
 
     def _begin_start(self, pointer: Pointer) -> Pointer:
         """Decide on a start on trial and record it.
@@ -208,12 +242,15 @@ class Performer:
         if pointer is not None and pointer.trial and pointer.running:
             self._point(replace(pointer, running=False))
 
-    async def _boot_previous(self, pointer: Pointer, error: Exception) -> None:
+    def _tell_boot_failed(self, pointer: Pointer, error: Exception) -> None:
         data = {"slot": self.slot, "version": pointer.active.version, "reason": str(error)}
         _log.error("active version does not load", **data)
-        if isinstance(error, BundleError):
+        if isinstance(error, BundleError) and not self._revoked(pointer.active.digest):
             self._refuse_on_disk(pointer.active, error)
         self._events.emit(Stream.HEALTH, "boot.active_failed", Severity.ERROR, **data)
+
+    async def _boot_previous(self, pointer: Pointer, error: Exception) -> None:
+        self._tell_boot_failed(pointer, error)
         if pointer.previous is not None:
             try:
                 self.active = await self._bring_up(pointer.previous)
@@ -273,6 +310,9 @@ class Performer:
             AgentError, OSError: what serves since the start is not what the pointer names, which cannot be written yet.
         """
         self.trying = False
+        if self._trial_rests and self.pointer is not None and self.pointer.previous is not None:
+            self._instead = Pointer(slot=self.slot, active=self.pointer.previous)
+            self.active, self._before = self._before, None
         if self._instead is not None:
             self._point(self._instead)
 
@@ -337,13 +377,14 @@ class Performer:
                 record = await self._steps.step(record, Event.DONE)
             await self._confirm(record, "its pointer was confirmed before the restart")
             return
+        code, fault = BootFailedError.code, "it did not survive a restart"
+        if record.state in (State.PROBATION, State.CUTOVER) and ours and self._trial_rests and self.pointer is not None:
+            code, fault = await self._try_again(self.pointer)
         loaded = self.active is not None and self._loaded == record.digest
         if record.state in (State.PROBATION, State.CUTOVER) and ours and loaded:
-            pass  # boot() loaded it
+            pass  # it serves on trial, as before
         elif record.state is State.PROBATION or (record.state is State.CUTOVER and ours):
-            record = await self._steps.step(
-                record, Event.FAIL, code=BootFailedError.code, message="it did not survive a restart"
-            )
+            record = await self._steps.step(record, Event.FAIL, code=code, message=fault)
         elif record.state not in WAITING | {State.ROLLING_BACK, State.RECEIVED}:
             record = await self._steps.step(record, Event.RESUME)
         await self.perform(record)
@@ -370,8 +411,8 @@ class Performer:
         if record.state in BEFORE_CUTOVER:
             message = self._end_text(record) or "something else was asked for"
             await self._steps.step(record, Event.SUPERSEDE, message=message)
-        elif self.leaving and record.state is State.PROBATION:
-            message = self._end_text(record)
+        elif (self.leaving or self._trial_rests) and record.state is State.PROBATION:
+            message = self._end_text(record) or "another version was asked for before it was started again"
             await self.perform(await self._steps.step(record, Event.SUPERSEDE, code=SUPERSEDED, message=message))
         elif self.held_until is not None and record.state is State.PROBATION:
             message = "another version was asked for while it was held back"
@@ -558,11 +599,13 @@ class Performer:
         if before is not None:  # of all its answers the last minutes' tell how long they take
             before = replace(before, latency=before.recent)
         began, first = self._clock.monotonic(), self._trial_began or Evidence()
+        unknown = self._before is not None and self._trial_began is None  # after a restart: what is late for it?
         probe_s = max(_TRIAL_POLL_S, self._config.probation_s / max(1, self._config.probation_calls_min) / 2)
         while True:
             elapsed_s, shown = self._clock.monotonic() - began, self.active.evidence().since(first)
             judgement = judge(shown, elapsed_s, self._config, before=before)
-            if self._doubt is not None or judgement.late:
+            if self._doubt is not None or judgement.late or unknown:
+                unknown = False
                 judgement = self._looked_at_again(judgement)
                 if self._doubt is None:  # its answers from now on count
                     first = replace(first, latency=self.active.evidence().latency)

@@ -179,6 +179,11 @@ class Engine:
         )
         metrics.gauge("inferd_shadow_agreement", "Of a candidate's copies, 0..1", labels, self._agreements)
 
+    @property
+    def hang_timeout_s(self) -> float:
+        """After which a worker that does not answer is killed (seconds)."""
+        return self._config.hang_timeout_s
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The engine lives as long as the body; afterwards no worker and no zygote is left."""

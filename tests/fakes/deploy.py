@@ -194,7 +194,7 @@ class FakeLoaded:
             copies=Copies(
                 compared=self.copies,
                 durations=self._counted(0.5 if "busy" in self._beside() else 0.001, self.copies),
-                originals=self._counted(0.5, self.copies),
+                originals=self._counted(self._original_s(), self.copies),
             ),
         )
 
@@ -202,6 +202,12 @@ class FakeLoaded:
         if not {"late", "busy"} & set(self.host.behaviour.values()):
             return NOTHING  # nobody asks, and histories are long
         return Counts(tuple(times * amount for amount in counts_of([duration_s]).buckets))
+
+    def _original_s(self) -> float:
+        """How long an answer of what serves takes now."""
+        active = self.host.active.get(self.bundle.name)
+        slow = active is not None and self.host.behaviour.get(active.bundle.version) in ("late", "busy")
+        return 0.5 if slow else 0.001
 
     def _beside(self) -> set[str | None]:
         others = (other.bundle.version for other in self.host.loaded if other is not self and not other.retired)
@@ -236,6 +242,8 @@ class FakeHost:
         await asyncio.sleep(0)
         if self.behaviour.get(bundle.version) == "unloadable":
             raise LoadError("no variant loads")
+        if self.behaviour.get(bundle.version) == "short":
+            raise OverloadedError("memory does not hold it now")
         loaded = FakeLoaded(self, bundle)
         self.loaded.append(loaded)
         return loaded

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.adapters import LoadedVersion
 from agent.config import VariantsConfig
 from agent.engine.growth import Bounds
 from agent.engine.types import Keeping, VersionSpec
 from agent.engine.version import Version
+from agent.errors import WorkerDiedError
 from tests.integration.test_engine import Bench, bench, run
 from tests.integration.test_ladder import until
 from tests.models import FEATURES, scale_version
@@ -221,6 +223,17 @@ def test_an_engine_that_is_stopped_as_a_worker_answers_its_test_stops(tmp_path: 
             await until(lambda: any(not answer.done() for _, answer in calls.values()))
             for _, answer in calls.values():
                 answer.set_result({"ok": True, "golden": []})  # and the end of the bench stops it in the same step
+
+    run(story)
+
+
+def test_what_hangs_on_trial_is_waited_for_as_long_as_any_worker(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, variants=NEVER, hang_timeout_s=1.5) as box:
+            version = await serve(box, fickle(tmp_path / "b"))
+            tell(tmp_path / "b", "freeze", "v0", runs=LOADS)
+            with pytest.raises(WorkerDiedError, match=r"within 1\.5 s"):
+                await LoadedVersion(box.engine, version, beside=False).self_test()
 
     run(story)
 

@@ -166,6 +166,11 @@ class Box:
         loaded = self.host.active.get("magika")
         return loaded.bundle.version if loaded is not None else None
 
+    def served_at_start(self) -> str | None:
+        """What answers right after a start: the version that has earned trust, or else the only one."""
+        pointer = self.pointer()
+        return (pointer.confirmed or pointer.active).version if pointer is not None else None
+
     def pointer(self) -> Pointer | None:
         return Pointers(self.folder / "active").read("magika")
 
@@ -181,7 +186,7 @@ async def deploy(box: Box, version: str, wish_id: str, **more: bool) -> Record:
     active = box.active()
     await box.restart()
     box.host.active["after restart"] = None  # type: ignore[assignment]
-    assert active == (box.pointer().active.version if box.pointer() else None)
+    assert active == box.served_at_start()
     return record
 
 
@@ -506,7 +511,7 @@ def test_ends_that_were_ordered_do_not_count_against_a_trial(tmp_path: Path, end
     async def story() -> None:
         box = await on_trial(tmp_path, confirmed=confirmed)
         await boot_after(box, ends)
-        assert box.active() == "2.0.0"
+        assert box.active() == ("1.0.0" if confirmed else "2.0.0")
         assert box.pointer().starts_in_trial == ends.count("c")
         await box.stop()
         box.config = CONFIG
@@ -523,13 +528,117 @@ def test_crashes_on_trial_yield_to_the_confirmed_version(tmp_path: Path) -> None
     async def story() -> None:
         box = await on_trial(tmp_path, confirmed=True)
         await boot_after(box, "cscscs")
-        assert box.active() == "2.0.0"
+        assert (box.active(), box.pointer().trial) == ("1.0.0", True)
         await boot_after(box, "c")
-        assert box.active() == "1.0.0"
+        assert (box.active(), box.pointer().trial) == ("1.0.0", False)
         record = await box.run_until_final(None, "trial")
         assert record.state is State.ROLLED_BACK
         again = await deploy(box, "2.0.0", "again")
         assert again.code == "refused_before"
+
+    run(story())
+
+
+async def started_again(box: Box, behaviour: str = "good") -> Record:
+    """Start after a crash on trial, see the confirmed version serve, and follow the deployment to its end."""
+    await boot_after(box, "c")
+    assert (box.active(), box.pointer().trial) == ("1.0.0", True)
+    assert [loaded.bundle.version for loaded in box.host.loaded] == ["1.0.0"], "nothing on trial before that"
+    box.behaviour["2.0.0"] = behaviour
+    box.config = CONFIG
+    await box.restart()
+    return await box.run_until_final(None, "trial")
+
+
+def test_after_a_crash_on_trial_the_confirmed_version_serves_first_and_the_trial_begins_anew(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=True)
+        record = await started_again(box)
+        assert (record.state, box.active(), box.pointer().trial) == (State.CONFIRMED, "2.0.0", False)
+        assert [loaded.bundle.version for loaded in box.host.loaded if not loaded.retired] == ["2.0.0"]
+        await box.journal.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "words"),
+    [
+        ("unloadable", "boot_failed", "no variant loads"),
+        ("dies", "probation_failed", "worker death"),
+        ("late", "probation_failed", "at the same time"),  # nobody knows any more what the version before took
+    ],
+)
+def test_a_version_that_is_bad_when_its_trial_begins_anew_is_rolled_back(
+    tmp_path: Path, behaviour: str, code: str, words: str
+) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=True)
+        record = await started_again(box, behaviour)
+        assert (record.state, record.code) == (State.ROLLED_BACK, code)
+        assert words in record.message
+        assert (box.active(), box.pointer().active.version, box.pointer().trial) == ("1.0.0", "1.0.0", False)
+        await box.journal.close()
+
+    run(story())
+
+
+def test_a_trial_that_has_no_memory_to_begin_anew_says_nothing_of_its_version(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=True)
+        record = await started_again(box, "short")
+        assert (record.state, record.code, box.active()) == (State.ROLLED_BACK, "overloaded", "1.0.0")
+        assert not await box.journal.all_refused()
+        await box.journal.close()
+
+    run(story())
+
+
+def test_a_trial_that_another_wish_ends_does_not_begin_anew(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=True)
+        await box.reconciler.want(wish("3.0.0", "other"))  # and the process ends before it is looked at
+        box.config = CONFIG
+        await box.restart()
+        record = await box.run_until_final(None, "other")
+        assert (record.state, box.active()) == (State.CONFIRMED, "3.0.0")
+        assert "2.0.0" not in [loaded.bundle.version for loaded in box.host.loaded]
+        before = await box.journal.get("trial")
+        assert (before.state, before.code) == (State.ROLLED_BACK, "superseded")
+        await box.journal.close()
+
+    run(story())
+
+
+def test_without_its_confirmed_version_the_one_on_trial_serves_at_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=True)
+        box.store.check_errors["1.0.0"] = UntrustedError("bytes changed on disk")
+        await boot_after(box, "c")
+        assert (box.active(), box.pointer().trial) == ("2.0.0", True)
+        box.config = CONFIG
+        await box.restart()
+        record = await box.run_until_final(None, "trial")
+        assert (record.state, box.active()) == (State.CONFIRMED, "2.0.0")
+        await box.journal.close()
+
+    run(story())
+
+
+def test_a_trial_of_which_the_journal_knows_nothing_is_over(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=True)
+        await box.restart()
+        for path in tmp_path.glob("journal.db*"):
+            path.unlink()
+        await box.reconciler.open()
+        running = asyncio.ensure_future(box.reconciler.run())
+        while box.pointer().trial:
+            await asyncio.sleep(0)
+        assert (box.active(), box.pointer().active.version) == ("1.0.0", "1.0.0")
+        running.cancel()
+        await asyncio.wait({running})
+        await box.journal.close()
 
     run(story())
 
@@ -557,7 +666,7 @@ def test_an_orderly_end_that_is_not_recorded_counts_like_a_crash(tmp_path: Path)
         box.reconciler.stopped()
         denied.rmdir()
         await boot_after(box, "c")
-        assert (box.active(), box.pointer().starts_in_trial) == ("2.0.0", 1)
+        assert (box.pointer().active.version, box.pointer().starts_in_trial) == ("2.0.0", 1)
         await box.journal.close()
 
     run(story())
