@@ -51,6 +51,7 @@ DROP TABLE refused;
 COMMIT;
 """
 # The disk's fault, not the file's; source: sqlite.org/rescode.html.
+_REFUSE: Final = "INSERT OR REPLACE INTO failed VALUES (?, ?, ?, ?)"
 _DISK_FAULTS: Final = frozenset(
     {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
 )
@@ -97,9 +98,9 @@ class Journal:
         """Make a new deployment durable, as the newest of its slot; an older one of the same id is replaced."""
         await self._do(lambda: self._begin(record))
 
-    async def save(self, record: Record) -> None:
-        """Make a later state of a deployment durable."""
-        await self._do(lambda: self._save(record))
+    async def save(self, record: Record, *, condemns: str = "") -> None:
+        """Make a later state of a deployment durable, together with why its version failed here, if it did."""
+        await self._do(lambda: self._save(record, condemns))
 
     async def untold(self) -> list[Record]:
         """Return the ends that nobody may have heard of: in each lane, that since its last deployment began."""
@@ -181,8 +182,7 @@ class Journal:
 
     async def refuse(self, model: str, digest: str, reason: str) -> None:
         """Remember a version that failed here."""
-        row = (model, digest, self._device, reason)
-        await self._do(lambda: self._execute("INSERT OR REPLACE INTO failed VALUES (?, ?, ?, ?)", *row))
+        await self._do(lambda: self._execute(_REFUSE, model, digest, self._device, reason))
 
     async def forgive(self, model: str, digest: str) -> None:
         """Forget that a version failed here."""
@@ -262,9 +262,11 @@ class Journal:
                 (_KEEP_FINISHED,),
             )
 
-    def _save(self, record: Record) -> None:
+    def _save(self, record: Record, condemns: str) -> None:
         database = self._open_database()
         with database:
+            if condemns:
+                database.execute(_REFUSE, (record.model, record.digest, self._device, condemns))
             database.execute("UPDATE deployment SET row = ? WHERE id = ?", (json.dumps(record.plain()), record.id))
             if record.state in FINAL:
                 database.execute("INSERT OR REPLACE INTO untold VALUES (?, ?)", (record.id, record.lane))

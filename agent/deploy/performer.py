@@ -494,10 +494,10 @@ class Performer:
             self._candidate = await self._host.load(self.slot, self._bundle)
         except AgentError as error:
             confirmed = self.pointer is not None and self.pointer.active.digest == record.digest
-            if isinstance(error, SelfTestError) and not confirmed:  # what else fails may be the box's fault, and pass
-                await self._journal.refuse(self.model, record.digest, str(error))
+            # What else fails may be the box's fault, and pass.
+            condemns = str(error) if isinstance(error, SelfTestError) and not confirmed else ""
             event = Event.REJECT if isinstance(error, BundleError) else Event.FAIL
-            return await self._steps.step(record, event, code=error.code, message=str(error))
+            return await self._steps.step(record, event, condemns=condemns, code=error.code, message=str(error))
         variant = self._candidate.evidence().variant
         self._course = course_of(record.plan.rollout, self._bundle.rollout, self._config)
         if self._course.shares and self._may_share(record):
@@ -666,11 +666,10 @@ class Performer:
         bad = record.code not in _BLAMELESS
         if pointer is not None and pointer.trial:  # else it was done before a restart
             fault = await self._return_to(pointer.previous, record, stops=bad)
-        if bad:
-            await self._journal.refuse(self.model, record.digest, record.message)
+        condemns = (record.message or record.code) if bad else ""
         if fault:
-            return await self._steps.step(record, Event.FAIL, message=f"{record.message}; {fault}")
-        return await self._steps.step(record, Event.DONE)
+            return await self._steps.step(record, Event.FAIL, condemns=condemns, message=f"{record.message}; {fault}")
+        return await self._steps.step(record, Event.DONE, condemns=condemns)
 
     async def _return_to(self, previous: Target | None, record: Record, *, stops: bool) -> str:
         """Leave the version on trial for ``previous``, which is brought up later if it cannot be now.

@@ -34,10 +34,13 @@ class Steps:
         await self._journal.begin(record)
         self._tell(record)
 
-    async def step(self, record: Record, event: Event, **changes: Any) -> Record:
-        """Return the record after ``event``, written and told."""
+    async def step(self, record: Record, event: Event, *, condemns: str = "", **changes: Any) -> Record:
+        """Return the record after ``event``, written and told.
+
+        ``condemns``: why its version is remembered as failed here from the same write on; empty: it is not.
+        """
         after = advance(record, event, updated=self._clock.wall(), **changes)
-        await self._journal.save(after)
+        await self._journal.save(after, condemns=condemns)
         self._tell(after)
         return after
 

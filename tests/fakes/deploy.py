@@ -23,7 +23,15 @@ from agent.deploy.ports import (
     Progress,
     Survey,
 )
-from agent.errors import AgentError, LoadError, OfflineError, OverloadedError, TargetNotFoundError, WorkerDiedError
+from agent.errors import (
+    AgentError,
+    LoadError,
+    OfflineError,
+    OverloadedError,
+    SelfTestError,
+    TargetNotFoundError,
+    WorkerDiedError,
+)
 from agent.spread import NOTHING, Counts, counts_of
 
 ROWS = Port(dtype="float32", shape=(Extent(low=1, high=8, name="N"),))
@@ -242,6 +250,8 @@ class FakeHost:
         await asyncio.sleep(0)
         if self.behaviour.get(bundle.version) == "unloadable":
             raise LoadError("no variant loads")
+        if self.behaviour.get(bundle.version) == "wrong":
+            raise SelfTestError("a golden output differs")
         if self.behaviour.get(bundle.version) == "short":
             raise OverloadedError("memory does not hold it now")
         loaded = FakeLoaded(self, bundle)

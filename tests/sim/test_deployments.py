@@ -59,9 +59,9 @@ class CutJournal(Journal):
         self._maybe_cut()
         await super().begin(record)
 
-    async def save(self, record: Record) -> None:
+    async def save(self, record: Record, *, condemns: str = "") -> None:
         self._maybe_cut()
-        await super().save(record)
+        await super().save(record, condemns=condemns)
 
     async def leave(self, slots: Iterable[str]) -> None:
         self._maybe_cut()
@@ -482,6 +482,28 @@ def test_a_first_version_on_trial_that_does_not_load_again_ends_its_deployment(t
         box.behaviour["1.0.0"] = "unloadable"
         record = await box.run_until_final(None, "a")
         assert record.state in FINAL
+        await box.journal.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize("cut_in", range(12))
+def test_what_a_version_failed_at_is_its_end_wherever_the_power_goes(tmp_path: Path, cut_in: int) -> None:
+    """It is remembered as bad in the write that ends its deployment: before it, that would refuse itself."""
+
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "a")
+        box.behaviour["2.0.0"] = "wrong"
+        box.journal.cut_in = cut_in
+        try:
+            record = await box.run_until_final(wish("2.0.0", "b"), "b")
+        except (PowerCutError, BaseExceptionGroup):
+            await box.restart()
+            again = None if cut_in else wish("2.0.0", "b")
+            record = await box.run_until_final(again, "b")
+        assert (record.state, record.code) == (State.FAILED, "selftest_failed")
+        assert [reason for _, _, reason in await box.journal.all_refused()] == ["a golden output differs"]
         await box.journal.close()
 
     run(story())
