@@ -7,19 +7,15 @@ deployment finds its version on the box and checks every byte again. Nothing her
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 from agent.backoff import Backoff
-from agent.clock import Clock, wait_up_to
-from agent.config import DeployConfig
-from agent.deploy.desired import Ending
-from agent.deploy.journal import Journal
+from agent.clock import wait_up_to
+from agent.deploy.means import Means
 from agent.deploy.pointer import Pointer, target_of
-from agent.deploy.ports import Bundle, Progress, Store
-from agent.deploy.refusals import Refusals
+from agent.deploy.ports import Bundle, Progress
 from agent.deploy.revocation import revoked_text
 from agent.deploy.slots import model_of
 from agent.deploy.state import FINAL, STEPS_BEFORE_CUTOVER_MAX, Event, Record, State
@@ -43,45 +39,24 @@ _PATIENT_STEPS: Final = STEPS_BEFORE_CUTOVER_MAX - 8  # from here on a deploymen
 class Obtainer:
     """Gets one slot's bundles.
 
+    A deployment that is to be given up is left to whoever calls.
+
     Args:
-        ending: Why a deployment is to be given up; whoever calls then ends it.
         closed: Why no bytes may be fetched now, empty if they may.
-        revoked: Why a digest was revoked, and policy keeps it from being loaded; else empty.
-        make_room: Lets go what nothing needs, but the versions of these digests; whether anything went.
     """
 
-    def __init__(
-        self,
-        slot: str,
-        *,
-        config: DeployConfig,
-        store: Store,
-        journal: Journal,
-        steps: Steps,
-        refusals: Refusals,
-        clock: Clock,
-        state_dir: Path,
-        ending: Callable[[Record], Ending | None],
-        closed: Callable[[Record], str],
-        revoked: Callable[[str], str],
-        make_room: Callable[[frozenset[str]], Awaitable[bool]],
-    ) -> None:
+    def __init__(self, slot: str, means: Means, steps: Steps, *, closed: Callable[[Record], str]) -> None:
         self._slot = slot
         self._model = model_of(slot)
-        self._config = config
-        self._store = store
-        self._journal = journal
+        self._config, self._clock, self._state_dir = means.config, means.clock, means.state_dir
+        self._store, self._journal = means.store, means.journal
+        self._refusals = means.refusals
+        self._ending, self._revoked, self._make_room = means.ending, means.revoked, means.make_room
         self._steps = steps
-        self._refusals = refusals
-        self._clock = clock
-        self._state_dir = state_dir
-        self._ending = ending
         self._closed = closed
-        self._revoked = revoked
-        self._make_room = make_room
         self._medium = ""  # a folder that a waiting deployment may be taken from
         self._medium_came = asyncio.Event()
-        self._retry = Backoff(first_s=1.0, cap_s=config.fetch_retry_cap_s)
+        self._retry = Backoff(first_s=1.0, cap_s=means.config.fetch_retry_cap_s)
         self._waiting_since: float | None = None
         self._not_before = 0.0  # monotonic; the store is not asked earlier
 

@@ -7,31 +7,24 @@ when a trial fails. Leaves out: which deployment to perform (``reconciler.py``).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 
-from agent.clock import Clock
-from agent.config import DeployConfig
-from agent.deploy import lane, trial
+from agent.deploy import trial
 from agent.deploy.candidate import probe_if_idle, watch_share
-from agent.deploy.desired import REVOCATION, SUPERSEDED, TRANSIENT, Desired, Ending, Overtaken, record_of
+from agent.deploy.desired import REVOCATION, SUPERSEDED, TRANSIENT, Desired, record_of
 from agent.deploy.doubt import Doubt
-from agent.deploy.gates import Judge, Situation, before_fetch, before_load
+from agent.deploy.gates import before_load
 from agent.deploy.interface import Interface, differences
-from agent.deploy.journal import Journal
-from agent.deploy.obtain import Obtainer
+from agent.deploy.lane import TOO_MANY_STEPS, Lane
+from agent.deploy.means import Means
 from agent.deploy.pointer import Pointer, Pointers, Target, target_of
-from agent.deploy.ports import Bundle, Evidence, Host, Loaded, Store
+from agent.deploy.ports import Evidence, Host, Loaded
 from agent.deploy.probation import Judgement, Verdict, judge, summary
-from agent.deploy.refusals import Refusals
 from agent.deploy.revocation import revoked_text
 from agent.deploy.rollout import Course, course_of
-from agent.deploy.slots import model_of
 from agent.deploy.state import BEFORE_CUTOVER, TRIAL, WAITING, Event, Record, State
-from agent.deploy.steps import Steps
-from agent.deploy.waiting import Waiting
 from agent.errors import (
     AgentError,
     BootFailedError,
@@ -48,96 +41,41 @@ from agent.errors import (
     StoreError,
     UntrustedError,
 )
-from agent.events import EventBus, Severity, Stream
+from agent.events import Severity, Stream
 from agent.log import get_logger
 
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
 _UNDECIDED: Final = CanaryUndecidedError.code
 # What ended a deployment without speaking against its version: it is not remembered as bad.
-_BLAMELESS: Final = TRANSIENT | {SUPERSEDED, _UNDECIDED, lane.TOO_MANY_STEPS}
+_BLAMELESS: Final = TRANSIENT | {SUPERSEDED, _UNDECIDED, TOO_MANY_STEPS}
 
 
-class Performer:
+class Performer(Lane):
     """Brings one slot from one version to the next."""
 
-    def __init__(
-        self,
-        slot: str,
-        *,
-        config: DeployConfig,
-        store: Store,
-        host: Host,
-        pointers: Pointers,
-        journal: Journal,
-        events: EventBus,
-        refusals: Refusals,
-        clock: Clock,
-        state_dir: Path,
-        ending: Callable[[Record], Ending | None],
-        situation: Callable[[Record], Situation],
-        revoked: Callable[[str], str],
-        make_room: Callable[[frozenset[str]], Awaitable[bool]],
-        changed: Callable[[Record], None],
-    ) -> None:
-        self.slot = slot
+    def __init__(self, slot: str, means: Means, *, host: Host, pointers: Pointers) -> None:
+        super().__init__(slot, means)
         self.leaving = False  # nobody wants the slot any more: a trial ends, whatever comes after it
-        self.pointer: Pointer | None = None
-        self.active: Loaded | None = None
-        self.busy = False  # a deployment is under way and does not only wait
         self.trying = False  # what serves may be replaced, or was, and the new version is not confirmed yet
         self.held_until: float | None = None  # monotonic; on trial, not loaded, and nothing else could be
         self.candidate_version = ""  # that is tried beside what serves
-        self.model = model_of(slot)  # what failed or served anywhere on this box is remembered by model
-        self._config = config
-        self._store = store
         self._host = host
         self._pointers = pointers
-        self._journal = journal
-        self._events = events
-        self._refusals = refusals
-        self._clock = clock
-        self._state_dir = state_dir
-        self._ending = ending  # why the deployment is to be given up
-        self._revoked = revoked  # why a digest was revoked, and policy keeps it from being loaded; else empty
-        self._steps = Steps(journal, events, clock, changed)
-        self._waiting = Waiting(
-            config=config,
-            steps=self._steps,
-            clock=clock,
-            situation=lambda record: replace(situation(record), medium=self._obtainer.offered),
-            ending=ending,
-        )
-        self._obtainer = Obtainer(
-            slot,
-            config=config,
-            store=store,
-            journal=journal,
-            steps=self._steps,
-            refusals=refusals,
-            clock=clock,
-            state_dir=state_dir,
-            ending=ending,
-            closed=lambda record: self._waiting.reason(record, before_fetch) if config.fetch_windows else "",
-            revoked=revoked,
-            make_room=make_room,
-        )
+        self._config, self._clock, self._state_dir = means.config, means.clock, means.state_dir
+        self._store, self._journal = means.store, means.journal
+        self._events, self._refusals = means.events, means.refusals
+        self._ending, self._revoked = means.ending, means.revoked
         self._interfaces: dict[str, Interface] = {}  # what callers count on, by digest, of what the pointer names
         self._loaded = ""  # the digest of ``active``
         self._instead: Pointer | None = None  # what serves since the start, as long as the disk denies the pointer
         self._before: Loaded | None = None  # what served before the trial, still loaded
-        self._bundle: Bundle | None = None
         self._candidate: Loaded | None = None
         self._course = Course()
         self._doubt: Doubt | None = None  # about what is on trial
         self._trial_began: Evidence | None = None  # what the version on trial had shown at its cut-over
-        self._work: lane.Work = {
-            State.RECEIVED: self._received,
-            State.QUEUED: self._queued,
-            State.VALIDATING: self._obtain,
-            State.FETCHING: self._obtain,
-            State.VERIFYING: self._obtain,
-            State.FETCH_WAIT: self._obtainer.wait,
+        self._work = {
+            **self._work,
             State.STAGED: self._staged,
             State.WAITING_WINDOW: self._wait_for_window,
             State.LOADING: self._load,
@@ -316,10 +254,6 @@ class Performer:
         if self._instead is not None:
             self._point(self._instead)
 
-    def nudge(self) -> None:
-        """Let a deployment that waits look again now."""
-        self._waiting.nudge()
-
     def offer(self, medium: str) -> None:
         """Let a deployment that waits for its store be taken from the folder ``medium``."""
         self._obtainer.offer(medium)
@@ -361,10 +295,6 @@ class Performer:
         await self._steps.begin(record)
         await self._steps.step(record, Event.REJECT, code=PolicyError.code, message=revoked_text(wish.version, reason))
 
-    async def close(self, overtaken: Overtaken) -> None:
-        """Record and tell the end of a wish whose deployment never began."""
-        await lane.close(overtaken, self._steps, now_s=self._clock.wall())
-
     async def resume(self, record: Record) -> None:
         """Go on with a deployment that a restart interrupted."""
         ours = self.pointer is not None and self.pointer.active.digest == record.digest
@@ -390,13 +320,12 @@ class Performer:
         await self.perform(record)
 
     async def perform(self, record: Record) -> None:
-        """Do the work of each state until a final one."""
-        self.busy = True
+        """Do the work of each state until a final one; afterwards nothing of it is left in memory but what serves."""
         self.trying = self.trying or (record.state in TRIAL and self._on_trial)
         try:
-            await lane.perform(record, self._work, self._steps, self._ending)
+            await super().perform(record)
         finally:
-            self.busy, self.candidate_version = False, ""
+            self.candidate_version = ""
             self._end_doubt()
             self.trying = self._on_trial
             await self._discard_candidate()
@@ -426,21 +355,6 @@ class Performer:
 
     # The work of each state
 
-    async def _received(self, record: Record) -> Record:
-        self._obtainer.reset()
-        if reason := self._waiting.reason(record, before_fetch):
-            return await self._steps.step(record, Event.WAIT, message=reason)
-        return await self._steps.step(record, Event.DONE)
-
-    async def _queued(self, record: Record) -> Record:
-        record, is_open = await self._wait(record, before_fetch)
-        return await self._steps.step(record, Event.DONE, message="") if is_open else record
-
-    async def _obtain(self, record: Record) -> Record:
-        record, bundle = await self._obtainer.obtain(record, self.pointer, serves=self.active is not None)
-        self._bundle = bundle
-        return record
-
     async def _staged(self, record: Record) -> Record:
         if noticed := self._noticed(record):
             return await self._steps.step(record, Event.REJECT, code=IncompatibleError.code, message=noticed)
@@ -451,13 +365,6 @@ class Performer:
     async def _wait_for_window(self, record: Record) -> Record:
         record, is_open = await self._wait(record, before_load)
         return await self._start_to_load(record) if is_open else record
-
-    async def _wait(self, record: Record, judge: Judge) -> tuple[Record, bool]:
-        self.busy = False
-        try:
-            return await self._waiting.until_open(record, judge)
-        finally:
-            self.busy = True
 
     async def _start_to_load(self, record: Record) -> Record:
         """Take the box's one trial, before anything else may run."""

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from agent.backoff import Backoff
 from agent.clock import Clock, wait_up_to
@@ -21,6 +21,8 @@ from agent.deploy.desired import REVOCATION, STAGING, TRANSIENT, Action, Desired
 from agent.deploy.gates import Situation
 from agent.deploy.holds import EVERY_MODEL, Holds
 from agent.deploy.journal import Journal
+from agent.deploy.lane import Lane
+from agent.deploy.means import Means
 from agent.deploy.performer import Performer
 from agent.deploy.pointer import Pointer, Pointers
 from agent.deploy.ports import Host, Kept, Mark, News, Store
@@ -96,7 +98,7 @@ class Reconciler:
         self._pointers = Pointers(state_dir / "active")
         self._performers: dict[str, Performer] = {}
         self._stagers: dict[str, Stager] = {}
-        self._lanes: dict[str, Performer | Stager] = {}  # both, by lane
+        self._lanes: dict[str, Lane] = {}  # both, by lane
         self._prepared: dict[str, Record] = {}  # by slot: on disk as asked, and not loaded yet
         self._clock_trusted = clock_trusted
         self._wishes = Wishes(journal, configured, lambda: clock.wall() if clock_trusted() else None)
@@ -123,6 +125,20 @@ class Reconciler:
             wishes=lambda: self._wishes.strongest,
             revoked=self.revocations.all,
             staged=lambda: {staging_lane(slot) for slot in self._wishes.staged},
+        )
+        self._means = Means(
+            config=config,
+            store=store,
+            journal=journal,
+            events=events,
+            refusals=self._refusals,
+            clock=clock,
+            state_dir=state_dir,
+            ending=self._ending,
+            situation=self._situation,
+            revoked=self.revocations.forbidden,
+            make_room=self.retention.make_room,
+            changed=self._note,
         )
         self.booted = asyncio.Event()  # every model whose pointer was found serves its default, or could not be made to
 
@@ -608,7 +624,7 @@ class Reconciler:
                 _log.warning("ends cannot be told again yet", reason=str(error))
                 await self._clock.sleep(1.0 + backoff.next())
 
-    async def _close_unbegun(self, slot: str, lane: Performer | Stager, *, staging: bool) -> bool:
+    async def _close_unbegun(self, slot: str, lane: Lane, *, staging: bool) -> bool:
         """Record the ends of wishes that never began; return whether there were any."""
         ended = await self._wishes.unbegun(slot, staging=staging)
         for overtaken in ended:
@@ -787,10 +803,7 @@ class Reconciler:
         performer = self._performers.get(slot)
         if performer is None:
             performer = self._performers[slot] = self._lanes[slot] = Performer(
-                slot,
-                host=self._host,
-                pointers=self._pointers,
-                **self._common(),
+                slot, self._means, host=self._host, pointers=self._pointers
             )
             performer.leaving = slot in self._removals
         return performer
@@ -811,25 +824,8 @@ class Reconciler:
     def _stager(self, slot: str) -> Stager:
         stager = self._stagers.get(slot)
         if stager is None:
-            stager = self._stagers[slot] = self._lanes[staging_lane(slot)] = Stager(slot, **self._common())
+            stager = self._stagers[slot] = self._lanes[staging_lane(slot)] = Stager(slot, self._means)
         return stager
-
-    def _common(self) -> dict[str, Any]:
-        """Return what every lane needs."""
-        return {
-            "config": self._config,
-            "store": self._store,
-            "journal": self._journal,
-            "events": self._events,
-            "refusals": self._refusals,
-            "clock": self._clock,
-            "state_dir": self._state_dir,
-            "ending": self._ending,
-            "situation": self._situation,
-            "revoked": self.revocations.forbidden,
-            "make_room": self.retention.make_room,
-            "changed": self._note,
-        }
 
     def _situation(self, record: Record) -> Situation:
         performer = self._performers.get(record.slot)

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from agent.clock import Clock, wait_up_to
-from agent.config import DeployConfig
-from agent.deploy.desired import Ending
+from agent.clock import wait_up_to
 from agent.deploy.gates import Judge, Situation
+from agent.deploy.means import Means
 from agent.deploy.state import Event, Record
 from agent.deploy.steps import Steps
 from agent.errors import CommandExpiredError
@@ -27,24 +26,14 @@ class Waiting:
     """Waits for one lane's deployments.
 
     Args:
-        situation: What the box knows now.
-        ending: Why a deployment is to be given up; ``None``: it is not.
+        offered: Whether the bytes can be taken from a medium.
     """
 
-    def __init__(
-        self,
-        *,
-        config: DeployConfig,
-        steps: Steps,
-        clock: Clock,
-        situation: Callable[[Record], Situation],
-        ending: Callable[[Record], Ending | None],
-    ) -> None:
-        self._config = config
+    def __init__(self, means: Means, steps: Steps, *, offered: Callable[[], bool]) -> None:
+        self._config, self._clock = means.config, means.clock
+        self._ending, self._know = means.ending, means.situation
         self._steps = steps
-        self._clock = clock
-        self._situation = situation
-        self._ending = ending
+        self._offered = offered
         self._nudged = asyncio.Event()
 
     def nudge(self) -> None:
@@ -54,6 +43,9 @@ class Waiting:
     def reason(self, record: Record, judge: Judge) -> str:
         """Return why ``record`` may not go on now; empty if it may."""
         return judge(record, self._situation(record), self._config).reason
+
+    def _situation(self, record: Record) -> Situation:
+        return replace(self._know(record), medium=self._offered())
 
     async def until_open(self, record: Record, judge: Judge) -> tuple[Record, bool]:
         """Wait until the gate is open or the deployment is to be given up.
