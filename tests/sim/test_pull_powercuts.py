@@ -171,7 +171,8 @@ async def come_back(life: Life, state: Path) -> str:
     box = Reboot(state, puller(state, life.world.url, life.world.anchor, inline=True), life.published, bad=life.bad)
     async with box.running():
         at_once = box.serving()
-        assert at_once == (pointer.active.version if pointer is not None else life.before), "not what it was told"
+        told = (pointer.confirmed or pointer.active).version if pointer is not None else life.before
+        assert at_once == told, "not what it was told"
         for version in life.published:
             if version == life.before:
                 continue
