@@ -258,7 +258,7 @@ class Reconciler:
 
         Raises:
             NotFoundError: it is not here.
-            CommandError: it was never confirmed here, or has failed since.
+            CommandError: it was never confirmed here, not with the device that is here now, or has failed since.
         """
         kept = (await self._store.inventory()).versions
         found = next((item for item in kept if (item.name, item.version) == (model, version)), None)
@@ -271,7 +271,10 @@ class Reconciler:
         pointers = [performer.pointer for performer in self._performers.values() if performer.pointer is not None]
         trusted = {pointer.confirmed.digest for pointer in pointers if pointer.confirmed is not None}
         if found.digest not in {digest[:12] for digest in trusted | await self._journal.served(model)}:
-            raise CommandError(f"{slot_of(model, version)} has not earned trust here yet; {advice} tries it")
+            formerly = found.digest in {digest[:12] for digest in await self._journal.ever_served(model)}
+            lacks = "was confirmed with other hardware, driver, runtimes or agent, not with those of now"
+            lacks = lacks if formerly else "has not earned trust here yet"
+            raise CommandError(f"{slot_of(model, version)} {lacks}; {advice} tries it")
         return found.team
 
     async def cancel(self, slot: str, *, source: str = "pin") -> str:
@@ -535,6 +538,14 @@ class Reconciler:
             await performer.suspend(self._held)
         else:
             await performer.boot(pointer)
+            await self._note_brought_up(performer)
+
+    async def _note_brought_up(self, performer: Performer) -> None:
+        """Note that a confirmed version passed its self-tests at this start, perhaps with another device."""
+        pointer, active = performer.pointer, performer.active
+        if pointer is not None and active is not None and not pointer.trial and active.evidence().ready:
+            with contextlib.suppress(AgentError):  # the next start may have room for it
+                await self._journal.note_served(performer.model, pointer.active.digest)
 
     async def _act(self, slot: str, performer: Performer, hint: asyncio.Event) -> None:
         await self._read_wishes()
@@ -580,6 +591,7 @@ class Reconciler:
         slot, pointer = performer.slot, performer.pointer
         if latest is not None and latest.state not in FINAL:
             return await performer.give_up(latest)
+        await self._wishes.refresh()  # whoever asked may not have done so yet, and nothing may begin for its old wish
         await performer.remove()
         await self._removals.finish(slot, pointer)
         del self._performers[slot], self._lanes[slot], self._hints[slot]

@@ -45,8 +45,8 @@ class CutJournal(Journal):
     cut_in: int | None = None
     disk_full = False
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, connector=self._connect)
+    def __init__(self, path: Path, *, device: str = "") -> None:
+        super().__init__(path, device=device, connector=self._connect)
 
     def _connect(self, path: Path) -> sqlite3.Connection:
         if self.disk_full:
@@ -84,6 +84,7 @@ class Box:
     def __init__(self, folder: Path, offered: list[str], *, config: DeployConfig = CONFIG) -> None:
         self.config = config
         self.folder = folder
+        self.device = "one GPU"
         self.clock = FakeClock()
         self.store = FakeStore(folder, offered={"magika": offered})
         self.behaviour: dict[str, str] = {}
@@ -91,12 +92,12 @@ class Box:
         self.configured: tuple[Desired, ...] = ()
         self.poll_interval_s = 0.0
         self.host = FakeHost()
-        self.journal = CutJournal(folder / "journal.db")
+        self.journal = CutJournal(folder / "journal.db", device=self.device)
         self.reconciler = self._make()
 
     def _make(self, **more: Any) -> Reconciler:
         self.host = FakeHost(behaviour=self.behaviour)
-        self.journal = CutJournal(self.folder / "journal.db")
+        self.journal = CutJournal(self.folder / "journal.db", device=self.device)
         bus = EventBus(self.clock)
         self._heard = bus.subscribed(lambda event: self.events.append(event.plain()))
         self._heard.__enter__()
