@@ -25,6 +25,7 @@ _READINGS: Final = (
     ("power_w", 1, "W"),
     ("utilisation_percent", 1, "% busy"),
 )
+_CANARY: Final = "canary"
 _SEE_DEPLOYMENTS: Final = "see inferctl deployments"
 
 
@@ -79,6 +80,7 @@ def models_text(rows: Rows) -> Text:
         notes.append(
             ([] if row["ready"] else [f"not ready: {row['reason']}"])
             + ([f"deployment waits: {row['waits']}"] if row.get("waits") else [])
+            + ([candidate_text(row["candidate"])] if row.get("candidate") else [])
             + ([f"held by {row['held_by']}"] if row.get("held_by") else [])
             + ([f"prepared: {row['prepared']}"] if row.get("prepared") else [])
             + ([f"memory: {residency_text(row['residency'])}"] if row.get("residency") else [])
@@ -87,6 +89,21 @@ def models_text(rows: Rows) -> Text:
             + [f"{side}: {tensors_text(metadata[side])}" for side in ("inputs", "outputs") if metadata[side]]
         )
     return columns(("model", "ready", "active", "previous", "wanted", "source"), cells, notes)
+
+
+def candidate_text(candidate: Mapping[str, Any]) -> str:
+    """Return what is tried beside what serves, not yet ``shown``: ``candidate 2.0.0: canary 25 %``."""
+    return f"candidate {candidate['version']}: canary{share_text(candidate['percent'])}"
+
+
+def share_text(percent: float) -> str:
+    """Return the share of the requests that a candidate answers, to stand after the word canary."""
+    return f" {percent:g} %" if percent else ", copies only"
+
+
+def state_text(record: Mapping[str, Any]) -> str:
+    """Return where a deployment stands, a canary with its share, not yet ``shown``."""
+    return str(record["state"]) + (share_text(record["percent"]) if record["state"] == _CANARY else "")
 
 
 def residency_text(residency: Mapping[str, Any]) -> str:
@@ -107,7 +124,7 @@ def deployments_text(rows: Rows) -> Text:
     for row in rows:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["updated"]))
         version = row["version"] or row["wanted"] or f"({row['channel']})"
-        cells.append((when, row["slot"], version, row["previous"] or "-", row["state"], row["source"]))
+        cells.append((when, row["slot"], version, row["previous"] or "-", state_text(row), row["source"]))
         notes.append([": ".join(filter(None, (row["id"], reason_text(row))))])
     return columns(("when", "model", "version", "from", "state", "source"), cells, notes, note_title="id: reason")
 

@@ -490,6 +490,7 @@ class Reconciler:
                     else None,
                     "trial": pointer.trial if pointer is not None else False,
                     "waits": under_way.message if under_way is not None and waits else "",
+                    "candidate": _candidate(under_way),
                     "held_by": self.holds.holder(model_of(slot)),
                     "prepared": prepared.version if prepared is not None else None,
                 }
@@ -906,6 +907,13 @@ class Reconciler:
         """Let everyone who follows a deployment look again."""
         if self._change is not None and not self._change.done():
             self._change.set_result(None)
+
+
+def _candidate(record: Record | None) -> dict[str, object] | None:
+    """Return what a slot's deployment tries beside what serves, and with which share of the requests."""
+    if record is None or record.state is not State.CANARY:
+        return None
+    return {"deployment": record.id, "version": record.version, "percent": record.percent}
 
 
 def _require_right(owner: str, asker: str, slot: str) -> None:

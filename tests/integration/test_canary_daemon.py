@@ -152,6 +152,8 @@ def test_a_version_meets_copies_then_shares_then_everybody_and_no_client_notices
         assert (trying["version"], trying["canary_percent"]) == ("3.0.0", 50.0)
         assert any(row.get("canary") for row in box.status()["models"])
         assert "candidate 3.0.0: 50 % of the keys" in box.control("status").stdout
+        assert "\n    candidate 3.0.0: canary 50 %\n" in box.control("models").stdout
+        assert "  canary 50 %  " in box.control("deployments").stdout
         box.store.rename(box.store.with_name("out of reach"))
         back = box.control("rollback", MODEL, "--json")
         assert back.returncode == 0, back.stdout + back.stderr

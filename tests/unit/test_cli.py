@@ -61,7 +61,7 @@ def model(text: str, *, ready: bool = False) -> dict[str, Any]:
         "variants": [variant(text, "failed"), variant(text, "serving")],
         "slot": text, "ready": ready, "reason": text, "active": text, "trial": True, "previous": text, "wanted": text,
         "source": text, "metadata": {"inputs": [tensor], "outputs": [tensor]},
-        "residency": residency(text, loaded=ready),
+        "residency": residency(text, loaded=ready), "candidate": {"version": text, "percent": 5.0},
     }  # fmt: skip
 
 
@@ -191,6 +191,22 @@ def test_headers_stand_above_their_cells() -> None:
     assert note == "    pin-1: probation_failed: too many errors"
     assert len(head) <= 80
     assert len(cells) <= 80
+
+
+@pytest.mark.parametrize(
+    ("state", "percent", "expected"),
+    [("canary", 12.5, "canary 12.5 %"), ("canary", 0.0, "canary, copies only"), ("probation", 50.0, "probation")],
+)
+def test_a_canary_is_listed_with_its_share(state: str, percent: float, expected: str) -> None:
+    row = deployment("m") | {"state": state, "percent": percent}
+    head, cells, _ = cli_text.deployments_text([row]).plain.split("\n")
+    assert cells[head.index("state") : head.index("source")].rstrip() == expected
+
+
+def test_a_model_says_what_is_tried_beside_what_serves() -> None:
+    candidate = {"deployment": "pin-1", "version": "2.0.0", "percent": 25.0}
+    text = cli_text.models_text([model("m") | {"candidate": candidate}]).plain
+    assert "\n    candidate 2.0.0: canary 25 %\n" in text
 
 
 def test_an_event_leaves_evidence_to_json() -> None:
