@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from agent.deploy.slots import model_of, slot_of, version_beside
 from agent.deploy.stager import Stager
 from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, WAITING, Event, Record, State, staging_lane
 from agent.deploy.steps import Steps
+from agent.deploy.unmet import unmet
 from agent.deploy.wishes import Wishes
 from agent.errors import AgentError, BundleError, CommandError, NotFoundError, PolicyError
 from agent.events import EventBus, Severity, Stream
@@ -101,6 +102,7 @@ class Reconciler:
         self._clock_trusted = clock_trusted
         self._wishes = Wishes(journal, configured, lambda: clock.wall() if clock_trusted() else None)
         self._under_way: dict[str, Record] = {}  # by slot: deployments that have not ended
+        self._ended: dict[str, Record] = {}  # by slot: the newest that has
         self.holds = Holds(config, clock, changed=self._nudge)
         self._hints: dict[str, asyncio.Event] = {}
         self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
@@ -476,6 +478,7 @@ class Reconciler:
             under_way, prepared = self._under_way.get(slot), self._prepared.get(slot)
             waits = under_way is not None and under_way.state in _GATED
             pointer = performer.pointer if performer is not None else None
+            missed = unmet(wish, pointer, self._ended.get(slot) if under_way is None else None)
             rows.append(
                 {
                     "slot": slot,
@@ -490,6 +493,7 @@ class Reconciler:
                     else None,
                     "trial": pointer.trial if pointer is not None else False,
                     "waits": under_way.message if under_way is not None and waits else "",
+                    "unmet": asdict(missed) if missed is not None else None,
                     "candidate": _candidate(under_way),
                     "held_by": self.holds.holder(model_of(slot)),
                     "prepared": prepared.version if prepared is not None else None,
@@ -551,6 +555,8 @@ class Reconciler:
     async def _act(self, slot: str, performer: Performer, hint: asyncio.Event) -> None:
         await self._read_wishes()
         wish, latest = self._wishes.strongest.get(slot), await self._journal.latest(slot)
+        if latest is not None and latest.state in FINAL:
+            self._ended[slot] = latest
         if latest is None or latest.state in FINAL:
             performer.rest()
             if await self._close_unbegun(slot, performer, staging=False):
@@ -596,6 +602,7 @@ class Reconciler:
         await performer.remove()
         await self._removals.finish(slot, pointer)
         del self._performers[slot], self._lanes[slot], self._hints[slot]
+        self._ended.pop(slot, None)
         self._running.discard(slot)
         self._new_slot.set()  # it may be wanted anew already
         self._wake()
@@ -894,7 +901,7 @@ class Reconciler:
         if record.lane == record.slot:
             self._under_way[record.slot] = record
             if record.state in FINAL:
-                del self._under_way[record.slot]
+                self._ended[record.slot] = self._under_way.pop(record.slot)
         elif record.state is State.PREPARED:
             self._prepared[record.slot] = record
         if record.state in FINAL:

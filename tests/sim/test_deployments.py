@@ -226,6 +226,37 @@ def test_a_bad_version_leaves_the_one_before_serving_and_is_not_tried_again(
     run(story())
 
 
+def test_a_pin_whose_version_failed_is_told_of_until_something_else_is_asked_for(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0", "3.0.0"])
+        await deploy(box, "1.0.0", "a")
+        box.behaviour["2.0.0"] = "dies"
+        pinned = replace(wish("2.0.0", "b"), source="pin")
+        assert (await box.run_until_final(pinned, "b")).state is State.ROLLED_BACK
+        (told,) = box.reconciler.slots()
+        assert (told["wanted"], told["active"]) == ("2.0.0", "1.0.0")
+        assert told["unmet"]["code"] == "probation_failed"
+        assert "inferctl unpin magika" in told["unmet"]["advice"]
+        await box.restart()
+
+        async def look() -> None:  # the journal alone knows now
+            while (row := box.reconciler.slots()[0])["unmet"] is None:
+                await asyncio.sleep(0)
+            assert row["unmet"] == told["unmet"]
+
+        await box.reconciler.open()
+        running = asyncio.ensure_future(box.reconciler.run())
+        await asyncio.wait_for(look(), 20)
+        running.cancel()
+        await asyncio.wait({running})
+        await box.restart()
+        await box.run_until_final(replace(wish("3.0.0", "c"), source="pin"), "c")
+        assert box.reconciler.slots()[0]["unmet"] is None
+        await box.journal.close()
+
+    run(story())
+
+
 @pytest.mark.parametrize(
     ("error", "state"),
     [
