@@ -122,7 +122,9 @@ def slots(box: Box) -> dict[str, str]:
 
 
 def workers(box: Box) -> dict[str, int]:
-    return {row["version"]: len(row["workers"]) for row in box.status()["models"]}
+    """Return how many workers each version has; nothing as long as one of the slots is being loaded."""
+    rows = box.status()["models"]
+    return {row["version"]: len(row["workers"]) for row in rows} if all("version" in row for row in rows) else {}
 
 
 def loads(box: Box) -> int:
