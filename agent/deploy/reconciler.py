@@ -270,14 +270,22 @@ class Reconciler:
         failed = {digest[:12]: reason for name, digest, reason in await self.quarantine() if name == model}
         if found.digest in failed:
             raise CommandError(f"{slot_of(model, version)} failed here: {failed[found.digest]}; {advice} --force")
-        pointers = [performer.pointer for performer in self._performers.values() if performer.pointer is not None]
-        trusted = {pointer.confirmed.digest for pointer in pointers if pointer.confirmed is not None}
-        if found.digest not in {digest[:12] for digest in trusted | await self._journal.served(model)}:
+        trusted = await self._journal.served(model) | self._relied_on(model)
+        if found.digest not in {digest[:12] for digest in trusted}:
             formerly = found.digest in {digest[:12] for digest in await self._journal.ever_served(model)}
             lacks = "was confirmed with other hardware, driver, runtimes or agent, not with those of now"
             lacks = lacks if formerly else "has not earned trust here yet"
             raise CommandError(f"{slot_of(model, version)} {lacks}; {advice} tries it")
         return found.team
+
+    def _relied_on(self, model: str) -> set[str]:
+        """Return the digests that this box relies on now: the default's, and those that are loaded beside it."""
+        return {
+            pointer.confirmed.digest
+            for slot, performer in self._performers.items()
+            if (pointer := performer.pointer) is not None and pointer.confirmed is not None
+            if slot == model or (performer.active is not None and performer.active.evidence().ready)
+        }
 
     async def cancel(self, slot: str, *, source: str = "pin") -> str:
         """Give up what is being deployed to ``slot`` or prepared for it, and the pin that asked for it.
