@@ -11,13 +11,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, S
 from rich.table import Column
 from rich.text import Text
 
-from agent.cli_text import duration, shown
+from agent.cli_text import duration, shown, state_text
 from agent.client import Client
 
 POLL_S: Final = 20.0
 _WAITING: Final = ("queued", "fetch_wait", "waiting_window")
 _FETCHING: Final = "fetching"
-_CANARY: Final = "canary"
 
 
 def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = False) -> dict[str, Any]:
@@ -60,11 +59,9 @@ def follow(client: Client, deployment_id: str, *, as_json: bool, quiet: bool = F
 def step_text(record: dict[str, Any]) -> str:
     """Return what is being done, and why nothing is while something is waited for."""
     version = record["version"] or record["wanted"] or f"({record['channel']})"
-    text = f"{record['slot']} {version}: {record['state']}"
+    text = f"{record['slot']} {version}: {state_text(record)}"
     if record["state"] in _WAITING and record["message"]:
         text += f" ({record['message']})"
-    if record["state"] == _CANARY:
-        text += f" at {record['percent']:g} %" if record["percent"] else ", copies only"
     return shown(text)
 
 

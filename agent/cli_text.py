@@ -25,6 +25,7 @@ _READINGS: Final = (
     ("power_w", 1, "W"),
     ("utilisation_percent", 1, "% busy"),
 )
+_CANARY: Final = "canary"
 _SEE_DEPLOYMENTS: Final = "see inferctl deployments"
 
 
@@ -79,6 +80,8 @@ def models_text(rows: Rows) -> Text:
         notes.append(
             ([] if row["ready"] else [f"not ready: {row['reason']}"])
             + ([f"deployment waits: {row['waits']}"] if row.get("waits") else [])
+            + unmet_lines(row)
+            + ([candidate_text(row["candidate"])] if row.get("candidate") else [])
             + ([f"held by {row['held_by']}"] if row.get("held_by") else [])
             + ([f"prepared: {row['prepared']}"] if row.get("prepared") else [])
             + ([f"memory: {residency_text(row['residency'])}"] if row.get("residency") else [])
@@ -87,6 +90,31 @@ def models_text(rows: Rows) -> Text:
             + [f"{side}: {tensors_text(metadata[side])}" for side in ("inputs", "outputs") if metadata[side]]
         )
     return columns(("model", "ready", "active", "previous", "wanted", "source"), cells, notes)
+
+
+def unmet_lines(slot: Mapping[str, Any]) -> list[str]:
+    """Return that a slot does not serve what is wanted of it, why, and what to do, not yet ``shown``."""
+    missed = slot.get("unmet")
+    if not missed:
+        return []
+    asked = f"{slot['wanted']} ({slot['source']})"
+    tried = f" as {missed['version']}" if missed["version"] not in ("", slot["wanted"]) else ""
+    return [f"not as wanted: {asked} was tried{tried}: {missed['state']}: {reason_text(missed)}", missed["advice"]]
+
+
+def candidate_text(candidate: Mapping[str, Any]) -> str:
+    """Return what is tried beside what serves, not yet ``shown``: ``candidate 2.0.0: canary 25 %``."""
+    return f"candidate {candidate['version']}: canary{share_text(candidate['percent'])}"
+
+
+def share_text(percent: float) -> str:
+    """Return the share of the requests that a candidate answers, to stand after the word canary."""
+    return f" {percent:g} %" if percent else ", copies only"
+
+
+def state_text(record: Mapping[str, Any]) -> str:
+    """Return where a deployment stands, a canary with its share, not yet ``shown``."""
+    return str(record["state"]) + (share_text(record["percent"]) if record["state"] == _CANARY else "")
 
 
 def residency_text(residency: Mapping[str, Any]) -> str:
@@ -107,7 +135,7 @@ def deployments_text(rows: Rows) -> Text:
     for row in rows:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["updated"]))
         version = row["version"] or row["wanted"] or f"({row['channel']})"
-        cells.append((when, row["slot"], version, row["previous"] or "-", row["state"], row["source"]))
+        cells.append((when, row["slot"], version, row["previous"] or "-", state_text(row), row["source"]))
         notes.append([": ".join(filter(None, (row["id"], reason_text(row))))])
     return columns(("when", "model", "version", "from", "state", "source"), cells, notes, note_title="id: reason")
 
@@ -243,15 +271,16 @@ def _profile_lines(device: Mapping[str, Any]) -> list[Text]:
 
 def _model_lines(rows: Rows, slots: Rows, failures: Mapping[str, str]) -> list[Text]:
     lines: list[Text] = []
+    missed = {slot["slot"]: [Text(f"  {shown(line)}") for line in unmet_lines(slot)] for slot in slots}
     for row in rows:
         lines += _serving_lines(row) if "version" in row else _absent_lines(row["slot"], row["reason"])
-        if not row["ready"]:
-            lines.append(_last_failure(failures.get(row["slot"])))
+        failure = [] if row["ready"] else [_last_failure(failures.get(row["slot"]))]
+        lines += missed.get(row["slot"]) or failure
     known = {row["slot"] for row in rows}
     for slot in slots:
         if slot["slot"] not in known and slot["wanted"]:
             lines += _absent_lines(slot["slot"], f"{slot['wanted']} is wanted ({slot['source']}), nothing serves yet")
-            lines.append(_last_failure(failures.get(slot["slot"])))
+            lines += missed[slot["slot"]] or [_last_failure(failures.get(slot["slot"]))]
     return lines
 
 

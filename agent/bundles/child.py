@@ -55,6 +55,7 @@ _INSPECT_BYTES_MAX: Final = 1024**3
 _ASK_AGAIN_S: Final = 60  # an unknown signer makes the store be asked at most so often
 _PR_SET_PDEATHSIG: Final = 1
 _NICE: Final = 10  # inference goes first
+_DESERTED: Final = 1  # exit status once the daemon is gone
 
 # How manifests call a runtime -> distributions that provide it, and those of them built with CUDA.
 _DISTRIBUTIONS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
@@ -252,9 +253,16 @@ def clock_believed(layout: Layout, wall: float) -> bool:
 
 
 def emit(line: dict[str, Any]) -> None:
-    """Write one line to standard output."""
-    sys.stdout.write(json.dumps(line, separators=(",", ":")) + "\n")
-    sys.stdout.flush()
+    """Write one line to standard output; where nobody reads it any more, this process ends here.
+
+    A killed daemon's pipe breaks a moment before the kernel kills its children. What is under way is as safe as under
+    that kill, and an exception could be taken for the disk's or a socket's on its way up.
+    """
+    try:
+        sys.stdout.write(json.dumps(line, separators=(",", ":")) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(_DESERTED)
 
 
 def _tell_refused(around: Surroundings, source: str, error: AgentError) -> None:
@@ -322,7 +330,7 @@ def _die_with_parent() -> None:
     except (OSError, AttributeError):
         return
     if os.getppid() != parent:
-        sys.exit(1)  # it died in between
+        sys.exit(_DESERTED)  # it died in between
 
 
 if __name__ == "__main__":

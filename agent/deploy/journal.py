@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -41,15 +41,23 @@ CREATE TABLE IF NOT EXISTS revoked (digest TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS overtaken (id TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS cancelled (id TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS untold (id TEXT PRIMARY KEY, lane TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS served (slot TEXT, digest TEXT, PRIMARY KEY (slot, digest));
+CREATE TABLE IF NOT EXISTS trusted (model TEXT, digest TEXT, device TEXT, PRIMARY KEY (model, digest, device));
 """
-# Journals of before kept what failed without the device: it counts on any, until it is forgiven.
-_FROM_REFUSED: Final = """
+# Journals of before kept what failed and what served without the device: it counts on any. By the old table's name.
+_FROM_BEFORE: Final[Mapping[str, str]] = {
+    "refused": """
 BEGIN;
 INSERT OR IGNORE INTO failed SELECT slot, digest, '', reason FROM refused;
 DROP TABLE refused;
 COMMIT;
-"""
+""",
+    "served": """
+BEGIN;
+INSERT OR IGNORE INTO trusted SELECT slot, digest, '' FROM served;
+DROP TABLE served;
+COMMIT;
+""",
+}
 # The disk's fault, not the file's; source: sqlite.org/rescode.html.
 _REFUSE: Final = "INSERT OR REPLACE INTO failed VALUES (?, ?, ?, ?)"
 _DISK_FAULTS: Final = frozenset(
@@ -67,7 +75,7 @@ class Journal:
 
     Args:
         path: Of the file.
-        device: Hardware, driver and agent: a version that failed with others may do better with these.
+        device: Hardware, driver, runtimes and agent: what a version did with others says nothing of it with these.
         connector: Opens the file.
     """
 
@@ -211,11 +219,18 @@ class Journal:
 
     async def note_served(self, model: str, digest: str) -> None:
         """Remember that a version of the model earned trust here."""
-        await self._do(lambda: self._execute("INSERT OR IGNORE INTO served VALUES (?, ?)", model, digest))
+        row = (model, digest, self._device)
+        await self._do(lambda: self._execute("INSERT OR IGNORE INTO trusted VALUES (?, ?, ?)", *row))
 
     async def served(self, model: str) -> frozenset[str]:
         """Return the digests of the model's versions that earned trust here."""
-        rows = await self._do(lambda: self._query("SELECT digest FROM served WHERE slot = ?", model))
+        query = "SELECT digest FROM trusted WHERE model = ? AND device IN (?, '')"
+        rows = await self._do(lambda: self._query(query, model, self._device))
+        return frozenset(digest for (digest,) in rows)
+
+    async def ever_served(self, model: str) -> frozenset[str]:
+        """Return the same, those that earned it with a former device included."""
+        rows = await self._do(lambda: self._query("SELECT digest FROM trusted WHERE model = ?", model))
         return frozenset(digest for (digest,) in rows)
 
     async def _do(self, work: Callable[[], _T]) -> _T:
@@ -314,8 +329,9 @@ def connect(path: Path) -> sqlite3.Connection:
         if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
             raise sqlite3.DatabaseError("quick_check failed")
         database.executescript(_SCHEMA)
-        if database.execute("SELECT 1 FROM sqlite_schema WHERE name = 'refused'").fetchone():
-            database.executescript(_FROM_REFUSED)
+        for table, script in _FROM_BEFORE.items():
+            if database.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", (table,)).fetchone():
+                database.executescript(script)
     except sqlite3.Error:
         database.close()
         raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +35,7 @@ from agent.deploy.slots import model_of, slot_of, version_beside
 from agent.deploy.stager import Stager
 from agent.deploy.state import BEFORE_CUTOVER, FINAL, TRIAL, WAITING, Event, Record, State, staging_lane
 from agent.deploy.steps import Steps
+from agent.deploy.unmet import unmet
 from agent.deploy.wishes import Wishes
 from agent.errors import AgentError, BundleError, CommandError, NotFoundError, PolicyError
 from agent.events import EventBus, Severity, Stream
@@ -103,6 +104,7 @@ class Reconciler:
         self._clock_trusted = clock_trusted
         self._wishes = Wishes(journal, configured, lambda: clock.wall() if clock_trusted() else None)
         self._under_way: dict[str, Record] = {}  # by slot: deployments that have not ended
+        self._ended: dict[str, Record] = {}  # by slot: the newest that has
         self.holds = Holds(config, clock, changed=self._nudge)
         self._hints: dict[str, asyncio.Event] = {}
         self._current: dict[str, Record] = {}  # newest record by deployment id, while this process knows it
@@ -274,7 +276,7 @@ class Reconciler:
 
         Raises:
             NotFoundError: it is not here.
-            CommandError: it was never confirmed here, or has failed since.
+            CommandError: it was never confirmed here, not with the device that is here now, or has failed since.
         """
         kept = (await self._store.inventory()).versions
         found = next((item for item in kept if (item.name, item.version) == (model, version)), None)
@@ -284,11 +286,22 @@ class Reconciler:
         failed = {digest[:12]: reason for name, digest, reason in await self.quarantine() if name == model}
         if found.digest in failed:
             raise CommandError(f"{slot_of(model, version)} failed here: {failed[found.digest]}; {advice} --force")
-        pointers = [performer.pointer for performer in self._performers.values() if performer.pointer is not None]
-        trusted = {pointer.confirmed.digest for pointer in pointers if pointer.confirmed is not None}
-        if found.digest not in {digest[:12] for digest in trusted | await self._journal.served(model)}:
-            raise CommandError(f"{slot_of(model, version)} has not earned trust here yet; {advice} tries it")
+        trusted = await self._journal.served(model) | self._relied_on(model)
+        if found.digest not in {digest[:12] for digest in trusted}:
+            formerly = found.digest in {digest[:12] for digest in await self._journal.ever_served(model)}
+            lacks = "was confirmed with other hardware, driver, runtimes or agent, not with those of now"
+            lacks = lacks if formerly else "has not earned trust here yet"
+            raise CommandError(f"{slot_of(model, version)} {lacks}; {advice} tries it")
         return found.team
+
+    def _relied_on(self, model: str) -> set[str]:
+        """Return the digests that this box relies on now: the default's, and those that are loaded beside it."""
+        return {
+            pointer.confirmed.digest
+            for slot, performer in self._performers.items()
+            if (pointer := performer.pointer) is not None and pointer.confirmed is not None
+            if slot == model or (performer.active is not None and performer.active.evidence().ready)
+        }
 
     async def cancel(self, slot: str, *, source: str = "pin") -> str:
         """Give up what is being deployed to ``slot`` or prepared for it, and the pin that asked for it.
@@ -489,6 +502,7 @@ class Reconciler:
             under_way, prepared = self._under_way.get(slot), self._prepared.get(slot)
             waits = under_way is not None and under_way.state in _GATED
             pointer = performer.pointer if performer is not None else None
+            missed = unmet(wish, pointer, self._ended.get(slot) if under_way is None else None)
             rows.append(
                 {
                     "slot": slot,
@@ -503,6 +517,8 @@ class Reconciler:
                     else None,
                     "trial": pointer.trial if pointer is not None else False,
                     "waits": under_way.message if under_way is not None and waits else "",
+                    "unmet": asdict(missed) if missed is not None else None,
+                    "candidate": _candidate(under_way),
                     "held_by": self.holds.holder(model_of(slot)),
                     "prepared": prepared.version if prepared is not None else None,
                 }
@@ -551,10 +567,20 @@ class Reconciler:
             await performer.suspend(self._held)
         else:
             await performer.boot(pointer)
+            await self._note_brought_up(performer)
+
+    async def _note_brought_up(self, performer: Performer) -> None:
+        """Note that a confirmed version passed its self-tests at this start, perhaps with another device."""
+        pointer, active = performer.pointer, performer.active
+        if pointer is not None and active is not None and not pointer.trial and active.evidence().ready:
+            with contextlib.suppress(AgentError):  # the next start may have room for it
+                await self._journal.note_served(performer.model, pointer.active.digest)
 
     async def _act(self, slot: str, performer: Performer, hint: asyncio.Event) -> None:
         await self._read_wishes()
         wish, latest = self._wishes.strongest.get(slot), await self._journal.latest(slot)
+        if latest is not None and latest.state in FINAL:
+            self._ended[slot] = latest
         if latest is None or latest.state in FINAL:
             performer.rest()
             if await self._close_unbegun(slot, performer, staging=False):
@@ -596,9 +622,11 @@ class Reconciler:
         slot, pointer = performer.slot, performer.pointer
         if latest is not None and latest.state not in FINAL:
             return await performer.give_up(latest)
+        await self._wishes.refresh()  # whoever asked may not have done so yet, and nothing may begin for its old wish
         await performer.remove()
         await self._removals.finish(slot, pointer)
         del self._performers[slot], self._lanes[slot], self._hints[slot]
+        self._ended.pop(slot, None)
         self._running.discard(slot)
         self._new_slot.set()  # it may be wanted anew already
         self._wake()
@@ -877,7 +905,7 @@ class Reconciler:
         if record.lane == record.slot:
             self._under_way[record.slot] = record
             if record.state in FINAL:
-                del self._under_way[record.slot]
+                self._ended[record.slot] = self._under_way.pop(record.slot)
         elif record.state is State.PREPARED:
             self._prepared[record.slot] = record
         if record.state in FINAL:
@@ -890,6 +918,13 @@ class Reconciler:
         """Let everyone who follows a deployment look again."""
         if self._change is not None and not self._change.done():
             self._change.set_result(None)
+
+
+def _candidate(record: Record | None) -> dict[str, object] | None:
+    """Return what a slot's deployment tries beside what serves, and with which share of the requests."""
+    if record is None or record.state is not State.CANARY:
+        return None
+    return {"deployment": record.id, "version": record.version, "percent": record.percent}
 
 
 def _require_right(owner: str, asker: str, slot: str) -> None:

@@ -81,7 +81,8 @@ def leaving(
                 f"or remove the whole model (inferctl remove {model})"
             )
         if slot not in ours:
-            raise NotFoundError(f"{slot} is not kept beside the default of {model}")
+            beside = ", ".join(sorted(filter(None, map(version_beside, ours)))) or "nothing"
+            raise NotFoundError(f"{slot} is not kept beside the default of {model}; beside it: {beside}")
         ours = [slot]
     if named := [slot for slot in ours if slot in configured]:
         raise CommandError(

@@ -44,6 +44,7 @@ def decide(
     revoked: Collection[str],
     kept: Iterable[Kept],
     served: Collection[str],
+    served_before: Collection[str] = (),
     policy: OnRevoked,
 ) -> tuple[Measure, Kept | None]:
     """Return what to do, and the version to fall back to.
@@ -53,6 +54,7 @@ def decide(
         revoked: Digests.
         kept: The versions on disk.
         served: The model's digests that earned trust here: only to those a box returns without asking anybody.
+        served_before: Those that earned it with a former device: better than nothing, for want of the others.
         policy: The box's.
     """
     if pointer.active.digest not in revoked:
@@ -64,8 +66,9 @@ def decide(
     good = {digest[:12] for digest in served}
     if pointer.previous is not None:
         good.add(pointer.previous.digest[:12])
-    fit = [item for item in kept if (item.team, item.name) == model and item.digest in good - bad]
-    newest = max(fit, key=lambda item: item.seq, default=None)
+    fair = good | {digest[:12] for digest in served_before}
+    fit = [item for item in kept if (item.team, item.name) == model and item.digest in fair - bad]
+    newest = max(fit, key=lambda item: (item.digest in good, item.seq), default=None)
     return (Measure.FALL_BACK if newest is not None else Measure.STOP), newest
 
 

@@ -95,6 +95,7 @@ class Revocations:
             revoked=self._known,
             kept=(await store.inventory()).versions,
             served=await self._journal.served(model) - failed,
+            served_before=await self._journal.ever_served(model) - failed,
             policy=self._policy,
         )
         before = await self._journal.get(fall_back_id(pointer, kept)) if kept is not None else None

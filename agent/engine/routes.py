@@ -100,9 +100,21 @@ class Route(Generic[V]):
         self.kept = [one for one in self.kept if one is not version]
 
     def _there_are(self) -> str:
-        default = self.default.version if self.default is not None else None
-        names = [f"{version} (default)" if version == default else version for version in self.versions]
-        return f"there are {', '.join(names)}" if names else "there are no versions"
+        """Return every version that can be named with each place it has, and what will be the default."""
+        names = [f"{version} ({', '.join(self._places(version))})" for version in self.versions]
+        there_are = f"there are {', '.join(names)}" if names else "there are no versions"
+        awaited = self.expected.get("") if self.default is None else None
+        return f"{there_are}; the default is not there yet: {awaited}" if awaited else there_are
+
+    def _places(self, version: str) -> Iterator[str]:
+        if self.default is not None and self.default.version == version:
+            yield "default"
+        if version in self.beside or version in self.expected:
+            yield "beside"
+        if any(one.version == version and one is not self.default for one in self.kept):
+            yield "of a deployment"
+        if version in self.expected and self.find(version) is None:
+            yield "not there yet"
 
 
 def _order(version: str) -> list[str | int]:

@@ -136,6 +136,12 @@ def test_a_version_meets_copies_then_shares_then_everybody_and_no_client_notices
         assert box.ask()[1] == "2.0.0"
         refused = box.control("deploy", f"{MODEL}@3.0.0")
         assert "refused_before" in refused.stderr
+        for text in (box.control("models").stdout, box.control("status").stdout):
+            assert "not as wanted: 3.0.0 (pin) was tried: rejected: refused_before: version 3.0.0 failed here" in text
+            assert f"inferctl unpin {MODEL} gives it back" in text
+        for rows in (json.loads(_get(box, "/v1/models")), box.status()["slots"]):
+            (missed,) = [row["unmet"] for row in rows if row["slot"] == MODEL]
+            assert (missed["version"], missed["state"], missed["code"]) == ("3.0.0", "rejected", "refused_before")
         text = box.control("deployment", end["id"]).stdout
         assert "last difference: y: beyond rtol" in text
 
@@ -152,6 +158,8 @@ def test_a_version_meets_copies_then_shares_then_everybody_and_no_client_notices
         assert (trying["version"], trying["canary_percent"]) == ("3.0.0", 50.0)
         assert any(row.get("canary") for row in box.status()["models"])
         assert "candidate 3.0.0: 50 % of the keys" in box.control("status").stdout
+        assert "\n    candidate 3.0.0: canary 50 %\n" in box.control("models").stdout
+        assert "  canary 50 %  " in box.control("deployments").stdout
         box.store.rename(box.store.with_name("out of reach"))
         back = box.control("rollback", MODEL, "--json")
         assert back.returncode == 0, back.stdout + back.stderr

@@ -216,6 +216,26 @@ def test_a_killed_pull_goes_on_where_it_was(world: StoreWorld, device: DeviceWor
     assert (stored.path / "fp32/model.onnx.data").read_bytes() == bundles.plain_files()["fp32/model.onnx.data"]
 
 
+@pytest.mark.parametrize("op", ["resolve", "fetch"])
+def test_a_child_whose_daemon_is_gone_ends_without_a_word(world: StoreWorld, device: DeviceWorld, op: str) -> None:
+    world.publish()
+    reader, writer = os.pipe()
+    os.close(reader)  # what the kernel does to a killed daemon before it signals that daemon's children
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "agent.bundles.child"],
+            input=device.request(op, team="vision", name="tiny"),
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=90,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+    assert device.fetch().manifest.version == "1.0.0"
+
+
 def test_a_journal_that_lies_is_found_out(world: StoreWorld, device: DeviceWorld) -> None:
     """A disk that lost a write it had confirmed: the mark is there, the data is not."""
     packed = world.publish()

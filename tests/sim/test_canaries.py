@@ -54,6 +54,23 @@ async def in_canary(box: Box, act: Callable[[], Awaitable[object]], *, percent: 
     return record
 
 
+def test_a_slot_tells_its_candidate_and_the_share_it_has(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        told: list[object] = []
+
+        async def look_and_end() -> None:
+            told.extend(row["candidate"] for row in box.reconciler.slots())
+            await box.reconciler.cancel("magika", source="fleet")
+
+        await in_canary(box, look_and_end, percent=25.0)
+        told.extend(row["candidate"] for row in box.reconciler.slots())
+        assert told == [{"deployment": "b", "version": "2.0.0", "percent": 25.0}, None]
+        await box.journal.close()
+
+    run(story())
+
+
 def test_each_share_is_held_until_the_next_then_the_version_goes_on_trial(tmp_path: Path) -> None:
     async def story() -> None:
         box = Box(tmp_path, ["1.0.0", "2.0.0"])

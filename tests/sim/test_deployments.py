@@ -45,8 +45,8 @@ class CutJournal(Journal):
     cut_in: int | None = None
     disk_full = False
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, connector=self._connect)
+    def __init__(self, path: Path, *, device: str = "") -> None:
+        super().__init__(path, device=device, connector=self._connect)
 
     def _connect(self, path: Path) -> sqlite3.Connection:
         if self.disk_full:
@@ -84,6 +84,7 @@ class Box:
     def __init__(self, folder: Path, offered: list[str], *, config: DeployConfig = CONFIG) -> None:
         self.config = config
         self.folder = folder
+        self.device = "one GPU"
         self.clock = FakeClock()
         self.store = FakeStore(folder, offered={"magika": offered})
         self.behaviour: dict[str, str] = {}
@@ -91,12 +92,12 @@ class Box:
         self.configured: tuple[Desired, ...] = ()
         self.poll_interval_s = 0.0
         self.host = FakeHost()
-        self.journal = CutJournal(folder / "journal.db")
+        self.journal = CutJournal(folder / "journal.db", device=self.device)
         self.reconciler = self._make()
 
     def _make(self, **more: Any) -> Reconciler:
         self.host = FakeHost(behaviour=self.behaviour)
-        self.journal = CutJournal(self.folder / "journal.db")
+        self.journal = CutJournal(self.folder / "journal.db", device=self.device)
         bus = EventBus(self.clock)
         self._heard = bus.subscribed(lambda event: self.events.append(event.plain()))
         self._heard.__enter__()
@@ -226,6 +227,37 @@ def test_a_bad_version_leaves_the_one_before_serving_and_is_not_tried_again(
             assert again.state is State.FAILED  # a load failure may have been the box's: it is tried again
         box.behaviour.clear()
         assert (await deploy(box, "2.0.0", "d", force=True)).state is State.CONFIRMED
+
+    run(story())
+
+
+def test_a_pin_whose_version_failed_is_told_of_until_something_else_is_asked_for(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0", "3.0.0"])
+        await deploy(box, "1.0.0", "a")
+        box.behaviour["2.0.0"] = "dies"
+        pinned = replace(wish("2.0.0", "b"), source="pin")
+        assert (await box.run_until_final(pinned, "b")).state is State.ROLLED_BACK
+        (told,) = box.reconciler.slots()
+        assert (told["wanted"], told["active"]) == ("2.0.0", "1.0.0")
+        assert told["unmet"]["code"] == "probation_failed"
+        assert "inferctl unpin magika" in told["unmet"]["advice"]
+        await box.restart()
+
+        async def look() -> None:  # the journal alone knows now
+            while (row := box.reconciler.slots()[0])["unmet"] is None:
+                await asyncio.sleep(0)
+            assert row["unmet"] == told["unmet"]
+
+        await box.reconciler.open()
+        running = asyncio.ensure_future(box.reconciler.run())
+        await asyncio.wait_for(look(), 20)
+        running.cancel()
+        await asyncio.wait({running})
+        await box.restart()
+        await box.run_until_final(replace(wish("3.0.0", "c"), source="pin"), "c")
+        assert box.reconciler.slots()[0]["unmet"] is None
+        await box.journal.close()
 
     run(story())
 

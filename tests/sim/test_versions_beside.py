@@ -162,6 +162,43 @@ def test_only_what_was_confirmed_here_becomes_the_default_at_once(tmp_path: Path
     run(story())
 
 
+def test_a_version_confirmed_with_a_former_device_is_no_default_at_once_unless_it_was_started_with_this_one(
+    tmp_path: Path,
+) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0", "3.0.0"])
+        for version in ("1.0.0", "2.0.0"):
+            await deploy(box, version, version)
+        box.device = "the GPU is gone"
+        await box.restart()
+        await deploy(box, "3.0.0", "3.0.0")
+        async with living(box):
+            assert await box.reconciler.earned_trust("magika", "2.0.0") == "files"  # it was what the start brought up
+            with pytest.raises(CommandError, match=r"confirmed with other hardware.*inferctl deploy magika@1\.0\.0"):
+                await box.reconciler.earned_trust("magika", "1.0.0")
+        box.device = "one GPU"
+        await box.restart()
+        async with living(box):
+            assert await box.reconciler.earned_trust("magika", "1.0.0") == "files"
+
+    run(story())
+
+
+def test_a_version_beside_that_was_never_loaded_with_this_device_is_no_default_at_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await two_versions(tmp_path)
+        box.device = "the GPU is gone"
+        box.behaviour["2.0.0"] = "crowded"  # not ready as long as another is loaded
+        await box.restart()
+        async with living(box):
+            with pytest.raises(CommandError, match="confirmed with other hardware"):
+                await box.reconciler.earned_trust("magika", "2.0.0")
+            box.behaviour.clear()
+            assert await box.reconciler.earned_trust("magika", "2.0.0") == "files"
+
+    run(story())
+
+
 def test_a_default_that_callers_would_notice_needs_their_word_and_the_way_back_does_not(tmp_path: Path) -> None:
     async def story() -> None:
         box = Box(tmp_path, ["1.0.0", "2.0.0"])

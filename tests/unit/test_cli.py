@@ -61,8 +61,13 @@ def model(text: str, *, ready: bool = False) -> dict[str, Any]:
         "variants": [variant(text, "failed"), variant(text, "serving")],
         "slot": text, "ready": ready, "reason": text, "active": text, "trial": True, "previous": text, "wanted": text,
         "source": text, "metadata": {"inputs": [tensor], "outputs": [tensor]},
-        "residency": residency(text, loaded=ready),
+        "residency": residency(text, loaded=ready), "candidate": {"version": text, "percent": 5.0},
+        "unmet": unmet(text),
     }  # fmt: skip
+
+
+def unmet(text: str) -> dict[str, Any]:
+    return {"deployment": text, "version": text, "state": text, "code": text, "message": text, "advice": text}
 
 
 def status(text: str) -> dict[str, Any]:
@@ -100,7 +105,10 @@ def status(text: str) -> dict[str, Any]:
             {**serving, "residency": residency(text, loaded=False)},
             {"model": text + "2", "slot": text + "2", "ready": False, "reason": text},
         ],
-        "slots": [{"slot": text + "3", "wanted": text + "x", "source": text}],
+        "slots": [
+            {"slot": text + "3", "wanted": text + "x", "source": text},
+            {"slot": text + "4", "wanted": text, "source": text, "unmet": unmet(text)},
+        ],
         "processes": [{"role": text, "pid": 7, "pss_bytes": 1e6}],
     }
 
@@ -191,6 +199,42 @@ def test_headers_stand_above_their_cells() -> None:
     assert note == "    pin-1: probation_failed: too many errors"
     assert len(head) <= 80
     assert len(cells) <= 80
+
+
+@pytest.mark.parametrize(
+    ("wanted", "tried", "expected"),
+    [
+        ("2.0.0", "2.0.0", "not as wanted: 2.0.0 (pin) was tried: rolled_back: probation_failed: it died"),
+        ("channel stable", "2.0.0", "channel stable (pin) was tried as 2.0.0: rolled_back: probation_failed: it died"),
+        ("channel stable", "", "channel stable (pin) was tried: rolled_back: probation_failed: it died"),
+    ],
+)
+def test_what_is_wanted_and_does_not_serve_is_told_with_reason_and_remedy(
+    wanted: str, tried: str, expected: str
+) -> None:
+    missed = {"deployment": "pin-1", "version": tried, "state": "rolled_back", "code": "probation_failed",
+              "message": "it died", "advice": "inferctl unpin m gives it back"}  # fmt: skip
+    slot = {"slot": "m", "wanted": wanted, "source": "pin", "unmet": missed}
+    assert f"{expected}\n    inferctl unpin m gives it back\n" in cli_text.models_text([model("m") | slot]).plain
+    value = status("m") | {"slots": [slot]}
+    value["models"] = [value["models"][0] | {"ready": True}]
+    assert f"{expected}\n  inferctl unpin m gives it back\n" in cli_text.status_text(value, {}).plain
+
+
+@pytest.mark.parametrize(
+    ("state", "percent", "expected"),
+    [("canary", 12.5, "canary 12.5 %"), ("canary", 0.0, "canary, copies only"), ("probation", 50.0, "probation")],
+)
+def test_a_canary_is_listed_with_its_share(state: str, percent: float, expected: str) -> None:
+    row = deployment("m") | {"state": state, "percent": percent}
+    head, cells, _ = cli_text.deployments_text([row]).plain.split("\n")
+    assert cells[head.index("state") : head.index("source")].rstrip() == expected
+
+
+def test_a_model_says_what_is_tried_beside_what_serves() -> None:
+    candidate = {"deployment": "pin-1", "version": "2.0.0", "percent": 25.0}
+    text = cli_text.models_text([model("m") | {"candidate": candidate}]).plain
+    assert "\n    candidate 2.0.0: canary 25 %\n" in text
 
 
 def test_an_event_leaves_evidence_to_json() -> None:

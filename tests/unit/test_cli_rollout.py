@@ -86,5 +86,5 @@ def test_a_deployment_is_told_with_its_evidence() -> None:
     assert "\x1b" not in text
     trying = {"requests": 12, "compared": 0, "agreement": None}
     text = "\n".join(deployment_lines({**RECORD, "state": "canary", "code": "", "trying": trying}))
-    assert "magika 2.0.0: canary at 25 %" in text
+    assert "magika 2.0.0: canary 25 %" in text
     assert "now: 12 requests answered by it" in text

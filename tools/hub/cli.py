@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from securesystemslib.signer import Signer, SSlibKey
 
 from agent.cli_text import human_bytes
-from agent.errors import AgentError, DiskFullError, StoreError
+from agent.errors import AgentError, DiskFullError, InvalidInputError, StoreError, UnsafeBundleError
 from tools.hub import keys, keyservice
 from tools.hub.errors import SigningKeyError
 from tools.hub.listener import Listener, Unit
@@ -82,6 +82,18 @@ def report_error(error: AgentError, *, as_json: bool) -> None:
     click.secho(f"error [{error.code}]: {error}", fg="red", err=True)
     if hint:
         click.echo(f"  {hint}", err=True)
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """What the body refuses is the command line's fault: exit status 2, as for an unknown option.
+
+    For checks that need nothing but the command line; a verb makes them before it meets keys, a store or a broker.
+    """
+    try:
+        yield
+    except (InvalidInputError, UnsafeBundleError) as error:
+        raise click.UsageError(str(error)) from error
 
 
 def json_option(verb: Verb) -> Verb:

@@ -96,14 +96,16 @@ def pack(
       priority = 20
       trusted_native = true
     """
+    if upstream_oms is None and (upstream_key or upstream_dir):
+        raise click.UsageError("--upstream-key and --upstream-dir say more of --upstream-oms, which is not given")
+    if upstream_oms is not None and upstream_key is None:
+        raise click.UsageError("--upstream-oms needs --upstream-key: whose signature must it be?")
     from tools.hub.pack import pack as pack_bundle  # imports a runtime: only this verb pays
 
     description = load(manifest or source / FILE_NAME)
     if seq is not None:
         description = msgspec.structs.replace(description, seq=seq)
-    if upstream_oms is not None:
-        if upstream_key is None:
-            raise click.UsageError("--upstream-oms needs --upstream-key: whose signature must it be?")
+    if upstream_oms is not None and upstream_key is not None:
         checked = upstream_record(upstream_dir or source, upstream_oms, upstream_key, verified_at=rfc3339(time.time()))
         provenance = msgspec.structs.replace(description.provenance, upstream_oms=checked)
         description = msgspec.structs.replace(description, provenance=provenance)

@@ -21,6 +21,7 @@ from tools.hub.cli import (
     password_option,
     s3_options,
     store_option,
+    usage,
 )
 from tools.hub.edition import State, expiring, team_role
 from tools.hub.errors import KeyNotAllowedError
@@ -29,7 +30,7 @@ from tools.hub.objects import Objects
 from tools.hub.pending import Document, Pending, load
 from tools.hub.publish import rfc3339
 from tools.hub.repository import Repository
-from tools.hub.rotation import ROLES, TEAM_PREFIX, Change, Rotated, begin, keys_of
+from tools.hub.rotation import ROLES, TEAM_PREFIX, Change, Rotated, begin, keys_of, require_possible
 from tools.hub.rotation import publish as publish_rotation
 
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
@@ -207,6 +208,9 @@ def _carry_on(
     anchor: Path | None,
     passwords: Passwords,
 ) -> None:
+    if asked.role is not None:
+        with usage():
+            require_possible(asked.role, threshold=asked.threshold, renew=asked.renew)
     if path is None:
         if asked.role is None:
             raise click.UsageError("give --role to begin, or --pending FILE to go on")

@@ -75,6 +75,8 @@ def revoke(
     if replacement and drop_channels:
         raise click.UsageError("--to and --drop-channels exclude each other")
     team, name, version = parse_version(model)
+    if replacement == version:
+        raise click.UsageError(f"--to {version} is the version that goes: name another")
     with publisher(store) as (publishing, _):
         done = publishing.revoke(
             team,

@@ -31,10 +31,11 @@ from tools.hub.cli import (
     s3_options,
     s3_settings,
     store_option,
+    usage,
     wants_json,
 )
 from tools.hub.edition import ROOT_DAYS, TIMESTAMP_ALERT_S, TIMESTAMP_DAYS, State, expiring, team_role
-from tools.hub.errors import KeyNotAllowedError, SigningKeyError
+from tools.hub.errors import SigningKeyError
 from tools.hub.indexes import channels_of, entry_of
 from tools.hub.keyservice import KNOWN_SCHEMES, is_uri
 from tools.hub.objects import store_of
@@ -126,7 +127,9 @@ def init(
                  --operator-key keys/operator.pub --anchor anchor/root.json
     """
     if threshold > len(root_keys):
-        raise KeyNotAllowedError(f"--threshold {threshold} with {len(root_keys)} root keys could never be reached")
+        raise click.UsageError(f"--threshold {threshold} with {len(root_keys)} root keys could never be reached")
+    with usage():
+        named = dict(map(_team, teams))
     objects = store_of(folder, s3=s3_settings())
     with objects.lock(create=True):
         root = Repository(objects, time.time).initialise(
@@ -135,18 +138,17 @@ def init(
             threshold=threshold,
             targets_signer=passwords.signer(targets_key),
             online_signer=passwords.signer(online_key),
-            teams=dict(_team(pair, passwords) for pair in teams),
+            teams={team: passwords.public(path) for team, path in named.items()},
             top_targets={OPERATORS_TARGET: operators_document(tenant, [passwords.public(key) for key in operators])},
         )
     if anchor is not None:
         anchor.parent.mkdir(parents=True, exist_ok=True)
         write_file(anchor, root, mode=0o644)
-    names = [pair.partition("=")[0] for pair in teams]
     emit(
-        {"store": objects.name, "threshold": threshold, "root_keys": len(root_keys), "teams": names,
+        {"store": objects.name, "threshold": threshold, "root_keys": len(root_keys), "teams": list(named),
          "operators": len(operators), "anchor": str(anchor) if anchor else ""},
         f"store {objects.name}: root {threshold} of {len(root_keys)}, valid {ROOT_DAYS} days; "
-        f"teams: {', '.join(names) or 'none'}; {len(operators)} operator keys",
+        f"teams: {', '.join(named) or 'none'}; {len(operators)} operator keys",
         f"anchor for devices: {anchor or f'{objects.name}/metadata/1.root.json'}",
         f"re-sign the timestamp every day, it expires after {TIMESTAMP_DAYS} days: inferhub refresh-timestamp",
         *(() if operators else (_NO_OPERATORS,)),
@@ -167,10 +169,12 @@ def add_team(team: str, public_key: str, store: str, targets_key: str, online_ke
     \b
     Example: inferhub add-team audio keys/audio.pub --store store --targets-key keys/targets --online-key keys/online
     """
+    with usage():
+        check_name(team, "team")
     objects, repository = open_repository(store)
     with objects.lock():
         edition = repository.edition(repository.state())
-        edition.add_team(check_name(team, "team"), passwords.public(public_key))
+        edition.add_team(team, passwords.public(public_key))
         edition.sign_top(passwords.signer(targets_key))
         edition.seal(passwords.signer(online_key))
         version = edition.write()
@@ -400,11 +404,11 @@ def _attention(due: dict[str, str]) -> list[str]:
     ]
 
 
-def _team(pair: str, passwords: Passwords) -> tuple[str, Any]:
+def _team(pair: str) -> tuple[str, str]:
     team, equals, path = pair.partition("=")
     if not equals:
         raise InvalidInputError(f"--team {pair}: write TEAM=KEY.pub")
-    return check_name(team, "team"), passwords.public(path)
+    return check_name(team, "team"), path
 
 
 def _channels(channels: dict[str, str]) -> str:

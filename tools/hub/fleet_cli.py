@@ -1,4 +1,7 @@
-"""Verbs of ``inferhub`` that send one signed command to a device and follow it to its end: ``deploy``, ``remove``, …"""
+"""Verbs of ``inferhub`` that send one signed command to a device and follow it to its end: ``deploy``, ``remove``, …
+
+What a box would refuse for its arguments alone is refused here, by the box's own checks, before anything is signed.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,24 @@ from typing import Any, Final, TypeVar
 import click
 from rich.console import Console
 
+from agent.arguments import name_of, version_of, wish_of
 from agent.cli_plan import plan_options
 from agent.cli_rollout import rollout_options
 from agent.cli_text import human_bytes
 from tools.hub import commands
-from tools.hub.cli import Passwords, emit, json_option, key_option, password_option, wants_json
-from tools.hub.errors import HubError
+from tools.hub.cli import Passwords, emit, json_option, key_option, password_option, usage, wants_json
 
 _WAITING: Final = ("queued", "fetch_wait", "waiting_window")
 _PASSWORD_VARIABLE: Final = "INFERHUB_BROKER_PASSWORD"
+_PORT_MAX: Final = 65_535
 Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def _host_and_port(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, int]:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= _PORT_MAX:
+        raise click.BadParameter(f"{value!r} is not HOST:PORT, for example mqtt.example:1883")
+    return host.strip("[]"), int(port)
 
 
 def _delivery_options(verb: Verb) -> Verb:
@@ -29,7 +40,12 @@ def _delivery_options(verb: Verb) -> Verb:
         click.option("--device", required=True, metavar="ID", help="The box, as `inferctl status` names it."),
         click.option("--tenant", default="default", show_default=True),
         click.option(
-            "--broker", required=True, metavar="HOST:PORT", envvar="INFERHUB_BROKER", help="The fleet's MQTT broker."
+            "--broker",
+            required=True,
+            callback=_host_and_port,
+            metavar="HOST:PORT",
+            envvar="INFERHUB_BROKER",
+            help="The fleet's MQTT broker.",
         ),
         click.option(
             "--username", default="", metavar="NAME", help=f"At the broker; password in {_PASSWORD_VARIABLE}."
@@ -39,7 +55,13 @@ def _delivery_options(verb: Verb) -> Verb:
         key_option("--key", "An operator's private key, named in the store's fleet/operators.json."),
         password_option,
         click.option(
-            "--wait", "wait_s", default=120.0, show_default=True, metavar="S", help="For the end; 0: only send."
+            "--wait",
+            "wait_s",
+            default=120.0,
+            show_default=True,
+            metavar="S",
+            type=click.FloatRange(min=0),
+            help="For the end; 0: only send.",
         ),
         click.option(
             "--expires",
@@ -89,7 +111,10 @@ def deploy(
     args: dict[str, Any] = {"team": team, "model": name, "version": version, "channel": channel, **plan}
     args |= {"rollout": rollout} if rollout is not None else {}
     flags = {"force": force, "beside": beside}
-    _carry_out("deploy", args | {flag: True for flag, given in flags.items() if given}, **delivery)
+    args |= {flag: True for flag, given in flags.items() if given}
+    with usage():
+        wish_of("", args, "fleet")
+    _carry_out("deploy", args, **delivery)
 
 
 @click.command()
@@ -107,6 +132,7 @@ def default(model: str, version: str, keep: bool, allow_incompatible: bool, **de
     """
     args: dict[str, Any] = {"model": model, "version": version}
     flags = {"keep": keep, "allow_incompatible": allow_incompatible}
+    _check_names(args)
     _carry_out("default", args | {flag: True for flag, given in flags.items() if given}, **delivery)
 
 
@@ -121,7 +147,9 @@ def remove(model: str, **delivery: Any) -> None:
       inferhub remove magika@1.0.0 --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
     name, _, version = model.partition("@")
-    _carry_out("remove", {"model": name, "version": version}, **delivery)
+    args = {"model": name, "version": version}
+    _check_names(args)
+    _carry_out("remove", args, **delivery)
 
 
 @click.command()
@@ -134,6 +162,7 @@ def rollback(model: str, **delivery: Any) -> None:
     Example:
       inferhub rollback magika --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
+    _check_slot(model)
     _carry_out("rollback", {"model": model}, **delivery)
 
 
@@ -149,7 +178,19 @@ def cancel(model: str, **delivery: Any) -> None:
     Example:
       inferhub cancel magika --device box-1 --broker mqtt.example:1883 --key keys/operator
     """
+    _check_slot(model)
     _carry_out("cancel", {"model": model}, **delivery)
+
+
+def _check_slot(slot: str) -> None:
+    model, _, version = slot.partition("@")
+    _check_names({"model": model, "version": version})
+
+
+def _check_names(args: dict[str, Any]) -> None:
+    with usage():
+        name_of(args, "model")
+        version_of(args)
 
 
 def _carry_out(
@@ -158,7 +199,7 @@ def _carry_out(
     *,
     device: str,
     tenant: str,
-    broker: str,
+    broker: tuple[str, int],
     username: str,
     broker_password: str,
     ca_file: str,
@@ -176,18 +217,11 @@ def _carry_out(
         now_s=time.time(),
         lifetime_s=lifetime_s,
     )
-    host, port = _host_and_port(broker)
+    host, port = broker
     address = commands.Broker(host=host, port=port, username=username, password=broker_password, ca_file=ca_file)
     with _shown(f"{name} {args['model']} on {device}") as show:
         reply = commands.send(address, command, wait_s=wait_s, on_reply=show)
     emit(reply, _sentence(name, args, device, reply))
-
-
-def _host_and_port(broker: str) -> tuple[str, int]:
-    host, _, port = broker.rpartition(":")
-    if not host or not port.isdigit():
-        raise HubError(f"--broker {broker!r} is not HOST:PORT", hint="For example --broker mqtt.example:1883")
-    return host.strip("[]"), int(port)
 
 
 @contextmanager

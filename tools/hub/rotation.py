@@ -96,6 +96,20 @@ def keys_of(repository: Repository, state: State, role: str) -> list[Key]:
     return [delegator.signed.get_key(keyid) for keyid in held.keyids]
 
 
+def require_possible(role: str, *, threshold: int = 0, renew: bool = False) -> None:
+    """Refuse what could be done to no store's ``role``.
+
+    Raises:
+        InvalidInputError: there is no such role, it has no threshold, or nothing in it can be renewed.
+    """
+    if role not in (*ROLES, _OPERATOR) and not role.startswith(TEAM_PREFIX):
+        raise InvalidInputError(f"--role {role}: one of {', '.join(ROLES)}, {_OPERATOR} and {TEAM_PREFIX}NAME")
+    if threshold and role != "root":
+        raise InvalidInputError("--threshold: only the root has one")
+    if renew and role in ("online", _OPERATOR):
+        raise InvalidInputError("what can be renewed is root, targets and team:NAME, with the keys they have")
+
+
 def begin(objects: Objects, repository: Repository, state: State, change: Change, now: Now) -> Pending | None:
     """Return the next versions for ``change``, unsigned, or ``None`` if it is in force already.
 
@@ -249,9 +263,8 @@ class _Draft:
 def _home(state: State, role: str) -> tuple[Metadata[Root] | Metadata[Targets], str]:
     if role in ROLES:
         return state.root, ROLES[role][-1]
+    require_possible(role)
     team = role.removeprefix(TEAM_PREFIX)
-    if not role.startswith(TEAM_PREFIX):
-        raise InvalidInputError(f"--role {role}: one of {', '.join(ROLES)}, {_OPERATOR} and {TEAM_PREFIX}NAME")
     if team not in state.team_names():
         raise TargetNotFoundError(f"the store has no team {team}; it has: {', '.join(state.team_names()) or 'none'}")
     return state.targets, team_role(team)
@@ -265,10 +278,9 @@ def _threshold(state: State, role: str) -> int:
 
 
 def _wanted_keys(present: Sequence[str], change: Change) -> set[str]:
-    if change.threshold and change.role != "root":
-        raise InvalidInputError("--threshold: only the root has one")
-    if change.renew and (change.add or change.remove or change.role in ("online", _OPERATOR)):
-        raise InvalidInputError("what can be renewed is root, targets and team:NAME, with the keys they have")
+    require_possible(change.role, threshold=change.threshold, renew=change.renew)
+    if change.renew and (change.add or change.remove):
+        raise InvalidInputError("a renewal keeps the keys: add and remove some in a change of its own")
     added = {key.keyid for key in change.add}
     both = added & set(change.remove)
     if both:

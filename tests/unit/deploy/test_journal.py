@@ -90,3 +90,59 @@ def test_what_failed_before_devices_were_told_apart_stays_refused_until_it_is_fo
         await journal.close()
 
     asyncio.run(story())
+
+
+def test_what_served_with_another_device_has_served_but_not_with_this_one(tmp_path: Path) -> None:
+    async def story() -> None:
+        for device in ("driver 1", "driver 2"):
+            journal = Journal(tmp_path / "journal.db", device=device)
+            await journal.open()
+            await journal.note_served("magika", device)
+            assert await journal.served("magika") == {device}
+            await journal.close()
+        journal = Journal(tmp_path / "journal.db", device="driver 3")
+        await journal.open()
+        assert not await journal.served("magika")
+        assert await journal.ever_served("magika") == {"driver 1", "driver 2"}
+        assert not await journal.ever_served("detector")
+        await journal.close()
+
+    asyncio.run(story())
+
+
+def test_what_served_before_devices_were_told_apart_counts_on_any(tmp_path: Path) -> None:
+    async def story() -> None:
+        old = sqlite3.connect(tmp_path / "journal.db")
+        old.execute("CREATE TABLE served (slot TEXT, digest TEXT, PRIMARY KEY (slot, digest))")
+        old.execute("INSERT INTO served VALUES ('magika', 'd')")
+        old.execute("CREATE TABLE refused (slot TEXT, digest TEXT, reason TEXT NOT NULL, PRIMARY KEY (slot, digest))")
+        old.execute("INSERT INTO refused VALUES ('magika', 'e', 'wrong answers')")
+        old.commit()
+        old.close()
+        for device in ("driver 1", "driver 1", "driver 2"):
+            journal = Journal(tmp_path / "journal.db", device=device)
+            assert not await journal.open()
+            assert await journal.served("magika") == await journal.ever_served("magika") == {"d"}
+            assert await journal.all_refused() == [("magika", "e", "wrong answers")]
+            await journal.close()
+
+    asyncio.run(story())
+
+
+def test_what_served_while_an_older_program_ran_again_counts_on_any_device_too(tmp_path: Path) -> None:
+    async def story() -> None:
+        journal = Journal(tmp_path / "journal.db", device="driver 1")
+        await journal.open()
+        await journal.note_served("magika", "d")
+        await journal.close()
+        older = sqlite3.connect(tmp_path / "journal.db")
+        older.execute("CREATE TABLE IF NOT EXISTS served (slot TEXT, digest TEXT, PRIMARY KEY (slot, digest))")
+        older.executemany("INSERT INTO served VALUES ('magika', ?)", [("d",), ("e",)])
+        older.commit()
+        older.close()
+        journal = Journal(tmp_path / "journal.db", device="driver 2")
+        assert not await journal.open()
+        assert await journal.served("magika") == {"d", "e"}
+        await journal.close()
+
+    asyncio.run(story())

@@ -34,7 +34,7 @@ def kept(number: int, *, name: str = "tiny") -> Kept:
 
 
 @pytest.mark.parametrize(
-    ("active", "previous", "revoked", "on_disk", "served", "policy", "expected"),
+    ("active", "previous", "revoked", "on_disk", "served", "policy", "expected"),  # served < 0: with a former device
     [
         (3, 2, [], [3, 2, 1], [1, 2, 3], "fallback", (Measure.NONE, None)),
         (3, 2, [2], [3, 2, 1], [1, 2, 3], "fallback", (Measure.NONE, None)),
@@ -47,6 +47,8 @@ def kept(number: int, *, name: str = "tiny") -> Kept:
         (3, 2, [3], [3, 2], [2, 3], "stop", (Measure.STOP, None)),
         (3, 2, [3], [3, 2], [2, 3], "warn", (Measure.WARN, None)),
         (1, 2, [1], [3, 2, 1], [1, 2, 3], "fallback", (Measure.FALL_BACK, 3)),
+        (4, None, [4], [3, 2, 1], [4, -3, 2], "fallback", (Measure.FALL_BACK, 2)),
+        (4, None, [4], [3, 2, 1], [4, -3, -2], "fallback", (Measure.FALL_BACK, 3)),
     ],
 )
 def test_the_measure(
@@ -63,7 +65,8 @@ def test_the_measure(
         pointer,
         revoked={digest(number) for number in revoked},
         kept=[kept(9, name="other"), *map(kept, on_disk)],
-        served={digest(number) for number in served},
+        served={digest(number) for number in served if number > 0},
+        served_before={digest(abs(number)) for number in served},
         policy=policy,
     )
     assert (measure, to.seq if to is not None else None) == expected

@@ -36,9 +36,31 @@ def test_a_version_is_found_wherever_it_can_answer(version: str) -> None:
 
 def test_what_nobody_has_is_unknown_and_told_what_there_is() -> None:
     with pytest.raises(
-        UnknownModelError, match=r"'m' version '9.0.0' is not found; there are 1.0.0 \(default\), 2.0.0"
+        UnknownModelError, match=r"'m' version '9.0.0' is not found; there are 1.0.0 \(default\), 2.0.0 \(beside\)$"
     ):
         route("1.0.0", beside=("2.0.0",)).choose("9.0.0")
+
+
+def test_what_there_is_is_told_with_each_of_its_places() -> None:
+    crowded = route("2.0.0", beside=("1.0.0", "2.0.0"), kept=("1.5.0",))
+    assert crowded.default is not None
+    crowded.beside["2.0.0"] = crowded.default
+    crowded.kept.append(crowded.default)
+    crowded.expected = {"3.0.0": "it is being loaded"}
+    with pytest.raises(UnknownModelError) as told:
+        crowded.choose("9.0.0")
+    assert str(told.value).endswith(
+        "; there are 2.0.0 (default, beside), 1.0.0 (beside), 1.5.0 (of a deployment), 3.0.0 (beside, not there yet)"
+    )
+
+
+def test_a_default_that_is_not_there_yet_is_told_of_too() -> None:
+    starting = route(beside=("2.0.0",))
+    starting.expected = {"": "it is being loaded"}
+    with pytest.raises(
+        UnknownModelError, match=r"there are 2\.0\.0 \(beside\); the default is not there yet: it is being loaded$"
+    ):
+        starting.choose("1.0.0")
 
 
 def test_what_is_expected_is_unavailable_with_its_reason() -> None:
