@@ -29,6 +29,5 @@ async def perform(record: Record, work: Work, steps: Steps, ending: Callable[[Re
 
 async def close(overtaken: Overtaken, steps: Steps, *, now_s: float) -> None:
     """Record and tell the end of a wish whose deployment never began."""
-    record = record_of(overtaken.wish, overtaken.wish.id, now_s=now_s)
-    await steps.begin(record)
+    record = await steps.begin(record_of(overtaken.wish, overtaken.wish.id, now_s=now_s))
     await steps.step(record, overtaken.event, message=overtaken.message)

@@ -138,7 +138,8 @@ class Obtainer:
                 team=record.team, name=record.model, version=record.wanted, channel=record.channel, medium=medium
             )
         except AgentError as error:
-            return await self._failed(record, error, medium)
+            record = await self._failed(record, error, medium)
+            return await self._steps.again(record) if record.state is State.FETCH_WAIT else record
         return await self._again(record)
 
     async def _again(self, record: Record) -> Record:

@@ -78,7 +78,7 @@ class Performer:
         situation: Callable[[Record], Situation],
         revoked: Callable[[str], str],
         make_room: Callable[[frozenset[str]], Awaitable[bool]],
-        changed: Callable[[Record], None],
+        steps: Steps,
     ) -> None:
         self.slot = slot
         self.leaving = False  # nobody wants the slot any more: a trial ends, whatever comes after it
@@ -100,7 +100,7 @@ class Performer:
         self._state_dir = state_dir
         self._ending = ending  # why the deployment is to be given up
         self._revoked = revoked  # why a digest was revoked, and policy keeps it from being loaded; else empty
-        self._steps = Steps(journal, events, clock, changed)
+        self._steps = steps
         self._waiting = Waiting(
             config=config,
             steps=self._steps,
@@ -311,14 +311,13 @@ class Performer:
         previous = self.pointer.active.version if self.pointer is not None else ""
         now_s = self._clock.wall()
         record = record_of(wish, deployment_id, previous=previous, digest=digest, now_s=now_s)
-        await self._steps.begin(record)
+        record = await self._steps.begin(record)
         begun()
         await self.perform(record)
 
     async def refuse(self, wish: Desired, reason: str) -> None:
         """Record and tell that what a wish names may not be loaded."""
-        record = record_of(wish, wish.id, now_s=self._clock.wall())
-        await self._steps.begin(record)
+        record = await self._steps.begin(record_of(wish, wish.id, now_s=self._clock.wall()))
         await self._steps.step(record, Event.REJECT, code=PolicyError.code, message=revoked_text(wish.version, reason))
 
     async def close(self, overtaken: Overtaken) -> None:
@@ -339,13 +338,15 @@ class Performer:
             return
         loaded = self.active is not None and self._loaded == record.digest
         if record.state in (State.PROBATION, State.CUTOVER) and ours and loaded:
-            pass  # boot() loaded it
+            record = await self._steps.again(record)  # boot() loaded it
         elif record.state is State.PROBATION or (record.state is State.CUTOVER and ours):
             record = await self._steps.step(
                 record, Event.FAIL, code=BootFailedError.code, message="it did not survive a restart"
             )
         elif record.state not in WAITING | {State.ROLLING_BACK, State.RECEIVED}:
             record = await self._steps.step(record, Event.RESUME)
+        else:
+            record = await self._steps.again(record)
         await self.perform(record)
 
     async def perform(self, record: Record) -> None:

@@ -82,6 +82,8 @@ class Reconciler:
         poll_interval_s: float,
         refusals: Refusals | None = None,
         clock_trusted: Callable[[], bool] = lambda: True,
+        clock_quality: Callable[[], str] = lambda: "",
+        boot_id: str = "",
         on_revoked: OnRevoked = "fallback",
     ) -> None:
         self._config = config
@@ -99,6 +101,8 @@ class Reconciler:
         self._lanes: dict[str, Performer | Stager] = {}  # both, by lane
         self._prepared: dict[str, Record] = {}  # by slot: on disk as asked, and not loaded yet
         self._clock_trusted = clock_trusted
+        self._clock_quality = clock_quality
+        self._boot_id = boot_id
         self._wishes = Wishes(journal, configured, lambda: clock.wall() if clock_trusted() else None)
         self._under_way: dict[str, Record] = {}  # by slot: deployments that have not ended
         self.holds = Holds(config, clock, changed=self._nudge)
@@ -600,7 +604,7 @@ class Reconciler:
 
     async def _tell_ends(self) -> None:
         """Tell once more how deployments ended that a cut may have silenced; each end has a key that names it."""
-        steps, backoff = Steps(self._journal, self._events, self._clock, self._note), Backoff(first_s=1.0, cap_s=60.0)
+        steps, backoff = self._steps(), Backoff(first_s=1.0, cap_s=60.0)
         while True:
             try:
                 return await steps.tell_again()
@@ -790,6 +794,7 @@ class Reconciler:
                 slot,
                 host=self._host,
                 pointers=self._pointers,
+                events=self._events,
                 **self._common(),
             )
             performer.leaving = slot in self._removals
@@ -820,7 +825,6 @@ class Reconciler:
             "config": self._config,
             "store": self._store,
             "journal": self._journal,
-            "events": self._events,
             "refusals": self._refusals,
             "clock": self._clock,
             "state_dir": self._state_dir,
@@ -828,8 +832,18 @@ class Reconciler:
             "situation": self._situation,
             "revoked": self.revocations.forbidden,
             "make_room": self.retention.make_room,
-            "changed": self._note,
+            "steps": self._steps(),
         }
+
+    def _steps(self) -> Steps:
+        return Steps(
+            self._journal,
+            self._events,
+            self._clock,
+            self._note,
+            boot_id=self._boot_id,
+            clock_quality=self._clock_quality,
+        )
 
     def _situation(self, record: Record) -> Situation:
         performer = self._performers.get(record.slot)

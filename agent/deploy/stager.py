@@ -21,7 +21,6 @@ from agent.deploy.refusals import Refusals
 from agent.deploy.state import WAITING, Event, Record, State
 from agent.deploy.steps import Steps
 from agent.deploy.waiting import Waiting
-from agent.events import EventBus
 
 
 class Stager:
@@ -36,7 +35,6 @@ class Stager:
         config: DeployConfig,
         store: Store,
         journal: Journal,
-        events: EventBus,
         refusals: Refusals,
         clock: Clock,
         state_dir: Path,
@@ -44,20 +42,20 @@ class Stager:
         situation: Callable[[Record], Situation],
         revoked: Callable[[str], str],
         make_room: Callable[[frozenset[str]], Awaitable[bool]],
-        changed: Callable[[Record], None],
+        steps: Steps,
     ) -> None:
         self.slot = slot
         self.busy = False  # a deployment is under way and does not only wait
         self._ending = ending
         self._clock = clock
-        self._steps = Steps(journal, events, clock, changed)
-        self._waiting = Waiting(config=config, steps=self._steps, clock=clock, situation=situation, ending=ending)
+        self._steps = steps
+        self._waiting = Waiting(config=config, steps=steps, clock=clock, situation=situation, ending=ending)
         self._obtainer = Obtainer(
             slot,
             config=config,
             store=store,
             journal=journal,
-            steps=self._steps,
+            steps=steps,
             refusals=refusals,
             clock=clock,
             state_dir=state_dir,
@@ -78,13 +76,13 @@ class Stager:
 
     async def begin(self, wish: Desired) -> None:
         """Perform a new deployment for ``wish`` to its end."""
-        record = record_of(wish, wish.id, now_s=self._clock.wall())
-        await self._steps.begin(record)
-        await self._perform(record)
+        await self._perform(await self._steps.begin(record_of(wish, wish.id, now_s=self._clock.wall())))
 
     async def resume(self, record: Record) -> None:
         """Go on with a deployment that a restart interrupted."""
-        if record.state not in WAITING | {State.RECEIVED}:
+        if record.state in WAITING | {State.RECEIVED}:
+            record = await self._steps.again(record)
+        else:
             record = await self._steps.step(record, Event.RESUME)
         await self._perform(record)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -87,6 +88,22 @@ def test_what_failed_before_devices_were_told_apart_stays_refused_until_it_is_fo
         await journal.open()
         await journal.forgive("magika", "d")
         assert not await journal.refused("magika", "d")
+        await journal.close()
+
+    asyncio.run(story())
+
+
+def test_a_deployment_of_a_journal_that_knew_no_attempts_boots_or_clocks_is_read(tmp_path: Path) -> None:
+    new = {"attempts", "boot_id", "clock_quality"}
+    row = {name: value for name, value in _record("older", "m", State.FETCH_WAIT).plain().items() if name not in new}
+
+    async def story() -> None:
+        journal = Journal(tmp_path / "journal.db")
+        await journal.open()
+        await journal.begin(_record("older", "m", State.RECEIVED))
+        with sqlite3.connect(tmp_path / "journal.db") as database:
+            database.execute("UPDATE deployment SET row = ?", (json.dumps(row),))
+        assert await journal.get("older") == _record("older", "m", State.FETCH_WAIT)
         await journal.close()
 
     asyncio.run(story())
