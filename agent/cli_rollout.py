@@ -14,7 +14,7 @@ import click
 
 from agent.cli_progress import step_text
 from agent.cli_session import connected, json_option, print_json
-from agent.cli_text import reason_text, shown
+from agent.cli_text import duration, reason_text, shown
 
 _NONE: Final = "none"
 _FOUND: Final = (
@@ -96,6 +96,8 @@ def deployment_lines(record: Mapping[str, Any]) -> list[str]:
     lines = [step_text(dict(record)), f"since {when}, asked for by {shown(record['source'])} as {shown(record['id'])}"]
     if record["previous"]:
         lines.append(f"served before: {shown(record['previous'])}")
+    if record["offline_s"]:
+        lines.append(f"the store was out of reach for {duration(record['offline_s'])} of waiting")
     if again := [f"{state} {count} times" for state, count in record["attempts"].items() if count > 1]:
         lines.append(f"begun more than once: {shown(', '.join(again))}")
     if record["boot_id"]:

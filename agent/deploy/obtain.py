@@ -29,6 +29,7 @@ from agent.errors import (
     BudgetError,
     BundleError,
     DiskFullError,
+    OfflineError,
     PolicyError,
     RefusedBeforeError,
     StoreError,
@@ -82,12 +83,10 @@ class Obtainer:
         self._medium = ""  # a folder that a waiting deployment may be taken from
         self._medium_came = asyncio.Event()
         self._retry = Backoff(first_s=1.0, cap_s=config.fetch_retry_cap_s)
-        self._waiting_since: float | None = None
         self._not_before = 0.0  # monotonic; the store is not asked earlier
 
     def reset(self) -> None:
         """Another deployment begins: what the one before waited for is over."""
-        self._waiting_since = None
         self._not_before = 0.0
         self._medium = ""
         self._retry.reset()
@@ -122,13 +121,16 @@ class Obtainer:
             return await self._failed(record, error, record.medium), None
 
     async def wait(self, record: Record) -> Record:
-        """Do the work of FETCH_WAIT: ask again and again until the store answers; one transition however long."""
+        """Do the work of FETCH_WAIT: ask again and again until the store answers; one transition however long.
+
+        How long that was is written with each answer that did not come, so a restart forgets one wait at most.
+        """
         if await self._waited_for_budget(record):
             return record if self._ending(record) else await self._again(record)
-        now = self._clock.monotonic()
-        self._waiting_since = self._waiting_since or now
-        if now - self._waiting_since > self._config.fetch_limit_s:
-            return await self._steps.step(record, Event.FAIL, code="offline", message="the store stayed out of reach")
+        if record.offline_s >= self._config.fetch_limit_s:
+            message = f"the store stayed out of reach for {record.offline_s:.0f} s of waiting"
+            return await self._steps.step(record, Event.FAIL, code=OfflineError.code, message=message)
+        since, before_s = self._clock.monotonic(), record.offline_s
         await self._until_medium(0.1 + self._retry.next())
         if self._ending(record):
             return record
@@ -138,6 +140,7 @@ class Obtainer:
                 team=record.team, name=record.model, version=record.wanted, channel=record.channel, medium=medium
             )
         except AgentError as error:
+            record = replace(record, offline_s=before_s + self._clock.monotonic() - since)
             record = await self._failed(record, error, medium)
             return await self._steps.again(record) if record.state is State.FETCH_WAIT else record
         return await self._again(record)

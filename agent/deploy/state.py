@@ -160,6 +160,7 @@ class Record:
     evidence: tuple[dict[str, Any], ...] = ()  # of each share it has had, then of its probation
     previous: str = ""  # version that served when it was created
     waited_s: float = 0.0  # for windows and holds, while the box was running
+    offline_s: float = 0.0  # the same, for a store that cannot be reached
     bytes_done: int = 0
     bytes_total: int = 0
     rate_bps: int = 0  # bytes per second while it is fetched

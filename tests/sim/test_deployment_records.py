@@ -1,19 +1,24 @@
-"""What a deployment's record says of its own making, over restarts: attempts, boot, clock."""
+"""What a deployment's record says of its own making, over restarts: attempts, boot, clock, time without the store."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent.deploy.state import Record, State
+from agent.config import DeployConfig
+from agent.deploy.state import FINAL, Record, State
 from agent.errors import OfflineError, StateError
+from tests.fakes.clock import FakeClock
 from tests.sim.test_deployment_waits import until, wish
 from tests.sim.test_deployments import Box, CutJournal, PowerCutError
 
 pytestmark = pytest.mark.sim
+
+HOUR_S = 3600.0
 
 
 class Dated(Box):
@@ -120,6 +125,53 @@ def test_a_count_that_the_disk_denies_keeps_no_trial_from_going_on(tmp_path: Pat
     record = asyncio.run(asyncio.wait_for(story(), 60))
     assert record.state is State.CONFIRMED
     assert record.attempts[State.PROBATION] == 2
+
+
+def test_a_box_that_restarts_every_hour_ends_a_deployment_whose_store_stays_out_of_reach(tmp_path: Path) -> None:
+    async def story() -> tuple[Record, int]:
+        box = Dated(tmp_path, ["1.0.0"], config=DeployConfig(fetch_limit_s=6 * HOUR_S))
+        box.store.offline = True
+        for hour in range(10):
+            box.clock = FakeClock(wall_s=1_760_000_000.0 + hour * HOUR_S)  # monotonic time begins anew
+            await box.reboot(f"boot-{hour}")
+            await box.reconciler.open()
+            running = asyncio.ensure_future(box.reconciler.run())
+            if hour == 0:
+                await box.reconciler.want(wish("1.0.0"))
+            while box.clock.monotonic() < HOUR_S:
+                await asyncio.sleep(0)
+                record = await box.journal.get("pin-1.0.0")
+                if record is not None and record.state in FINAL:
+                    break
+            running.cancel()
+            await asyncio.wait({running})
+            record = await box.journal.get("pin-1.0.0")
+            assert record is not None
+            if record.state in FINAL:
+                break
+        await box.journal.close()
+        return record, hour
+
+    record, hour = asyncio.run(asyncio.wait_for(story(), 60))
+    assert (record.state, record.code) == (State.FAILED, "offline")
+    assert 6 * HOUR_S <= record.offline_s < 6.2 * HOUR_S
+    assert 6 <= hour < 8  # each restart forgets the wait that it ends
+
+
+def test_what_was_waited_for_the_store_counts_on_in_one_deployment_and_not_in_the_next(tmp_path: Path) -> None:
+    async def story() -> list[Record]:
+        box = Dated(tmp_path, ["1.0.0"], config=DeployConfig(fetch_limit_s=HOUR_S, fetch_retry_cap_s=HOUR_S / 4))
+        records = []
+        for name in ("first", "second"):
+            box.store.offline = True
+            records.append(await box.run_until_final(replace(wish("1.0.0"), id=name), name))
+            await box.restart()
+        await box.journal.close()
+        return records
+
+    records = asyncio.run(asyncio.wait_for(story(), 60))
+    assert [record.code for record in records] == ["offline", "offline"]
+    assert all(HOUR_S <= record.offline_s < 1.3 * HOUR_S for record in records)
 
 
 async def left_while(box: Box, state: State, wanted: Any = None) -> Record:

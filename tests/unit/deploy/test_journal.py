@@ -94,7 +94,7 @@ def test_what_failed_before_devices_were_told_apart_stays_refused_until_it_is_fo
 
 
 def test_a_deployment_of_a_journal_that_knew_no_attempts_boots_or_clocks_is_read(tmp_path: Path) -> None:
-    new = {"attempts", "boot_id", "clock_quality"}
+    new = {"attempts", "boot_id", "clock_quality", "offline_s"}
     row = {name: value for name, value in _record("older", "m", State.FETCH_WAIT).plain().items() if name not in new}
 
     async def story() -> None:
