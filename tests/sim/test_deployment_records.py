@@ -13,7 +13,7 @@ from agent.config import DeployConfig
 from agent.deploy.state import FINAL, Record, State
 from agent.errors import OfflineError, StateError
 from tests.fakes.clock import FakeClock
-from tests.sim.test_deployment_waits import until, wish
+from tests.sim.test_deployment_waits import wish
 from tests.sim.test_deployments import Box, CutJournal, PowerCutError
 
 pytestmark = pytest.mark.sim
@@ -128,23 +128,25 @@ def test_a_count_that_the_disk_denies_keeps_no_trial_from_going_on(tmp_path: Pat
 
 
 def test_a_box_that_restarts_every_hour_ends_a_deployment_whose_store_stays_out_of_reach(tmp_path: Path) -> None:
+    async def life(box: Dated, hour: int) -> None:
+        box.clock = FakeClock(wall_s=1_760_000_000.0 + hour * HOUR_S)  # monotonic time begins anew
+        await box.reboot(f"boot-{hour}")
+        await box.reconciler.open()
+        running = asyncio.ensure_future(box.reconciler.run())
+        if hour == 0:
+            await box.reconciler.want(wish("1.0.0"))
+        ended = asyncio.ensure_future(box.reconciler.outcome("pin-1.0.0"))
+        while box.clock.monotonic() < HOUR_S and not ended.done():
+            await asyncio.sleep(0)
+        for task in (ended, running):
+            task.cancel()
+            await asyncio.wait({task})
+
     async def story() -> tuple[Record, int]:
         box = Dated(tmp_path, ["1.0.0"], config=DeployConfig(fetch_limit_s=6 * HOUR_S))
         box.store.offline = True
         for hour in range(10):
-            box.clock = FakeClock(wall_s=1_760_000_000.0 + hour * HOUR_S)  # monotonic time begins anew
-            await box.reboot(f"boot-{hour}")
-            await box.reconciler.open()
-            running = asyncio.ensure_future(box.reconciler.run())
-            if hour == 0:
-                await box.reconciler.want(wish("1.0.0"))
-            while box.clock.monotonic() < HOUR_S:
-                await asyncio.sleep(0)
-                record = await box.journal.get("pin-1.0.0")
-                if record is not None and record.state in FINAL:
-                    break
-            running.cancel()
-            await asyncio.wait({running})
+            await life(box, hour)
             record = await box.journal.get("pin-1.0.0")
             assert record is not None
             if record.state in FINAL:
@@ -152,10 +154,10 @@ def test_a_box_that_restarts_every_hour_ends_a_deployment_whose_store_stays_out_
         await box.journal.close()
         return record, hour
 
-    record, hour = asyncio.run(asyncio.wait_for(story(), 60))
+    record, hours = asyncio.run(asyncio.wait_for(story(), 60))
     assert (record.state, record.code) == (State.FAILED, "offline")
     assert 6 * HOUR_S <= record.offline_s < 6.2 * HOUR_S
-    assert 6 <= hour < 8  # each restart forgets the wait that it ends
+    assert 6 <= hours < 8  # each restart forgets the wait that it ends
 
 
 def test_what_was_waited_for_the_store_counts_on_in_one_deployment_and_not_in_the_next(tmp_path: Path) -> None:
@@ -174,15 +176,16 @@ def test_what_was_waited_for_the_store_counts_on_in_one_deployment_and_not_in_th
     assert all(HOUR_S <= record.offline_s < 1.3 * HOUR_S for record in records)
 
 
-async def left_while(box: Box, state: State, wanted: Any = None) -> Record:
-    """Run until the deployment of 1.0.0 has begun its wait anew; end the process and return what is in the journal."""
+async def left_while(box: Dated, state: State, wanted: Any = None) -> Record:
+    """Run until the deployment of 1.0.0 was changed in this boot and is in ``state``; return it as it is left."""
     await box.reconciler.open()
     running = asyncio.ensure_future(box.reconciler.run())
     if wanted is not None:
         await box.reconciler.want(wanted)
-    await until(box, "pin-1.0.0", lambda record: record.state is state)
-    for _ in range(50):
+    record = await box.journal.get("pin-1.0.0")
+    while record is None or (record.state, record.boot_id) != (state, box.boot_id):
         await asyncio.sleep(0)
+        record = await box.journal.get("pin-1.0.0")
     running.cancel()
     await asyncio.wait({running})
     record = await box.journal.get("pin-1.0.0")
