@@ -131,19 +131,21 @@ class Obtainer:
             message = f"the store stayed out of reach for {record.offline_s:.0f} s of waiting"
             return await self._steps.step(record, Event.FAIL, code=OfflineError.code, message=message)
         since, before_s = self._clock.monotonic(), record.offline_s
-        await self._until_medium(0.1 + self._retry.next())
+        await self._pause(record, since + 0.1 + self._retry.next())
         if self._ending(record):
             return record
-        medium = record.medium or self._medium
+        medium, failure = record.medium or self._medium, None
         try:
             await self._store.resolve(
                 team=record.team, name=record.model, version=record.wanted, channel=record.channel, medium=medium
             )
         except AgentError as error:
-            record = replace(record, offline_s=before_s + self._clock.monotonic() - since)
-            record = await self._failed(record, error, medium)
-            return await self._steps.again(record) if record.state is State.FETCH_WAIT else record
-        return await self._again(record)
+            failure = error
+        record = replace(record, offline_s=before_s + self._clock.monotonic() - since)
+        if failure is None:
+            return await self._again(record)
+        record = await self._failed(record, failure, medium)
+        return await self._steps.again(record) if record.state is State.FETCH_WAIT else record
 
     async def _again(self, record: Record) -> Record:
         if reason := self._closed(record):
@@ -300,8 +302,12 @@ class Obtainer:
     async def _waited_for_budget(self, record: Record) -> bool:
         """Wait until more bytes may be fetched, a medium comes, or another wish won; ``False``: nothing to wait for."""
         waits = self._clock.monotonic() < self._not_before
-        while (left_s := self._not_before - self._clock.monotonic()) > 0 and not self._ending(record):
-            if await self._until_medium(min(left_s, _LOOK_S)):
-                break
+        await self._pause(record, self._not_before)
         self._not_before = 0.0
         return waits
+
+    async def _pause(self, record: Record, until_s: float) -> None:
+        """Wait until then (monotonic), until a medium comes, or until the deployment is to be given up."""
+        while (left_s := until_s - self._clock.monotonic()) > 0 and not self._ending(record):
+            if await self._until_medium(min(left_s, _LOOK_S)):
+                return
