@@ -18,6 +18,7 @@ pytestmark = pytest.mark.integration
 
 FULL = np.ones((1, FEATURES), np.float32)
 THIN = np.array([[-1.0, 1.0, 1.0, 1.0]], np.float32)  # of which the model leaves a column out
+STAMPS = ("attempts", "boot_id", "clock_quality")
 
 
 @pytest.fixture
@@ -42,8 +43,12 @@ def test_undeclared_outputs_end_a_deployment_before_the_cut_over_or_on_trial(box
     end = json.loads(done.stdout.splitlines()[-1])
     assert (end["state"], end["code"]) == ("failed", "selftest_failed"), end
     assert f"the model returned float32[2, {FEATURES}], declared is float32[N, {FEATURES + 1}]" in end["message"]
-    assert "cutover" not in end["attempts"]
     assert box.ask() == (2.0, "1.0.0")
+    assert (end["attempts"]["loading"], "cutover" in end["attempts"]) == (1, False)
+    told = next(event["data"] for event in box.events() if event["type"] == "deployment.failed")
+    assert {name: told[name] for name in STAMPS} == {name: end[name] for name in STAMPS}
+    assert end["clock_quality"] in ("ntp", "rtc", "floor", "none")
+    assert f"last changed in boot {end['boot_id']}" in box.control("deployment", end["id"]).stdout
 
     begun = json.loads(box.control("deploy", f"{MODEL}@3.0.0", "--no-wait", "--json").stdout)["deployment"]
 
