@@ -14,7 +14,7 @@ import click
 
 from agent.cli_progress import step_text
 from agent.cli_session import connected, json_option, print_json
-from agent.cli_text import reason_text, shown
+from agent.cli_text import duration, reason_text, shown
 
 _NONE: Final = "none"
 _FOUND: Final = (
@@ -23,6 +23,12 @@ _FOUND: Final = (
     ("copies_p95_ms", "copies' p95 {:.1f} ms"), ("originals_p95_ms", "originals' {:.1f} ms"),
     ("delta_p95_ms", "delta {:+.1f} ms"),
 )  # fmt: skip
+# What is to be said of a clock that no time server sets; ``record.clock_quality``.
+_CLOCKS: Final = {
+    "rtc": "by a clock that no time server sets",
+    "floor": "by a clock that is wrong: it is before the newest signature",
+    "none": "by a clock that was never set",
+}
 
 
 def rollout_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -66,6 +72,8 @@ def rollout_options(verb: Callable[..., None]) -> Callable[..., None]:
 def deployment(socket_path: str, deployment_id: str, as_json: bool) -> None:
     """Show one deployment: where it stands and why, and what each share of a canary and its probation have shown.
 
+    Work that was begun more than once is counted, and a date that its clock does not vouch for says so.
+
     The ids are in ``inferctl deployments`` and in events.
 
     \b
@@ -83,9 +91,17 @@ def deployment(socket_path: str, deployment_id: str, as_json: bool) -> None:
 def deployment_lines(record: Mapping[str, Any]) -> list[str]:
     """Return a deployment in words."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["updated"]))
+    if clock := _CLOCKS.get(record["clock_quality"]):
+        when += f" ({clock})"
     lines = [step_text(dict(record)), f"since {when}, asked for by {shown(record['source'])} as {shown(record['id'])}"]
     if record["previous"]:
         lines.append(f"served before: {shown(record['previous'])}")
+    if record["offline_s"]:
+        lines.append(f"the store was out of reach for {duration(record['offline_s'])} of waiting")
+    if again := [f"{state} {count} times" for state, count in record["attempts"].items() if count > 1]:
+        lines.append(f"begun more than once: {shown(', '.join(again))}")
+    if record["boot_id"]:
+        lines.append(f"last changed in boot {shown(record['boot_id'])}")
     if reason := reason_text(record):
         lines.append(shown(reason))
     for evidence in record.get("evidence") or ():

@@ -447,7 +447,7 @@ class DeployConfig(Section, frozen=True):
     starts_in_trial_max: int = 3  # starts during one trial after a crash or power cut; with more it is rolled back
     trial_retry_cap_s: float = 3600.0  # a version with nothing to roll back to is started again, at most so far apart
     fetch_retry_cap_s: float = 300.0  # longest wait between tries while the store cannot be reached
-    fetch_limit_s: float = 72 * 3600.0  # with the store unreachable for so long, the deployment fails
+    fetch_limit_s: float = 72 * 3600.0  # of waiting, restarts included, for a store out of reach; then it fails
     keep_versions: int = 2  # per slot on disk, beside active and previous
     windows: tuple[WindowConfig, ...] = ()  # new versions are loaded in these only: see `[[deploy.windows]]`
     fetch_windows: tuple[WindowConfig, ...] = ()  # bytes are fetched in these only: see `[[deploy.fetch_windows]]`
@@ -471,6 +471,7 @@ class DeployConfig(Section, frozen=True):
         _require(1 <= self.starts_in_trial_max <= 100, "starts_in_trial_max: 1..100")
         _require(self.trial_retry_cap_s > 0, "trial_retry_cap_s: above 0")
         _require(self.fetch_retry_cap_s > 0, "fetch_retry_cap_s: above 0")
+        _require(self.fetch_limit_s > 0, "fetch_limit_s: above 0")
         _require(self.force_after_s >= 0, "force_after_s: not negative")
         _require(self.wait_limit_s > 0, "wait_limit_s: above 0")
         _require(self.hold_limit_s > 0, "hold_limit_s: above 0")

@@ -232,6 +232,8 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             poll_interval_s=config.store.poll_interval_s,
             refusals=refusals,
             clock_trusted=lambda: standing().clock_trusted,
+            clock_quality=lambda: stamper.now()[1],
+            boot_id=boot,
             on_revoked=config.policy.on_revoked,
         )
         watch = Watch(

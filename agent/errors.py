@@ -28,7 +28,8 @@ The tree (code in parentheses; ``*`` = retryable: the same request may succeed l
     │   ├── OutOfMemoryError (out_of_memory)
     │   ├── DeviceLostError* (device_lost)          the GPU answers no more
     │   ├── HandlerError (handler_failed)           the handler raised on this request
-    │   └── InferenceError (inference_failed)       the runtime raised on this request
+    │   ├── InferenceError (inference_failed)       the runtime raised on this request
+    │   └── OutputError (output_mismatch)           its outputs are not what the signature declares
     ├── BundleError (bad_bundle)
     │   ├── UntrustedError (untrusted)              a signature, threshold or hash does not hold
     │   ├── RollbackDetectedError (rollback_detected)  older metadata than already trusted
@@ -243,6 +244,12 @@ class InferenceError(WorkerError):
     """The runtime raised on this request; other requests are not affected."""
 
     code = "inference_failed"
+
+
+class OutputError(WorkerError):
+    """The model, or a handler's stream, gave other outputs than the manifest's signature declares."""
+
+    code = "output_mismatch"
 
 
 class BundleError(AgentError):

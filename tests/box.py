@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ class Box(Stage):
         channel: str = "stable",
         extra_variant: str = "",
         prepare_only: bool = False,
+        write_model: Callable[..., None] = write_scale_model,
     ) -> Path:
         """Pack a version of the scale model, publish it unless ``prepare_only``, and return the bundle."""
         source, bundle = self.folder / "sources" / name / version, self.folder / "bundles" / name / version
         for variant in ("first", "second"):
-            write_scale_model(source / variant / "model.onnx", factor=factor)
+            write_model(source / variant / "model.onnx", factor=factor)
         x = np.arange(2 * FEATURES, dtype=np.float32).reshape(2, FEATURES)
         (source / "golden").mkdir()
         (source / "golden/in.safetensors").write_bytes(safetensors.dump({"x": x}))

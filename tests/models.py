@@ -31,6 +31,29 @@ def write_scale_model(path: Path, *, factor: float = 2.0) -> None:
     onnx.save(model, str(path))
 
 
+def write_thinning_model(path: Path, *, factor: float = 2.0) -> None:
+    """Write as ``write_scale_model``, but without the columns that are negative in the first row.
+
+    The file does not say how many columns there are.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    constants = {"factor": np.array(factor, np.float32), "zero": np.array(0, np.float32), "first": np.array(0)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["x", "first"], ["row"], axis=0),
+            helper.make_node("GreaterOrEqual", ["row", "zero"], ["kept"]),
+            helper.make_node("Compress", ["x", "kept"], ["thinned"], axis=1),
+            helper.make_node("Mul", ["thinned", "factor"], ["y"]),
+        ],
+        "thinning",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", FEATURES])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", "K"])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, str(path))
+
+
 HANDLERS: dict[str, str] = {
     # Runs what it is sent.
     "hostile": hostile.SOURCE,
@@ -182,7 +205,7 @@ class StepsHandler(StreamingHandler):
         return Prepared({"x": np.ones((1, 4), dtype=np.float32)}, asked)
 
     def stream(self, inputs, rows, run, state):
-        asked = state or {}
+        asked = state or self.context.params
         if asked.get("report"):
             yield {"opened": self.opened, "closed": self.closed, "steps": self.steps}
             return
@@ -221,6 +244,12 @@ class StepsHandler(StreamingHandler):
                 return Reply(bytes([number % 256]) * asked.get("size", 3), "application/octet-stream")
             case "nothing":
                 return {1, 2}
+            case "wide":
+                return {"y": outputs["y"].astype(np.float64)}
+            case "short":
+                return {"y": outputs["y"][:, :3]}
+            case "other":
+                return {"score": outputs["y"]}
 ''',
     # Writes to its worker's channel what its bundle or its caller says: a false hello, or a false answer.
     "liar": '''

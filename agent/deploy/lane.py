@@ -17,7 +17,6 @@ from agent.deploy.pointer import Pointer
 from agent.deploy.ports import Bundle, Loaded
 from agent.deploy.slots import model_of
 from agent.deploy.state import BEFORE_CUTOVER, FINAL, STEPS_BEFORE_CUTOVER_MAX, TABLE, Event, Record, State
-from agent.deploy.steps import Steps
 from agent.deploy.waiting import Waiting
 from agent.errors import TooManyStepsError
 
@@ -36,7 +35,7 @@ class Lane:
         self.busy = False  # a deployment is under way and does not only wait
         self._means = means
         self._bundle: Bundle | None = None
-        self._steps = Steps(means.journal, means.events, means.clock, means.changed)
+        self._steps = means.make_steps()
         self._waiting = Waiting(means, self._steps, offered=lambda: self._obtainer.offered)
         self._obtainer = Obtainer(slot, means, self._steps, closed=self._closed)
         self._work: Work = {
@@ -51,7 +50,7 @@ class Lane:
     async def close(self, overtaken: Overtaken) -> None:
         """Record and tell the end of a wish whose deployment never began."""
         record = record_of(overtaken.wish, overtaken.wish.id, now_s=self._means.clock.wall())
-        await self._steps.begin(record)
+        record = await self._steps.begin(record)
         await self._steps.step(record, overtaken.event, message=overtaken.message)
 
     def nudge(self) -> None:

@@ -14,6 +14,7 @@ from agent.deploy.journal import Journal
 from agent.deploy.ports import Store
 from agent.deploy.refusals import Refusals
 from agent.deploy.state import Record
+from agent.deploy.steps import Steps
 from agent.events import EventBus
 
 
@@ -26,7 +27,7 @@ class Means:
         situation: What the box knows now, for the gates.
         revoked: Why a digest was revoked, and policy keeps it from being loaded; else empty.
         make_room: Lets go what nothing needs, but the versions of these digests; whether anything went.
-        changed: Hears of every record.
+        make_steps: Writes and tells what happens in one lane.
     """
 
     config: DeployConfig
@@ -40,4 +41,4 @@ class Means:
     situation: Callable[[Record], Situation]
     revoked: Callable[[str], str]
     make_room: Callable[[frozenset[str]], Awaitable[bool]]
-    changed: Callable[[Record], None]
+    make_steps: Callable[[], Steps]

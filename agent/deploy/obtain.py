@@ -25,6 +25,7 @@ from agent.errors import (
     BudgetError,
     BundleError,
     DiskFullError,
+    OfflineError,
     PolicyError,
     RefusedBeforeError,
     StoreError,
@@ -57,12 +58,10 @@ class Obtainer:
         self._medium = ""  # a folder that a waiting deployment may be taken from
         self._medium_came = asyncio.Event()
         self._retry = Backoff(first_s=1.0, cap_s=means.config.fetch_retry_cap_s)
-        self._waiting_since: float | None = None
         self._not_before = 0.0  # monotonic; the store is not asked earlier
 
     def reset(self) -> None:
         """Another deployment begins: what the one before waited for is over."""
-        self._waiting_since = None
         self._not_before = 0.0
         self._medium = ""
         self._retry.reset()
@@ -97,24 +96,31 @@ class Obtainer:
             return await self._failed(record, error, record.medium), None
 
     async def wait(self, record: Record) -> Record:
-        """Do the work of FETCH_WAIT: ask again and again until the store answers; one transition however long."""
+        """Do the work of FETCH_WAIT: ask again and again until the store answers; one transition however long.
+
+        How long that was is written with each answer that did not come, so a restart forgets one wait at most.
+        """
         if await self._waited_for_budget(record):
             return record if self._ending(record) else await self._again(record)
-        now = self._clock.monotonic()
-        self._waiting_since = self._waiting_since or now
-        if now - self._waiting_since > self._config.fetch_limit_s:
-            return await self._steps.step(record, Event.FAIL, code="offline", message="the store stayed out of reach")
-        await self._until_medium(0.1 + self._retry.next())
+        if record.offline_s >= self._config.fetch_limit_s:
+            message = f"the store stayed out of reach for {record.offline_s:.0f} s of waiting"
+            return await self._steps.step(record, Event.FAIL, code=OfflineError.code, message=message)
+        since, before_s = self._clock.monotonic(), record.offline_s
+        await self._pause(record, since + 0.1 + self._retry.next())
         if self._ending(record):
             return record
-        medium = record.medium or self._medium
+        medium, failure = record.medium or self._medium, None
         try:
             await self._store.resolve(
                 team=record.team, name=record.model, version=record.wanted, channel=record.channel, medium=medium
             )
         except AgentError as error:
-            return await self._failed(record, error, medium)
-        return await self._again(record)
+            failure = error
+        record = replace(record, offline_s=before_s + self._clock.monotonic() - since)
+        if failure is None:
+            return await self._again(record)
+        record = await self._failed(record, failure, medium)
+        return await self._steps.again(record) if record.state is State.FETCH_WAIT else record
 
     async def _again(self, record: Record) -> Record:
         if reason := self._closed(record):
@@ -271,8 +277,12 @@ class Obtainer:
     async def _waited_for_budget(self, record: Record) -> bool:
         """Wait until more bytes may be fetched, a medium comes, or another wish won; ``False``: nothing to wait for."""
         waits = self._clock.monotonic() < self._not_before
-        while (left_s := self._not_before - self._clock.monotonic()) > 0 and not self._ending(record):
-            if await self._until_medium(min(left_s, _LOOK_S)):
-                break
+        await self._pause(record, self._not_before)
         self._not_before = 0.0
         return waits
+
+    async def _pause(self, record: Record, until_s: float) -> None:
+        """Wait until then (monotonic), until a medium comes, or until the deployment is to be given up."""
+        while (left_s := until_s - self._clock.monotonic()) > 0 and not self._ending(record):
+            if await self._until_medium(min(left_s, _LOOK_S)):
+                return

@@ -285,14 +285,13 @@ class Performer(Lane):
         previous = self.pointer.active.version if self.pointer is not None else ""
         now_s = self._clock.wall()
         record = record_of(wish, deployment_id, previous=previous, digest=digest, now_s=now_s)
-        await self._steps.begin(record)
+        record = await self._steps.begin(record)
         begun()
         await self.perform(record)
 
     async def refuse(self, wish: Desired, reason: str) -> None:
         """Record and tell that what a wish names may not be loaded."""
-        record = record_of(wish, wish.id, now_s=self._clock.wall())
-        await self._steps.begin(record)
+        record = await self._steps.begin(record_of(wish, wish.id, now_s=self._clock.wall()))
         await self._steps.step(record, Event.REJECT, code=PolicyError.code, message=revoked_text(wish.version, reason))
 
     async def resume(self, record: Record) -> None:
@@ -312,11 +311,13 @@ class Performer(Lane):
             code, fault = await self._try_again(self.pointer)
         loaded = self.active is not None and self._loaded == record.digest
         if record.state in (State.PROBATION, State.CUTOVER) and ours and loaded:
-            pass  # it serves on trial, as before
+            record = await self._steps.again(record)  # it serves on trial, as before
         elif record.state is State.PROBATION or (record.state is State.CUTOVER and ours):
             record = await self._steps.step(record, Event.FAIL, code=code, message=fault)
         elif record.state not in WAITING | {State.ROLLING_BACK, State.RECEIVED}:
             record = await self._steps.step(record, Event.RESUME)
+        else:
+            record = await self._steps.again(record)
         await self.perform(record)
 
     async def perform(self, record: Record) -> None:

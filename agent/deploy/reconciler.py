@@ -85,6 +85,8 @@ class Reconciler:
         poll_interval_s: float,
         refusals: Refusals | None = None,
         clock_trusted: Callable[[], bool] = lambda: True,
+        clock_quality: Callable[[], str] = lambda: "",
+        boot_id: str = "",
         on_revoked: OnRevoked = "fallback",
     ) -> None:
         self._config = config
@@ -102,6 +104,8 @@ class Reconciler:
         self._lanes: dict[str, Lane] = {}  # both, by lane
         self._prepared: dict[str, Record] = {}  # by slot: on disk as asked, and not loaded yet
         self._clock_trusted = clock_trusted
+        self._clock_quality = clock_quality
+        self._boot_id = boot_id
         self._wishes = Wishes(journal, configured, lambda: clock.wall() if clock_trusted() else None)
         self._under_way: dict[str, Record] = {}  # by slot: deployments that have not ended
         self._ended: dict[str, Record] = {}  # by slot: the newest that has
@@ -140,7 +144,7 @@ class Reconciler:
             situation=self._situation,
             revoked=self.revocations.forbidden,
             make_room=self.retention.make_room,
-            changed=self._note,
+            make_steps=self._steps,
         )
         self.booted = asyncio.Event()  # every model whose pointer was found serves its default, or could not be made to
 
@@ -644,7 +648,7 @@ class Reconciler:
 
     async def _tell_ends(self) -> None:
         """Tell once more how deployments ended that a cut may have silenced; each end has a key that names it."""
-        steps, backoff = Steps(self._journal, self._events, self._clock, self._note), Backoff(first_s=1.0, cap_s=60.0)
+        steps, backoff = self._steps(), Backoff(first_s=1.0, cap_s=60.0)
         while True:
             try:
                 return await steps.tell_again()
@@ -854,6 +858,16 @@ class Reconciler:
         if stager is None:
             stager = self._stagers[slot] = self._lanes[staging_lane(slot)] = Stager(slot, self._means)
         return stager
+
+    def _steps(self) -> Steps:
+        return Steps(
+            self._journal,
+            self._events,
+            self._clock,
+            self._note,
+            boot_id=self._boot_id,
+            clock_quality=self._clock_quality,
+        )
 
     def _situation(self, record: Record) -> Situation:
         performer = self._performers.get(record.slot)

@@ -21,12 +21,13 @@ class Stager(Lane):
     async def begin(self, wish: Desired) -> None:
         """Perform a new deployment for ``wish`` to its end."""
         record = record_of(wish, wish.id, now_s=self._means.clock.wall())
-        await self._steps.begin(record)
-        await self.perform(record)
+        await self.perform(await self._steps.begin(record))
 
     async def resume(self, record: Record) -> None:
         """Go on with a deployment that a restart interrupted."""
-        if record.state not in WAITING | {State.RECEIVED}:
+        if record.state in WAITING | {State.RECEIVED}:
+            record = await self._steps.again(record)
+        else:
             record = await self._steps.step(record, Event.RESUME)
         await self.perform(record)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -152,6 +152,7 @@ class Record:
     plan: Plan = ORDINARY
     state: State = State.RECEIVED
     step: int = 0
+    attempts: Mapping[State, int] = field(default_factory=dict)  # how often each state's work was begun
     version: str = ""  # resolved
     digest: str = ""  # sha256 of the manifest, lower-case hex
     variant: str = ""  # that serves
@@ -159,13 +160,16 @@ class Record:
     evidence: tuple[dict[str, Any], ...] = ()  # of each share it has had, then of its probation
     previous: str = ""  # version that served when it was created
     waited_s: float = 0.0  # for windows and holds, while the box was running
+    offline_s: float = 0.0  # the same, for a store that cannot be reached
     bytes_done: int = 0
     bytes_total: int = 0
     rate_bps: int = 0  # bytes per second while it is fetched
     code: str = ""  # of the failure
     message: str = ""
     created: float = 0.0  # Unix seconds
-    updated: float = 0.0
+    updated: float = 0.0  # when it came to its state
+    boot_id: str = ""  # of the boot in which it was last changed
+    clock_quality: str = ""  # of ``updated``: ntp, rtc, floor, none, as telemetry has it; empty: not known
 
     @property
     def model(self) -> str:
@@ -187,7 +191,8 @@ class Record:
     def plain(self) -> dict[str, Any]:
         """Return JSON-able fields, for people and telemetry."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return values | {"plan": self.plan.plain(), "eta_s": self.eta_s}
+        attempts = {str(state): count for state, count in self.attempts.items()}
+        return values | {"plan": self.plan.plain(), "attempts": attempts, "eta_s": self.eta_s}
 
 
 def staging_lane(slot: str) -> str:

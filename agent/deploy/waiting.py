@@ -69,7 +69,6 @@ class Waiting:
             if gate.open:
                 return record, True
             if gate.reason != record.message or record.waited_s - written_s >= _WRITE_S:
-                record, written_s = replace(record, message=gate.reason), record.waited_s
-                await self._steps.note(record)
+                record, written_s = await self._steps.note(replace(record, message=gate.reason)), record.waited_s
             left_s = self._config.wait_limit_s - record.waited_s
             await wait_up_to(self._nudged, max(_LOOK_S_MIN, min(gate.look_s, left_s)), self._clock)

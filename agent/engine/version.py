@@ -60,8 +60,9 @@ from agent.wire import Buffer, Header
 _log = get_logger("version")
 # Faults of the model, not of the caller: what probation counts.
 _FAULTS = frozenset(
-    {"worker_died", "handler_failed", "inference_failed", "out_of_memory", "device_lost", "worker_failed", "internal"}
-)
+    {"worker_died", "handler_failed", "inference_failed", "output_mismatch", "out_of_memory", "device_lost",
+     "worker_failed", "internal"}
+)  # fmt: skip
 _OWN_FAILURES = _FAULTS | {UnavailableError.code}  # another version might do better
 _DRAIN_TIMEOUT_S: Final = 30.0
 _RESCUES_MAX: Final = 3  # variants that one request may run out of memory on

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from agent.errors import AgentError, LoadError, OutOfMemoryError, UnloadableError
+from agent.errors import AgentError, LoadError, OutOfMemoryError, OutputError, SelfTestError, UnloadableError
 from agent.log import get_logger
 from agent.tensors import Array
 from agent.worker import golden, sandbox, signature
 from agent.worker.golden import Golden
+from agent.worker.outputs import Outputs, Run
 from agent.worker.requests import Forms
 from agent.worker.runtimes import table
 from agent.worker.runtimes.base import Runtime
@@ -56,7 +57,7 @@ def load(spec: Spec) -> Loaded:
         SandboxError: policy demands more isolation than there is.
         UnloadableError, UnsafeBundleError: the bundle's files or its handler cannot be used, now or later.
         LoadError, OutOfMemoryError: not now.
-        SelfTestError: a golden test failed.
+        SelfTestError: a golden test failed, or the model's outputs are not what is declared.
     """
     began = time.perf_counter()
     _bind(spec.cores)
@@ -78,10 +79,11 @@ def load(spec: Spec) -> Loaded:
     signature.check_model(declared.inputs, runtime.inputs, "inputs")
     signature.check_model(declared.outputs, runtime.outputs, "outputs")
     goldens = golden.load(spec.golden, spec.bundle_dir)
+    run = Outputs(declared).checked_run(runtime.run)
     loaded = time.perf_counter()
-    _warm_up(spec, declared, runtime, goldens)
+    _warm_up(spec, declared, run, goldens)
     warm = time.perf_counter()
-    reports = golden.verify(goldens, runtime.run)
+    reports = golden.verify(goldens, run)
     hello = {
         "kind": "hello",
         "worker": True,
@@ -193,7 +195,7 @@ def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"inputs": list(raw.get("inputs") or []), "outputs": list(raw.get("outputs") or [])}
 
 
-def _warm_up(spec: Spec, declared: Signature, runtime: Runtime, goldens: Sequence[Golden]) -> None:
+def _warm_up(spec: Spec, declared: Signature, run: Run, goldens: Sequence[Golden]) -> None:
     """Run the model before it counts: lazy allocations and kernels happen here."""
     chosen = [goldens[0].inputs if goldens else _zeros(declared)]
     chosen += [_zeros(declared, shapes) for shapes in spec.warmup_shapes]
@@ -201,9 +203,11 @@ def _warm_up(spec: Spec, declared: Signature, runtime: Runtime, goldens: Sequenc
     for _ in range(int(spec.warmup_runs)):
         for inputs in chosen:
             try:
-                runtime.run(inputs)
+                run(inputs)
             except OutOfMemoryError:
                 raise
+            except OutputError as error:
+                raise SelfTestError(f"warm-up: {error}") from error
             except AgentError as error:
                 raise LoadError(f"warm-up failed: {error}") from error
             if time.perf_counter() >= until:

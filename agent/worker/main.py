@@ -44,6 +44,7 @@ from agent.worker.execution import Execution
 from agent.worker.lines import Grant, Lane, LaneBook, Line
 from agent.worker.loading import Loaded
 from agent.worker.measure import measure
+from agent.worker.outputs import Outputs
 from agent.worker.pieces import in_halves
 from agent.worker.regions import Region, Regions
 from agent.worker.requests import Answers, Request, budget_s, into_window, stacked
@@ -102,6 +103,7 @@ class Server:
         self._loaded = loaded
         self._signature = loaded.signature
         self._runtime = loaded.runtime
+        self._outputs = Outputs(loaded.signature)
         self._forms = loaded.forms
         self._names = {"model": spec.model, "version": spec.version, "variant": spec.variant}
         self._answers = Answers(self._names, loaded.forms)
@@ -528,10 +530,13 @@ class Server:
         """Run requests together; ``None`` asks for halves."""
         try:
             if len(part) == 1:
-                return self._runtime.run(part[0].arrays())
+                outputs = self._runtime.run(part[0].arrays())
+                self._outputs.check(outputs, part[0].rows)
+                return outputs
             rows = sum(request.rows for request in part)
             outputs = self._runtime.run(stacked(part, rows))
-            return outputs if all(len(array) == rows for array in outputs.values()) else None
+            self._outputs.check(outputs, rows)
+            return outputs
         except DeviceLostError:
             raise
         except (OutOfMemoryError, MemoryError) as error:
@@ -547,6 +552,7 @@ class Server:
     def _in_halves(self, request: Request, rows: int) -> Outcome:
         try:
             outputs, fitted = in_halves(request.arrays(), rows, self._runtime.run)
+            self._outputs.check(outputs, rows)
         except DeviceLostError:
             raise
         except Exception as error:  # noqa: BLE001  as above
@@ -640,7 +646,7 @@ class Server:
         goldens = self._loaded.goldens
         chosen = goldens[entry : entry + 1] if isinstance(entry, int) and entry >= 0 else goldens
         try:
-            reports = [golden.check(one, self._runtime.run) for one in chosen]
+            reports = [golden.check(one, self._outputs.checked_run(self._runtime.run)) for one in chosen]
         except DeviceLostError:
             raise
         except Exception as error:  # noqa: BLE001  as above

@@ -52,6 +52,7 @@ from agent.wire import (
 )
 from agent.worker import codecs
 from agent.worker.batcher import LEVEL_DEFAULT, LEVEL_FIRST, LEVEL_LAST
+from agent.worker.outputs import Outputs
 from agent.worker.regions import Named, Region
 from agent.worker.signature import Signature
 from handlers.base import TEXT, Handler, InputError, Prepared, Reply, StreamingHandler
@@ -247,6 +248,7 @@ class TensorForm:
 
     def __init__(self, signature: Signature) -> None:
         self._signature = signature
+        self._outputs = Outputs(signature)
         self._seen: dict[Hashable, Layout] = {}  # layouts that passed every check
 
     def decode(self, request: Request) -> tuple[Mapping[str, Array], int, Any]:
@@ -320,8 +322,11 @@ class TensorForm:
         return {"tensors": entries}, buffers
 
     def part(self, request: Request, item: Any) -> Answer:
-        """Return arrays as tensors, anything else as it is."""
-        return self.encode(request, item) if _are_arrays(item) else _packed_part(item)
+        """Return arrays, which must be declared outputs, as tensors; anything else as it is."""
+        if not _are_arrays(item):
+            return _packed_part(item)
+        self._outputs.check_part(item)
+        return self.encode(request, item)
 
     def _check_outputs(self, wanted: object) -> None:
         known = self._signature.output_names
@@ -349,6 +354,7 @@ class OipForm:
 
     def __init__(self, signature: Signature, *, model: str, version: str) -> None:
         self._signature = signature
+        self._outputs = Outputs(signature)
         self._model = model
         self._version = version
         self._plans: dict[bytes, OipPlan] = {}  # by the JSON part, which clients repeat
@@ -402,8 +408,11 @@ class OipForm:
         return {"content_type": "application/octet-stream", "params": {"oip_header_bytes": json_bytes}}, buffers
 
     def part(self, request: Request, item: Any) -> Answer:
-        """Return arrays as an OIP answer, anything else as it is."""
-        return self.encode(request, item) if _are_arrays(item) else _packed_part(item)
+        """Return arrays, which must be declared outputs, as an OIP answer; anything else as it is."""
+        if not _are_arrays(item):
+            return _packed_part(item)
+        self._outputs.check_part(item)
+        return self.encode(request, item)
 
 
 class RawForm:

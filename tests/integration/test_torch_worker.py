@@ -179,7 +179,7 @@ def test_what_cannot_be_served_fails_the_load_and_says_why(
     else:
         model = torch_files / file
     header = refusal(script, torch_models.bundle(tmp_path, model, signature, **changes))
-    assert header["code"] == ("load_failed" if "the model returned" in words else "unloadable")
+    assert header["code"] == ("selftest_failed" if "the model returned" in words else "unloadable")
     assert words in header["message"]
 
 

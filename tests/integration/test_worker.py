@@ -19,6 +19,7 @@ import pytest
 
 from tests.fakes import models
 from tests.fakes.daemon_side import WorkerProcess, ZygoteProcess, wait_until
+from tests.models import write_thinning_model
 
 pytestmark = pytest.mark.integration
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -256,6 +257,45 @@ def test_wrong_golden_output_fails_the_self_test(zygote: ZygoteProcess, spec: di
     header = failure(zygote, spec)
     assert header["code"] == "selftest_failed"
     assert "golden 'g1', output 'y', max_abs: differs by up to" in header["message"]
+
+
+def thinning(folder: Path, columns: int) -> dict[str, Any]:
+    """Return the spec of a model whose file leaves open how many columns it gives, declared with ``columns``."""
+    spec = models.bundle(folder, models.linear(), models.LINEAR_SIGNATURE)
+    write_thinning_model(Path(spec["bundle_dir"]) / spec["entry"])
+    spec["signature"] |= {"outputs": [{"name": "y", "dtype": "float32", "shape": ["N", columns]}]}
+    return spec
+
+
+@pytest.mark.parametrize("golden", [True, False])
+def test_a_model_whose_outputs_are_not_as_declared_fails_the_self_test(
+    zygote: ZygoteProcess, tmp_path: Path, golden: bool
+) -> None:
+    spec = thinning(tmp_path, 5)
+    if golden:  # whose sample is what the model gives
+        models.golden(spec, {"y": X * 2}, {"x": X}, [{"output": "y", "metric": "allclose"}])
+    header = failure(zygote, spec)
+    assert header["code"] == "selftest_failed"
+    rows = 2 if golden else 1
+    assert f"output 'y': the model returned float32[{rows}, 4], declared is float32[N, 5]" in header["message"]
+
+
+def test_outputs_that_are_not_as_declared_fail_their_own_requests_only(zygote: ZygoteProcess, tmp_path: Path) -> None:
+    spec = thinning(tmp_path, 4)
+    models.golden(spec, {"y": X * 2}, {"x": X}, [{"output": "y", "metric": "allclose"}])
+    process = zygote.fork(spec)
+    process.hello()
+    numbers = [process.post({"x": X * sign}) for sign in (1, -1, 1, -1, 1)]
+    answers = {frame.header["id"]: frame for frame in (process.receive() for _ in numbers)}
+    for number, sign in zip(numbers, (1, -1, 1, -1, 1), strict=True):
+        header = answers[number].header
+        if sign > 0:
+            assert header["kind"] == "result"
+            assert header["tensors"][0]["shape"] == [2, 4]
+        else:
+            assert header["code"] == "output_mismatch"
+            assert "output 'y': the model returned float32[2, 1], declared is float32[N, 4]" in header["message"]
+    process.close()
 
 
 def test_every_warm_up_shape_is_run(zygote: ZygoteProcess, spec: dict[str, Any]) -> None:

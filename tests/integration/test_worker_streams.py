@@ -113,6 +113,27 @@ def test_tensors_stream_as_tensors_and_run_once_without(worker: WorkerProcess) -
     np.testing.assert_array_equal(worker.infer({"x": X})["y"], X * 2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("wide", "output 'y': the handler's stream returned float64[2, 4], declared is float32[N, 4]"),
+        ("short", "output 'y': the handler's stream returned float32[2, 3], declared is float32[N, 4]"),
+        ("other", "the handler's stream returned 'score'; declared are 'y'"),
+    ],
+)
+def test_tensors_of_a_stream_are_held_to_what_is_declared(
+    zygote: ZygoteProcess, tmp_path: Path, kind: str, words: str
+) -> None:
+    handler = {"module": "handler.py", "class": "StepsHandler", "params": {"kind": kind, "count": 1}}
+    process = start(zygote, tmp_path, handler)
+    process.hello()
+    parts, end = rest(process, process.post({"x": X}, stream=True))
+    assert (parts, end.header["code"]) == ([], "output_mismatch")
+    assert words in end.header["message"]
+    assert rest(process, ask(process, {"kind": "text", "count": 1}))[1].header["kind"] == "result"
+    process.close()
+
+
 def test_open_inference_requests_stream_as_json(worker: WorkerProcess) -> None:
     body = json.dumps(
         {

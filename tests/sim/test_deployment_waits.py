@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from agent.config import DeployConfig
 from agent.deploy.desired import Action, Desired, decide
 from agent.deploy.ports import Bundle, Progress
 from agent.deploy.state import TRANSITIONS_MAX, Record, State
 from agent.errors import BudgetError, NotFoundError, OfflineError
+from tests.fakes.clock import Calendar
 from tests.fakes.deploy import FakeStore, digest_of
 from tests.sim.test_deployments import Box
 
@@ -184,3 +186,21 @@ def test_the_fleet_hears_of_a_long_download_at_most_every_ten_seconds(tmp_path: 
     assert told[0]["rate_bps"] == 10
     assert seen[-1].rate_bps == 0
     assert seen[-1].eta_s is None
+
+
+def test_a_cancel_ends_a_wait_for_the_store_however_long_that_would_last(tmp_path: Path) -> None:
+    box = Box(tmp_path, ["1.0.0"], config=DeployConfig(fetch_retry_cap_s=1e6))
+    box.clock, box.store.offline = Calendar(1_760_000_000.0), True
+    box.reconciler = box._make()
+
+    async def main() -> Record:
+        async with running(box):
+            await box.reconciler.want(wish("1.0.0"))
+            waiting = await until(box, "pin-1.0.0", lambda record: record.state is State.FETCH_WAIT)
+            while waiting.attempts[State.FETCH_WAIT] < 8:  # by then a wait may take two minutes
+                await asyncio.sleep(0.001)
+                waiting = await box.journal.get("pin-1.0.0")
+            await box.reconciler.cancel("magika")
+            return await box.reconciler.outcome("pin-1.0.0")
+
+    assert asyncio.run(asyncio.wait_for(main(), 60)).state is State.CANCELED

@@ -26,6 +26,10 @@ RECORD: dict[str, Any] = {
     "code": "canary_failed",
     "message": "50.0% of 20 copies agree, 95.0% must (last: y: another best class)",
     "updated": 0.0,
+    "boot_id": "5e1f",
+    "clock_quality": "ntp",
+    "attempts": {"received": 1},
+    "offline_s": 0.0,
     "evidence": [
         {"percent": 0.0, "elapsed_s": 3.2, "good": 40, "compared": 20, "agreement": 0.5, "verdict": "too few agree",
          "difference": "y: \x1b[2Janother best class"},
@@ -88,3 +92,23 @@ def test_a_deployment_is_told_with_its_evidence() -> None:
     text = "\n".join(deployment_lines({**RECORD, "state": "canary", "code": "", "trying": trying}))
     assert "magika 2.0.0: canary 25 %" in text
     assert "now: 12 requests answered by it" in text
+
+
+def test_a_deployment_tells_what_was_begun_again_in_which_boot_and_by_which_clock() -> None:
+    text = "\n".join(deployment_lines(RECORD))
+    assert "clock" not in text
+    assert "out of reach" not in text
+    assert "more than once" not in text
+    assert "last changed in boot 5e1f" in text
+    record = {
+        **RECORD,
+        "offline_s": 7200.0,
+        "clock_quality": "floor",
+        "attempts": {"received": 2, "fetching": 3, "staged": 1},
+    }
+    text = "\n".join(deployment_lines(record))
+    assert "by a clock that is wrong: it is before the newest signature" in text
+    assert "the store was out of reach for 2 h 0 min of waiting" in text
+    assert "begun more than once: received 2 times, fetching 3 times\n" in text
+    older = {**RECORD, "boot_id": "", "clock_quality": "", "attempts": {}}
+    assert "boot" not in "\n".join(deployment_lines(older))

@@ -29,6 +29,7 @@ class Runtime(Protocol):
         Raises:
             InvalidInputError: the runtime calls these values invalid.
             InferenceError: it failed on them.
+            OutputError: it gave something that cannot be what is declared.
             OutOfMemoryError: memory did not suffice.
             DeviceLostError: this process cannot compute any more.
         """

@@ -24,6 +24,7 @@ from agent.errors import (
     InvalidInputError,
     LoadError,
     OutOfMemoryError,
+    OutputError,
     UnloadableError,
 )
 from agent.tensors import Array
@@ -94,7 +95,7 @@ class TorchRuntime:
             return torch_programs.by_name(result, self.outputs)
         except ValueError as error:
             names = ", ".join(spec.name for spec in self.outputs)
-            raise InferenceError(f"{error}; declared are {names}") from error
+            raise OutputError(f"{error}; declared are {names}") from error
 
 
 def load(spec: Spec, declared: Signature) -> TorchRuntime:

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from agent.errors import InferenceError
+from agent.errors import OutputError
 from agent.tensors import Array
 from agent.worker.signature import TensorSpec, converts
 
@@ -36,17 +36,17 @@ def to_array(tensor: object, spec: TensorSpec) -> Array:
     """Return an array of its own with the declared dtype.
 
     Raises:
-        InferenceError: it is no tensor, or not of the declared dtype, rank or fixed dimensions.
+        OutputError: it is no tensor, or not of the declared dtype, rank or fixed dimensions.
     """
     if not isinstance(tensor, torch.Tensor):
-        raise InferenceError(f"output {spec.name!r}: the model returned {type(tensor).__name__}, not a tensor")
+        raise OutputError(f"output {spec.name!r}: the model returned {type(tensor).__name__}, declared is {spec}")
     given = NAMES.get(tensor.dtype, str(tensor.dtype))
     shape = tuple(tensor.shape)
     fits = len(shape) == len(spec.shape) and all(
         not isinstance(wanted, int) or wanted == size for wanted, size in zip(spec.shape, shape, strict=True)
     )
     if not fits or not converts(given, spec.dtype):
-        raise InferenceError(f"output {spec.name!r}: the model returned {given}{list(shape)}, declared is {spec}")
+        raise OutputError(f"output {spec.name!r}: the model returned {given}{list(shape)}, declared is {spec}")
     host = tensor.detach().to(device="cpu", dtype=DTYPES[spec.dtype], copy=True).contiguous()
     array: Array = host.numpy()
     return array

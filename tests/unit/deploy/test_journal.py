@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -143,6 +144,22 @@ def test_what_served_while_an_older_program_ran_again_counts_on_any_device_too(t
         journal = Journal(tmp_path / "journal.db", device="driver 2")
         assert not await journal.open()
         assert await journal.served("magika") == {"d", "e"}
+        await journal.close()
+
+    asyncio.run(story())
+
+
+def test_a_deployment_of_a_journal_that_knew_no_attempts_boots_or_clocks_is_read(tmp_path: Path) -> None:
+    new = {"attempts", "boot_id", "clock_quality", "offline_s"}
+    row = {name: value for name, value in _record("older", "m", State.FETCH_WAIT).plain().items() if name not in new}
+
+    async def story() -> None:
+        journal = Journal(tmp_path / "journal.db")
+        await journal.open()
+        await journal.begin(_record("older", "m", State.RECEIVED))
+        with sqlite3.connect(tmp_path / "journal.db") as database:
+            database.execute("UPDATE deployment SET row = ?", (json.dumps(row),))
+        assert await journal.get("older") == _record("older", "m", State.FETCH_WAIT)
         await journal.close()
 
     asyncio.run(story())
