@@ -56,10 +56,10 @@ from agent.errors import (
     UnknownModelError,
 )
 from agent.events import EventBus
-from agent.gpus import Question
 from agent.log import get_logger
 from agent.metrics import LATENCY_BUCKETS_S, Metrics
 from agent.nvml import GpuMemory
+from agent.question import Question
 from agent.wire import FIRST_ID, Header, Limits
 
 _SWEEP_S: Final = 0.05
@@ -106,7 +106,7 @@ class Engine:
         self._scratch = scratch
         self._cores = Cores(cores)
         self._groups = Groups(config.memory_cgroup)
-        self._gpus = Question(gpus)
+        self._gpus = Question(gpus, name="nvml")
         self._lost: dict[str, str] = {}  # devices, and why
         self._wire = wire
         self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)

@@ -310,7 +310,7 @@ def _reap(pidfd: int) -> Exit | None:
 
 
 async def _collect(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the process without a thread; kill it when it does not leave, and leave it if even that does not help."""
+    """Wait for the process without a thread; kill it when it does not leave, and give it up when that does not help."""
     killed = False
     deadline = asyncio.get_running_loop().time() + _LEAVE_TIMEOUT_S
     while process.poll() is None:
