@@ -203,7 +203,7 @@ def mapped(pid: int) -> list[str]:
         return [line for line in maps if "memfd:" in line and "inferd-arena" not in line]
 
 
-async def until(condition: Callable[[], bool], *, limit_s: float = 30.0) -> None:
+async def until(condition: Callable[[], bool], *, limit_s: float = 90.0) -> None:
     """Return once ``condition`` holds; fail if it never does."""
     async with asyncio.timeout(limit_s):
         while not condition():

@@ -384,7 +384,7 @@ def test_kill_9_of_the_daemon_takes_its_workers_along_and_the_next_start_serves(
     children = psutil.Process(box.daemon.pid).children(recursive=True)
     os.kill(box.daemon.pid, signal.SIGKILL)
     box.daemon.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=90)
     assert not alive
     box.start()
     box.until(lambda: box.ask() == (2.0, "1.0.0"), what="an answer")

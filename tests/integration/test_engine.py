@@ -68,7 +68,7 @@ class Bench:
         self.engine.submit(request)
         return request, answer
 
-    async def ask(self, value: float = 1.0, *, version: str | None = None, deadline_s: float = 30.0) -> dict[str, Any]:
+    async def ask(self, value: float = 1.0, *, version: str | None = None, deadline_s: float = 90.0) -> dict[str, Any]:
         entries, buffers = pack({"x": np.full((1, FEATURES), value, dtype=np.float32)})
         body = b"".join(bytes(buffer) for buffer in buffers)
         _, answer = self.request(body, {"tensors": entries}, deadline_s=deadline_s, version=version)
@@ -77,7 +77,7 @@ class Bench:
             header["y"] = float(unpack(header["tensors"], raw)["y"][0, 0])
         return header
 
-    async def say(self, text: str, *, deadline_s: float = 30.0) -> dict[str, Any]:
+    async def say(self, text: str, *, deadline_s: float = 90.0) -> dict[str, Any]:
         _, answer = self.request(text.encode(), {"content_type": "text/plain"}, deadline_s=deadline_s, version=None)
         header, raw = await answer
         if header["kind"] == "result":
