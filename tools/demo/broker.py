@@ -57,6 +57,11 @@ class Mosquitto:
         path = self._directory / "mosquitto.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    @property
+    def running(self) -> bool:
+        """Whether its process lives."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start the broker and return once it accepts connections.
 
