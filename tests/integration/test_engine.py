@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import uvloop
 
 from agent.clock import SystemClock
 from agent.config import EngineConfig
@@ -31,6 +30,7 @@ from agent.nvml import GpuMemory
 from agent.serving.ports import InferRequest
 from agent.tensors import pack, unpack
 from agent.wire import Header, Limits
+from tests import shared
 from tests.models import FEATURES, scale_version
 
 pytestmark = pytest.mark.integration
@@ -126,12 +126,12 @@ async def bench(
 
 def run(story: Callable[[], Awaitable[None]]) -> None:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    uvloop.run(story())
+    shared.run(story)
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE], "a process is left"
 
 
-async def until(condition: Callable[[], bool], *, turns: int = 3000) -> None:
+async def until(condition: Callable[[], bool], *, turns: int = 9000) -> None:
     for _ in range(turns):
         if condition():
             return
