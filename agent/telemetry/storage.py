@@ -159,11 +159,12 @@ class StoreThread(Generic[S]):
     def _work(self, opened: asyncio.Future[None]) -> None:
         try:
             store = self._open()
-        except (sqlite3.Error, OSError) as error:
-            self._tell(_resolve, opened, None, StateError(f"{self._name}: {error}"))
+            self._tell(self._noticed, self._observe(store))
+        except Exception as error:  # noqa: BLE001 (it belongs to whoever starts us, on the other thread)
+            known = isinstance(error, sqlite3.Error | OSError)
+            self._tell(_resolve, opened, None, StateError(f"{self._name}: {error}") if known else error)
             self._tell(_resolve, self._ended, None, None)
             return
-        self._tell(self._noticed, self._observe(store))
         self._tell(_resolve, opened, None, None)
         calls: list[_Call[S]] = []
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -116,13 +116,13 @@ def test_a_call_is_repeated_after_a_repair() -> None:
     assert store.repaired == 1
 
 
-def test_a_store_that_cannot_be_opened_says_so() -> None:
-    def refuse() -> ListStore:
-        raise sqlite3.OperationalError("unable to open database file")
-
+@pytest.mark.parametrize(
+    ("fault", "told"), [(sqlite3.OperationalError("unable to open"), StateError), (TypeError("a bug"), TypeError)]
+)
+def test_a_store_that_cannot_be_opened_says_so(fault: Exception, told: type[Exception]) -> None:
     async def main() -> None:
-        thread = StoreThread("test", refuse)
-        with pytest.raises(StateError, match="unable to open"):
+        thread = StoreThread("test", lambda: _raise(fault))
+        with pytest.raises(told, match=str(fault)):
             await thread.start()
         await thread.stop()
 
@@ -167,5 +167,5 @@ def test_a_store_that_breaks_its_thread_holds_up_neither_callers_nor_the_stop() 
     asyncio.run(main())
 
 
-def _raise(error: Exception) -> None:
+def _raise(error: Exception) -> NoReturn:
     raise error
