@@ -15,7 +15,7 @@ MINUTES     ?= 1
 STATES ?= 10000
 KILLS  ?= 200
 SUITE  ?=
-# How many histories are simulated, deployments made, daemons killed; each target has its own default.
+# How many histories are simulated, deployments made, daemons killed or stopped; each target has its own default.
 N    ?=
 SEED ?=
 
@@ -24,7 +24,7 @@ ENV  := STATE="$(STATE)" PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath
         HYPOTHESIS_STORAGE_DIRECTORY="$(abspath $(STATE))/hypothesis" INFERD_WHEELS="$(abspath $(STATE))/wheels"
 SRC  := agent handlers tools tests profiles
 
-.PHONY: help demo test test-torch system run bench bench-pull soak fuzz powercuts kills histories deployments deployment-kills conformance lint format check clean
+.PHONY: help demo test test-torch system run bench bench-pull soak fuzz powercuts kills histories deployments deployment-kills stops conformance lint format check clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -103,6 +103,10 @@ deployments: $(VENV)/.dev ## Deploy N real versions, good and bad, under load (1
 deployment-kills: $(VENV)/.dev ## Kill the daemon at N random moments of deployments (100); SEED=n repeats them
 	@mkdir -p "$(STATE)"
 	@$(ENV) INFERD_DEPLOYMENT_KILLS=$(or $(N),100) INFERD_SEED=$(SEED) $(BIN)/python -m pytest --timeout=0 -o cache_dir="$(abspath $(STATE))/pytest" -q -s -k killed tests/integration/test_deployments_real.py $(PYTEST_ARGS)
+
+stops: $(VENV)/.dev ## SIGTERM to the daemon at N random moments (300); SEED=n repeats them
+	@mkdir -p "$(STATE)"
+	@$(ENV) INFERD_STOPS=$(or $(N),300) INFERD_SEED=$(SEED) $(BIN)/python -m pytest --timeout=0 -o cache_dir="$(abspath $(STATE))/pytest" -q -s tests/integration/test_stops.py $(PYTEST_ARGS)
 
 conformance: $(VENV)/.dev ## The public TUF conformance suite, checked out in SUITE, against our client
 	@test -x "$(SUITE)/env/bin/pytest" || { echo "SUITE=PATH: a checkout of the suite, see docs/conformance.md"; exit 2; }

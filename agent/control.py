@@ -37,6 +37,7 @@ from agent.events import EventBus, Severity, Stream
 from agent.gpus import GpuWatch
 from agent.probe import described
 from agent.profile import Choice, Hardware
+from agent.waits import Waits
 
 Roles = frozenset[str]
 Verb = Callable[[dict[str, Any], str], Awaitable[Any]]
@@ -90,7 +91,9 @@ class Control:
         versions: VersionVerbs,
         inspector: Inspector,
         gpus: GpuWatch,
+        waits: Waits,
     ) -> None:
+        self._waits = waits
         self._store = store
         self._versions = versions
         self._box = box
@@ -255,7 +258,7 @@ class Control:
         if not found and wait_s:
             heard = asyncio.Event()
             with self._events.subscribed(lambda _: heard.set()), contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
+                async with self._waits.up_to(wait_s):
                     await heard.wait()
             found = self._events.recent(after=after)
         return [event.plain() for event in found]
@@ -271,7 +274,7 @@ class Control:
         seen = (integer_of(args, "after_step", -1, least=-1), integer_of(args, "after_bytes", -1, least=-1))
         deployment_id = text_of(args, "id")
         try:
-            async with asyncio.timeout(wait_s_of(args) or 0.05):
+            async with self._waits.up_to(wait_s_of(args) or 0.05):
                 record = await self._reconciler.beyond(deployment_id, seen)
         except TimeoutError:
             known = await self._reconciler.find(deployment_id)

@@ -21,6 +21,7 @@ from agent.engine.engine import Engine
 from agent.engine.growth import Bounds
 from agent.errors import CommandError, InvalidInputError, UnknownModelError
 from agent.scales import WORKERS_MAX, Scale, Scales
+from agent.waits import Waits
 
 Verb = Callable[[dict[str, Any], str], Awaitable[Any]]
 
@@ -33,8 +34,15 @@ class VersionVerbs:
     """
 
     def __init__(
-        self, reconciler: Reconciler, engine: Engine, scales: Scales, bounds_of: Callable[[str], Bounds]
+        self,
+        reconciler: Reconciler,
+        engine: Engine,
+        scales: Scales,
+        bounds_of: Callable[[str], Bounds],
+        *,
+        waits: Waits,
     ) -> None:
+        self._waits = waits
         self._reconciler = reconciler
         self._engine = engine
         self._scales = scales
@@ -86,7 +94,7 @@ class VersionVerbs:
         model, version = name_of(args, "model"), version_of(args)
         slots = await self._reconciler.remove(model, version, by_fleet=by_fleet)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(None if by_fleet else wait_s_of(args)):
+            async with asyncio.timeout(None) if by_fleet else self._waits.up_to(wait_s_of(args)):
                 await self._reconciler.removed(slots)
         if not version:
             await asyncio.to_thread(self._scales.change, model, None)

@@ -78,6 +78,7 @@ from agent.telemetry.reporter import Reporter
 from agent.telemetry.status import TelemetryStatus
 from agent.telemetry.timesource import KernelClock, boot_id
 from agent.telemetry.topics import Topics
+from agent.waits import Waits
 from agent.watchdog import Watchdog
 from agent.wire import Limits
 
@@ -280,6 +281,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             on_lost=engine.device_lost,
             on_back=engine.device_back,
         )
+        waits = Waits()
         control = Control(
             box,
             engine=engine,
@@ -288,7 +290,8 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
             events=events,
             telemetry=TelemetryStatus(config.telemetry, outbox, link),
             store=StoreVerbs(config.policy, reconciler=reconciler, watch=watch, sideload=sideload, trust=puller.trust),
-            versions=VersionVerbs(reconciler, engine, scales, specs.bounds_of),
+            versions=VersionVerbs(reconciler, engine, scales, specs.bounds_of, waits=waits),
+            waits=waits,
             inspector=VersionInspector(puller, state_dir),
         )
         keeper = ArenaKeeper(arena, clock=clock, idle_s=config.shared_memory.arena_idle_s)
@@ -347,6 +350,7 @@ async def serve(config: Config, state_dir: Path, early: Mapping[str, Spawned] | 
         sdnotify.notify("STOPPING=1", patience_s=_NOTIFY_PATIENCE_S)
         _log.info("stopping")
         events.emit(Stream.HEALTH, "daemon.stopping")
+        waits.end()
 
 
 async def _first_of(*events: asyncio.Event, timeout_s: float) -> None:

@@ -7,12 +7,9 @@ answer for minutes, which costs that thread and nothing else, and is said. Leave
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
 from functools import partial
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 
 from agent.clock import Clock
 from agent.events import EventBus, Severity, Stream
@@ -20,6 +17,7 @@ from agent.log import get_logger
 from agent.metrics import Metrics
 from agent.nvml import Fault, Reading, Unread
 from agent.profile import Gpu
+from agent.question import Question
 
 _log = get_logger("gpus")
 _ANSWER_TIMEOUT_S: Final = 30.0
@@ -32,49 +30,6 @@ _GAUGES: Final = (
 )
 
 Seen = Mapping[str, Reading | Unread]
-T = TypeVar("T")
-
-
-class Question(Generic[T]):
-    """What a driver is asked, in a thread of its own: no executor's, which is waited for when the process ends.
-
-    While there is no answer the same is not asked again: whoever wants to know waits for that one.
-    """
-
-    def __init__(self, ask: Callable[[], T]) -> None:
-        self._ask = ask
-        self._asked: Future[T] | None = None
-        self._turn = threading.Lock()
-
-    async def answer(self, timeout_s: float) -> T:
-        """Return the answer.
-
-        Raises:
-            TimeoutError: there is none in time.
-        """
-        asked = asyncio.wrap_future(self._pending())
-        done, _ = await asyncio.wait({asked}, timeout=timeout_s)
-        if not done:
-            raise TimeoutError
-        return asked.result()
-
-    def answer_here(self, timeout_s: float) -> T:
-        """Return the answer to a thread that may block; as ``answer``."""
-        return self._pending().result(timeout_s)
-
-    def _pending(self) -> Future[T]:
-        with self._turn:
-            if self._asked is None or self._asked.done():
-                self._asked = Future()
-                self._asked.set_running_or_notify_cancel()  # whoever gives up does not cancel it for the others
-                threading.Thread(target=self._run, args=(self._asked,), name="nvml", daemon=True).start()
-            return self._asked
-
-    def _run(self, asked: Future[T]) -> None:
-        try:
-            asked.set_result(self._ask())
-        except Exception as error:  # noqa: BLE001  whoever asked gets it
-            asked.set_exception(error)
 
 
 class GpuWatch:
@@ -103,7 +58,7 @@ class GpuWatch:
         answer_timeout_s: float = _ANSWER_TIMEOUT_S,
     ) -> None:
         self._gpus = {gpu.uuid: gpu for gpu in gpus if gpu.uuid}
-        self._seen = Question(read)
+        self._seen = Question(read, name="nvml")
         self._interval_s = interval_s
         self._clock = clock
         self._events = events

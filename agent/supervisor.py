@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from agent.backoff import Backoff
+from agent.cancellation import told_to_stop
 from agent.clock import Clock
 from agent.log import get_logger
 
@@ -69,6 +70,9 @@ class Supervisor:
                 await component.run()
                 raise RuntimeError(f"{component.name}: run() returned")
             except Exception as error:  # the one place that restarts whatever failed
+                if told_to_stop():
+                    _log.exception("component failed as it stopped", component=component.name)
+                    raise asyncio.CancelledError from error
                 now = self._clock.monotonic()
                 if now - started > self._cap_s * 2:
                     backoff.reset()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import uvloop
 from onnx import TensorProto, helper, numpy_helper
 
 from agent.arena import Arena
@@ -203,7 +204,17 @@ def mapped(pid: int) -> list[str]:
         return [line for line in maps if "memfd:" in line and "inferd-arena" not in line]
 
 
-async def until(condition: Callable[[], bool], *, limit_s: float = 30.0) -> None:
+def run(story: Callable[[], Awaitable[None]], *, limit_s: float = 300.0) -> None:
+    """Run a story on the daemon's kind of loop; one that waits for what never comes fails instead of hanging."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(limit_s):
+            await story()
+
+    uvloop.run(bounded())
+
+
+async def until(condition: Callable[[], bool], *, limit_s: float = 90.0) -> None:
     """Return once ``condition`` holds; fail if it never does."""
     async with asyncio.timeout(limit_s):
         while not condition():

@@ -26,14 +26,17 @@ from agent.bundles.layout import MANIFEST_FILE
 from agent.bundles.manifest import Manifest, Variant, parse_manifest
 from agent.config import PolicyConfig, StoreConfig
 from agent.errors import AgentError, CommandError, OverloadedError, StateError, TransientError, UntrustedError, by_code
+from agent.log import get_logger
 from agent.profile import Hardware, Profile
 
 ENVELOPE_BYTES_MAX: Final = 64 * 1024
 _LINE_BYTES_MAX: Final = 1024 * 1024
 _SILENCE_S: Final = 600.0  # a child that says nothing for so long is stuck: each of its own waits is far shorter
 _COMMAND_TIMEOUT_S: Final = 120.0
+_END_TIMEOUT_S: Final = 5.0  # for one that was killed: a mount that hangs may hold it
 _MEDIUM_TIMEOUT_S: Final = 120.0  # a mount may hang, and the trust files are held meanwhile
 
+_log = get_logger("puller")
 OnProgress = Callable[[Mapping[str, Any]], None]
 OnRefused = Callable[[str, AgentError, Mapping[str, str]], None]
 
@@ -307,13 +310,20 @@ async def _child() -> AsyncIterator[asyncio.subprocess.Process]:
     except ProcessLookupError:  # it has ended and was reaped
         yield process
         return
+    except OSError:  # no descriptor is left
+        process.kill()
+        raise
     try:
         yield process
     finally:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL)  # by handle: the event loop alone reaps
         os.close(handle)
-        await asyncio.shield(process.wait())
+        try:
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:
+            _log.error("a trust child cannot be killed; it is left to the kernel", pid=process.pid)
 
 
 async def _send(process: asyncio.subprocess.Process, data: bytes) -> None:

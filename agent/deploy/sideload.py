@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -26,6 +27,7 @@ from agent.durable import read_json, write_json
 from agent.errors import AgentError, BundleError, InvalidInputError, StateError, StoreError, TargetNotFoundError
 from agent.events import EventBus, Severity, Stream
 from agent.log import get_logger
+from agent.question import Question
 
 _log = get_logger("deploy.sideload")
 _STAMP: Final = Path("metadata") / "timestamp.json"
@@ -33,6 +35,7 @@ _BEGIN_S: Final = 30.0  # a deployment under way may keep the slot for longer
 _STAMP_BYTES_MAX: Final = 64 * 1024
 _REMEMBERED_MAX: Final = 64
 _REST_S_MAX: Final = 60.0
+_ANSWER_TIMEOUT_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +164,15 @@ class KnownMedia:
         return self._contents
 
 
+def stores_in(folder: Path) -> list[tuple[Path, str]]:
+    """Return the stores that are mounted in ``folder`` or as it, with what tells their content apart."""
+    try:
+        folders = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
+    except OSError:
+        return []  # nothing is mounted
+    return [(place, content) for place in folders if (content := _content(place))]
+
+
 class MediumWatch:
     """The supervised watcher of the folder where media are mounted: that folder, and those in it.
 
@@ -172,8 +184,18 @@ class MediumWatch:
 
     name = "deploy.media"
 
-    def __init__(self, folder: str, sideload: Sideload, known: Known, *, clock: Clock, poll_s: float) -> None:
-        self._folder = Path(folder)
+    def __init__(
+        self,
+        folder: str,
+        sideload: Sideload,
+        known: Known,
+        *,
+        clock: Clock,
+        poll_s: float,
+        look: Callable[[Path], Sequence[tuple[Path, str]]] = stores_in,
+    ) -> None:
+        self._mounted = Question(partial(look, Path(folder)), name="media")
+        self._silent = False
         self._sideload = sideload
         self._known = known
         self._clock = clock
@@ -184,7 +206,7 @@ class MediumWatch:
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
-            for path, content in await asyncio.to_thread(self._stores):  # a bad stick may not answer for long
+            for path, content in await self._stores():
                 rested = self._clock.monotonic() >= self._rests_until.get(path, 0.0)
                 if rested and not self._known.has(content):
                     await self._handle(path, content)
@@ -213,13 +235,17 @@ class MediumWatch:
             forgotten = next(iter(self._failures))
             del self._failures[forgotten], self._rests_until[forgotten]
 
-    def _stores(self) -> list[tuple[Path, str]]:
-        """Return the stores that are mounted, with what tells their content apart."""
+    async def _stores(self) -> Sequence[tuple[Path, str]]:
+        """Return what is mounted; nothing while a bad stick or mount does not answer."""
         try:
-            folders = [self._folder, *sorted(child for child in self._folder.iterdir() if child.is_dir())]
-        except OSError:
-            return []  # nothing is mounted
-        return [(folder, content) for folder in folders if (content := _content(folder))]
+            found = await self._mounted.answer(_ANSWER_TIMEOUT_S)
+        except TimeoutError:
+            if not self._silent:
+                _log.warning("what is mounted for media gives no answer")
+            self._silent = True
+            return ()
+        self._silent = False
+        return found
 
 
 def plain(report: Report) -> dict[str, Any]:

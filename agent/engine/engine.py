@@ -56,10 +56,10 @@ from agent.errors import (
     UnknownModelError,
 )
 from agent.events import EventBus
-from agent.gpus import Question
 from agent.log import get_logger
 from agent.metrics import LATENCY_BUCKETS_S, Metrics
 from agent.nvml import GpuMemory
+from agent.question import Question
 from agent.wire import FIRST_ID, Header, Limits
 
 _SWEEP_S: Final = 0.05
@@ -106,7 +106,7 @@ class Engine:
         self._scratch = scratch
         self._cores = Cores(cores)
         self._groups = Groups(config.memory_cgroup)
-        self._gpus = Question(gpus)
+        self._gpus = Question(gpus, name="nvml")
         self._lost: dict[str, str] = {}  # devices, and why
         self._wire = wire
         self._arena = arena or Arena(bytes_max=0, idle_bytes_max=0)
@@ -204,10 +204,8 @@ class Engine:
                 self._group = None
                 for task in self._tasks:
                     task.cancel()
-                for version in list(self._loaded):
-                    await version.close(timeout_s=0)
-                for zygote in self._zygotes.values():
-                    await zygote.stop()
+                await _side_by_side([version.close(timeout_s=0) for version in self._loaded], "close")
+                await _side_by_side([zygote.stop() for zygote in self._zygotes.values()], "stop a zygote")
                 with contextlib.suppress(OSError):  # who removed it all has done our work
                     for folder in self._scratch.iterdir():  # of workers that wrote while they were killed
                         shutil.rmtree(folder, ignore_errors=True)
@@ -800,6 +798,13 @@ def _status_of(route: Route[Version]) -> Iterator[dict[str, Any]]:
 
 def _queue_length(version: Version) -> float:
     return version.pool.outstanding + version.pool.lanes_waiting if version.pool else 0
+
+
+async def _side_by_side(works: Sequence[Coroutine[Any, Any, None]], name: str) -> None:
+    """Do them all, whatever comes of each: one that hangs takes its time once."""
+    async with asyncio.TaskGroup() as group:
+        for work in works:
+            group.create_task(_contained(work, name), name=name)
 
 
 async def _contained(work: Coroutine[Any, Any, None], name: str) -> None:

@@ -225,6 +225,10 @@ class WorkerLink:
         """SIGKILL the worker; ``on_death`` follows."""
         self.process.kill()
 
+    def give_up(self) -> None:
+        """Take the worker for gone although the kernel does not let it end: a driver holds it. It runs no more."""
+        self._on_exit()
+
     def hang_up(self) -> None:
         """Close our direction of the channel: the worker finishes what it holds, then leaves; ``gone`` is set."""
         with contextlib.suppress(OSError):

@@ -14,11 +14,11 @@ from typing import Final, Protocol
 import psutil
 
 from agent.engine.memory import HOST, Room
-from agent.gpus import Question
 from agent.log import get_logger
 from agent.nvml import Nvml, Reading, Unread
 from agent.probe import processes, readings
 from agent.profile import Hardware
+from agent.question import Question
 
 _log = get_logger("memory")
 _PROC: Final = Path("/proc")
@@ -89,8 +89,8 @@ class NvmlDevices:
         self._names = {gpu.uuid: f"cuda:{gpu.index}" for gpu in hardware.gpus if gpu.uuid}
         self._sizes = {gpu.uuid: gpu.memory_bytes for gpu in hardware.gpus}
         self._silent = False
-        self._readings = Question(lambda: readings(hardware, nvml))
-        self._processes = Question(lambda: processes(hardware, nvml))
+        self._readings = Question(lambda: readings(hardware, nvml), name="nvml")
+        self._processes = Question(lambda: processes(hardware, nvml), name="nvml")
 
     def read(self) -> Mapping[str, tuple[int, int]]:
         """See ``Devices``."""

@@ -9,6 +9,7 @@ Deaths beyond the bound end the pool: ``on_lost`` lets the version take its next
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import shutil
 import tempfile
@@ -677,12 +678,11 @@ class Pool:
     async def _see_off(self, link: WorkerLink) -> None:
         """Let a worker finish and leave; kill it when it does not."""
         link.hang_up()
-        try:
-            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
-                await link.gone.wait()
-        except TimeoutError:
+        if not await _has_gone(link):
             link.kill()
-            await link.gone.wait()
+            if not await _has_gone(link):
+                _log.error("worker cannot be killed; it is left to the kernel", pid=link.process.pid)
+                link.give_up()
         await self._forker.exit_of(link.process)
         if link in self._leaving:  # else the end of the pool has seen it off as well
             self._discard(link)
@@ -746,6 +746,14 @@ class Pool:
             self._crashes.forget()
             self._seat.leave()
             self._owner.pool_lost(self, error)
+
+
+async def _has_gone(link: WorkerLink) -> bool:
+    """Whether a worker goes in time."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+            await link.gone.wait()
+    return link.gone.is_set()
 
 
 def _start_failure(error: AgentError) -> WorkerError:

@@ -19,12 +19,13 @@ import msgpack
 
 from agent.engine.cgroups import Group
 from agent.engine.spawn import Spawned, spawn
-from agent.errors import LoadError, UnloadableError, WorkerDiedError
+from agent.errors import LoadError, UnloadableError
 from agent.log import get_logger
 
 _log = get_logger("zygote")
 _PACKET_BYTES_MAX: Final = 64 * 1024
 _CHANNEL_BUFFER_BYTES: Final = 1 << 20
+_LEAVE_TIMEOUT_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +132,7 @@ class Zygote:
                     descriptors.append(group.procs())
                     theirs_always.callback(os.close, descriptors[-1])
                 socket.send_fds(control, [order], descriptors)
-                ours_on_failure.callback(_close_unused, answer)
+                ours_on_failure.callback(_end_unused, answer)
                 async with asyncio.timeout(self._fork_timeout_s):
                     pid, pidfd = await answer
             except (OSError, TimeoutError) as error:
@@ -164,14 +165,26 @@ class Zygote:
             self._exit_waiters.pop(worker.pid, None)
 
     async def stop(self) -> None:
-        """Close the control channel, upon which the zygote leaves, and collect it."""
+        """Close our direction of the control channel, upon which the zygote leaves, and collect it.
+
+        What it forks until then, because somebody had asked for it, is ended.
+        """
         process, self._process = self._process, None
         if self._spawned is not None:  # never needed
             process, control = self._spawned
             control.close()
-        self._lose(WorkerDiedError("the zygote was stopped"))
+        stopped = LoadError(f"zygote {self.runtime} was stopped")
+        for waiting in self._forks.values():
+            if not waiting.done():
+                waiting.set_exception(stopped)
+        if self._control is not None:
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_WR)
         if process is not None:
             await _collect(process)
+        while self._on_packet():  # what it said last
+            pass
+        self._lose(stopped)
 
     async def start(self) -> None:
         """Start the process unless it runs.
@@ -197,24 +210,26 @@ class Zygote:
                     await self._ready
             except TimeoutError as error:
                 self._process.kill()
-                self._lose(WorkerDiedError("start timed out"))
+                self._lose(LoadError(f"zygote {self.runtime}: start timed out"))
                 raise LoadError(f"zygote {self.runtime} was not ready within {self._start_timeout_s} s") from error
             _log.info("zygote ready", runtime=self.runtime, version=self.runtime_version, pid=self._process.pid)
 
-    def _on_packet(self) -> None:
+    def _on_packet(self) -> bool:
+        """Take one packet; ``False``: there was none."""
         control = self._control
         if control is None:
-            return
+            return False
         try:
             packet, descriptors, _, _ = socket.recv_fds(control, _PACKET_BYTES_MAX, 4)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             packet, descriptors = b"", []
         if not packet:
-            self._lose(WorkerDiedError(f"zygote {self.runtime} died"))
-            return
+            self._lose(LoadError(f"zygote {self.runtime} died"))
+            return False
         self._handle(msgpack.unpackb(packet), descriptors)
+        return True
 
     def _handle(self, message: dict[str, Any], descriptors: list[int]) -> None:
         op = message.get("op")
@@ -231,7 +246,7 @@ class Zygote:
             waiting = self._forks.get(message.get("token", 0))
             if waiting is None or waiting.done():
                 for descriptor in descriptors:
-                    os.close(descriptor)
+                    _end(descriptor)
             elif op == "forked" and descriptors:
                 waiting.set_result((int(message["pid"]), descriptors[0]))
             else:
@@ -250,14 +265,14 @@ class Zygote:
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(error)
 
-    def _lose(self, error: WorkerDiedError) -> None:
+    def _lose(self, error: LoadError) -> None:
         control, self._control = self._control, None
         if control is not None:
             asyncio.get_running_loop().remove_reader(control.fileno())
             control.close()
         for waiting in (self._ready, *self._forks.values()):
             if waiting is not None and not waiting.done():
-                waiting.set_exception(LoadError(str(error)))
+                waiting.set_exception(error)
         if self._process is not None:
             _log.warning("zygote lost; the next fork starts another", runtime=self.runtime)
 
@@ -269,10 +284,17 @@ def _memory_file(data: bytes) -> int:
     return descriptor
 
 
-def _close_unused(answer: asyncio.Future[tuple[int, int]]) -> None:
-    """Close the pidfd of a worker that nobody waits for any more; its closed channel lets it leave."""
+def _end_unused(answer: asyncio.Future[tuple[int, int]]) -> None:
+    """End the worker that came in the moment its caller gave up."""
     if answer.done() and not answer.cancelled() and answer.exception() is None:
-        os.close(answer.result()[1])
+        _end(answer.result()[1])
+
+
+def _end(pidfd: int) -> None:
+    """Kill a worker that nobody waits for: its closed channel would end it only once it has loaded."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.close(pidfd)
 
 
 def _reap(pidfd: int) -> Exit | None:
@@ -287,12 +309,17 @@ def _reap(pidfd: int) -> Exit | None:
     return Exit(signal=status.si_status) if killed else Exit(code=status.si_status)
 
 
-async def _collect(process: subprocess.Popen[bytes], timeout_s: float = 5.0) -> None:
-    """Wait for the process without a thread; kill it when it does not leave."""
-    deadline = asyncio.get_running_loop().time() + timeout_s
+async def _collect(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the process without a thread; kill it when it does not leave, and give it up when that does not help."""
+    killed = False
+    deadline = asyncio.get_running_loop().time() + _LEAVE_TIMEOUT_S
     while process.poll() is None:
         if asyncio.get_running_loop().time() > deadline:
+            if killed:
+                _log.error("zygote cannot be killed; it is left to the kernel", pid=process.pid)
+                return
             process.kill()
+            killed, deadline = True, deadline + _LEAVE_TIMEOUT_S
         await asyncio.sleep(0.01)
 
 

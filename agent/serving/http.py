@@ -169,6 +169,8 @@ class HttpServer:
             _, late = await asyncio.wait(set(self.state.tasks), timeout=_FLUSH_S)
             for task in late:
                 task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=_FLUSH_S)
 
     def _connections(self) -> list[HttpProtocol]:
         return [connection for connection in self.state.connections if isinstance(connection, HttpProtocol)]

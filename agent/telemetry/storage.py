@@ -159,24 +159,28 @@ class StoreThread(Generic[S]):
     def _work(self, opened: asyncio.Future[None]) -> None:
         try:
             store = self._open()
-        except (sqlite3.Error, OSError) as error:
-            self._tell(_resolve, opened, None, StateError(f"{self._name}: {error}"))
+            self._tell(self._noticed, self._observe(store))
+        except Exception as error:  # noqa: BLE001 (it belongs to whoever starts us, on the other thread)
+            known = isinstance(error, sqlite3.Error | OSError)
+            self._tell(_resolve, opened, None, StateError(f"{self._name}: {error}") if known else error)
             self._tell(_resolve, self._ended, None, None)
             return
-        self._tell(self._noticed, self._observe(store))
         self._tell(_resolve, opened, None, None)
-        more = True
-        while more:
-            calls, more = self._gather()
-            while calls:
-                count = _attempt(store, calls)
-                if not count:
-                    count = 1
-                    _alone(store, calls[0], self._name)
-                self._tell(self._deliver, calls[:count], self._observe(store))
-                calls = calls[count:]
-        store.close()
-        self._tell(_resolve, self._ended, None, None)
+        calls: list[_Call[S]] = []
+        try:
+            more = True
+            while more:
+                calls, more = self._gather()
+                while calls:
+                    count = _attempt(store, calls)
+                    if not count:
+                        count = 1
+                        _alone(store, calls[0], self._name)
+                    self._tell(self._deliver, calls[:count], self._observe(store))
+                    calls = calls[count:]
+            store.close()
+        finally:
+            self._tell(self._end, calls)
 
     def _gather(self) -> tuple[list[_Call[S]], bool]:
         """Wait for one call, take what else is there; ``False``: the thread is to end after these."""
@@ -202,6 +206,19 @@ class StoreThread(Generic[S]):
                     {"message": f"{self._name}: a posted call failed", "exception": call.error}
                 )
         self._noticed(observed)
+
+    def _end(self, undone: list[_Call[S]]) -> None:
+        """The thread has ended, or broke on a fault of the store: nobody waits for it any more; on the loop."""
+        self._stopping = True
+        with suppress(Empty):
+            while True:
+                call = self._queue.get_nowait()
+                undone += [call] if call is not None else []
+        for call in undone:
+            if call.answer is not None:
+                _resolve(call.answer, None, StateError(f"{self._name}: not open"))
+        assert self._ended is not None
+        _resolve(self._ended, None, None)
 
     def _tell(self, receive: Callable[..., None], *args: Any) -> None:
         assert self._loop is not None
@@ -255,7 +272,7 @@ def _alone(store: Store, call: _Call[Any], name: str) -> None:
             return
         except sqlite3.Error as error:
             store.rollback()
-            if not repaired and store.repair(error):
+            if not repaired and _repaired(store, error):
                 continue
             if call.otherwise is not None:
                 call.result = call.otherwise(store, error)
@@ -266,6 +283,13 @@ def _alone(store: Store, call: _Call[Any], name: str) -> None:
             store.rollback()
             call.error = error
             return
+
+
+def _repaired(store: Store, error: sqlite3.Error) -> bool:
+    try:
+        return store.repair(error)
+    except (sqlite3.Error, OSError):  # the disk denies a new file, too
+        return False
 
 
 def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -82,13 +82,16 @@ class Zygote:
     def outlast(self) -> None:
         """After ``serve``: see the workers of a dead daemon out; a living one does that itself."""
         self._poll.unregister(self._control)
-        if not self._children or not _has_ended(self._daemon, _NOTICE_S):
-            return
-        deadline = time.monotonic() + _LEAVE_S
+        self._poll.register(self._daemon, select.EPOLLIN)
+        dead, deadline = False, time.monotonic() + _NOTICE_S
         while self._children and (left_s := deadline - time.monotonic()) > 0:
             for pidfd, _ in self._poll.poll(left_s):
-                self._bury(pidfd)
-        for pidfd in self._children:
+                if pidfd in self._children:
+                    self._bury(pidfd)
+                else:
+                    self._poll.unregister(pidfd)
+                    dead, deadline = True, time.monotonic() + _LEAVE_S
+        for pidfd in self._children if dead else ():
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     def _obey(self) -> bool:
@@ -219,11 +222,6 @@ def _keep_only(channel: int) -> None:
     os.dup2(null, 0)
     os.close(null)
     os.dup2(2, 1)
-
-
-def _has_ended(pidfd: int, wait_s: float) -> bool:
-    """Whether the process ends within ``wait_s``."""
-    return bool(select.select([pidfd], [], [], wait_s)[0])
 
 
 def _set_name(name: str) -> None:

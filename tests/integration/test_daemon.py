@@ -218,6 +218,22 @@ def test_deploy_rollback_and_history_by_inferctl(box: Box) -> None:
     assert (models[0]["active"], models[0]["previous"], models[0]["source"]) == ("1.0.0", "2.0.0", "pin")
 
 
+def test_who_follows_a_deployment_does_not_hold_up_a_stop(box: Box) -> None:
+    text = box.config.read_text()
+    box.config.write_text(text.replace("[serving]", "[serving]\ndrain_timeout_s = 600", 1))
+    shutil.rmtree(box.store)
+    box.start()
+    with box.client() as client:
+        (row,) = box.until(lambda: client.call("deployments"), what="the deployment has begun")
+    asked = {"id": row["id"], "after_step": 1 << 40, "wait_s": 60}
+    with socket.socket(socket.AF_UNIX) as follower:
+        follower.settimeout(90)
+        follower.connect(str(box.socket))
+        follower.sendall(b"".join(map(bytes, encode({"kind": "call", "id": 1, "method": "deployment", "args": asked}))))
+        assert box.stop_daemon() == 0
+        assert b"final" in follower.recv(1 << 16)
+
+
 def test_inspect_tells_what_is_inside_a_version_of_this_box(box: Box) -> None:
     box.start()
     box.until_serving()
@@ -384,7 +400,7 @@ def test_kill_9_of_the_daemon_takes_its_workers_along_and_the_next_start_serves(
     children = psutil.Process(box.daemon.pid).children(recursive=True)
     os.kill(box.daemon.pid, signal.SIGKILL)
     box.daemon.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=90)
     assert not alive
     box.start()
     box.until(lambda: box.ask() == (2.0, "1.0.0"), what="an answer")

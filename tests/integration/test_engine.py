@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import uvloop
 
 from agent.clock import SystemClock
 from agent.config import EngineConfig
@@ -31,6 +30,7 @@ from agent.nvml import GpuMemory
 from agent.serving.ports import InferRequest
 from agent.tensors import pack, unpack
 from agent.wire import Header, Limits
+from tests import shared
 from tests.models import FEATURES, scale_version
 
 pytestmark = pytest.mark.integration
@@ -68,7 +68,7 @@ class Bench:
         self.engine.submit(request)
         return request, answer
 
-    async def ask(self, value: float = 1.0, *, version: str | None = None, deadline_s: float = 30.0) -> dict[str, Any]:
+    async def ask(self, value: float = 1.0, *, version: str | None = None, deadline_s: float = 90.0) -> dict[str, Any]:
         entries, buffers = pack({"x": np.full((1, FEATURES), value, dtype=np.float32)})
         body = b"".join(bytes(buffer) for buffer in buffers)
         _, answer = self.request(body, {"tensors": entries}, deadline_s=deadline_s, version=version)
@@ -77,7 +77,7 @@ class Bench:
             header["y"] = float(unpack(header["tensors"], raw)["y"][0, 0])
         return header
 
-    async def say(self, text: str, *, deadline_s: float = 30.0) -> dict[str, Any]:
+    async def say(self, text: str, *, deadline_s: float = 90.0) -> dict[str, Any]:
         _, answer = self.request(text.encode(), {"content_type": "text/plain"}, deadline_s=deadline_s, version=None)
         header, raw = await answer
         if header["kind"] == "result":
@@ -126,12 +126,12 @@ async def bench(
 
 def run(story: Callable[[], Awaitable[None]]) -> None:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    uvloop.run(story())
+    shared.run(story)
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE], "a process is left"
 
 
-async def until(condition: Callable[[], bool], *, turns: int = 3000) -> None:
+async def until(condition: Callable[[], bool], *, turns: int = 9000) -> None:
     for _ in range(turns):
         if condition():
             return

@@ -14,6 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
+from agent.engine.orphans import kill_left
+from agent.engine.version import Version
 from agent.engine.zygote import Zygote
 from agent.errors import LoadError
 from agent.tensors import pack
@@ -151,6 +153,71 @@ def test_a_zygote_that_hangs_is_replaced(tmp_path: Path) -> None:
         await zygote.start()
         assert zygote.pid not in (None, stuck)
         await zygote.stop()
+
+    run(story)
+
+
+def stuck_worker(folder: Path) -> dict[str, Any]:
+    """Return the order for a worker that never gets as far as to hear that its channel closes."""
+    (folder / "scratch").mkdir()
+    worker = scale_version(folder / "bundle", handler="stuck").variants[0].worker
+    return {**worker, "scratch_dir": str(folder / "scratch"), "cores": []}
+
+
+async def give_up(zygote: Zygote, order: dict[str, Any]) -> None:
+    """Ask for a worker and withdraw once the order is with the zygote."""
+    fork = asyncio.create_task(zygote.fork(order))
+    await asyncio.sleep(0)
+    fork.cancel()
+    await asyncio.wait({fork})
+    assert fork.cancelled()
+
+
+def test_a_worker_that_nobody_waits_for_any_more_is_ended_although_it_hangs(tmp_path: Path) -> None:
+    async def story() -> None:
+        zygote = Zygote("onnx")
+        await zygote.start()
+        order = stuck_worker(tmp_path)
+        await give_up(zygote, order)
+        next_one = await zygote.fork(order)  # orders are obeyed one after the other
+        next_one.kill()
+        next_one.close()
+        await until(lambda: not psutil.Process(zygote.pid).children())
+        await zygote.stop()
+
+    run(story)
+
+
+def test_a_zygote_that_is_stopped_in_the_middle_of_a_fork_leaves_no_worker(tmp_path: Path) -> None:
+    async def story() -> None:
+        zygote = Zygote("onnx")
+        await zygote.start()
+        await give_up(zygote, stuck_worker(tmp_path))
+        await zygote.stop()
+        assert not kill_left(tmp_path / "scratch")
+
+    run(story)
+
+
+def test_a_worker_that_hangs_holds_up_the_end_of_no_other_model(tmp_path: Path) -> None:
+    async def story() -> None:
+        gone: list[str] = []
+
+        async def see_go(version: Version) -> None:
+            assert version.pool is not None
+            (link,) = version.pool.links
+            await link.gone.wait()
+            gone.append(version.version)
+
+        async with asyncio.TaskGroup() as group, bench(tmp_path) as box:
+            for number in "1234":
+                spec = scale_version(tmp_path / number, version=number)
+                version = await box.engine.load(spec, beside=True)
+                assert version.pool is not None
+                if number == "2":
+                    os.kill(version.pool.pids[0], signal.SIGSTOP)
+                group.create_task(see_go(version))
+        assert (len(gone), gone[-1]) == (4, "2")
 
     run(story)
 

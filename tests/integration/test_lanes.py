@@ -6,14 +6,13 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvloop
 
 from agent.client import AsyncClient, Client
 from agent.config import ClientLimitConfig, SharedMemoryConfig
@@ -22,16 +21,22 @@ from agent.errors import DeadlineError, InvalidInputError, TensorError, Unavaila
 from agent.tensors import pack
 from agent.wire import Decoder, Frame, encode, encode_head
 from tests.models import scale_version
-from tests.shared import SharedBox, descriptors, double_version, mapped, mean_version, shared_box, slow_version, until
+from tests.shared import (
+    SharedBox,
+    descriptors,
+    double_version,
+    mapped,
+    mean_version,
+    run,
+    shared_box,
+    slow_version,
+    until,
+)
 
 pytestmark = pytest.mark.integration
 
 X = {"x": np.array([[1.0, 2.0]], np.float32)}
 HELD_S = 40.0
-
-
-def run(story: Callable[[], Awaitable[None]]) -> None:
-    uvloop.run(story())
 
 
 async def beside(box: SharedBox, work: Callable[[Client], Any], **options: Any) -> Any:

@@ -86,7 +86,7 @@ def command(name: str = "deploy", args: dict[str, Any] | None = None, **more: An
     return make_command(name, DEPLOY_ARGS if args is None else args, **{**defaults, **more})
 
 
-async def sent(broker: Mosquitto, order: SignedCommand, *, wait_s: float = 20.0) -> tuple[dict[str, Any], list[str]]:
+async def sent(broker: Mosquitto, order: SignedCommand, *, wait_s: float = 90.0) -> tuple[dict[str, Any], list[str]]:
     """Send as the publisher does; return the last reply and the statuses on the way."""
     statuses: list[str] = []
     address = Broker(host=broker.host, port=broker.port)

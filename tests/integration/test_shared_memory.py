@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvloop
 
 from agent.client import AsyncClient, Client
 from agent.config import SharedMemoryConfig
 from agent.errors import OverloadedError, TensorError, TooLargeError
 from agent.tensors import pack, unpack
 from tests.fakes.peer import FramePeer
-from tests.shared import SharedBox, descriptors, double_version, mapped, mean_version, shared_box, until
+from tests.shared import SharedBox, descriptors, double_version, mapped, mean_version, run, shared_box, until
 
 pytestmark = pytest.mark.integration
-
-
-def run(story: Callable[[], Awaitable[None]]) -> None:
-    uvloop.run(story())
 
 
 async def beside(box: SharedBox, work: Callable[[Client], Any], **options: Any) -> Any:

@@ -10,14 +10,13 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +33,7 @@ from tests.shared import (
     mapped,
     mean_version,
     pick_version,
+    run,
     shared_box,
     until,
 )
@@ -41,14 +41,6 @@ from tests.shared import (
 pytestmark = pytest.mark.integration
 
 _BOTH = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-
-
-def run(story: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(120):
-            await story()
-
-    uvloop.run(bounded())
 
 
 @contextmanager

@@ -122,7 +122,7 @@ class Box:
         """Start as after a reboot and stop again once every pointer was tried."""
         await self.reconciler.open()
         running = asyncio.ensure_future(self.reconciler.run())
-        await asyncio.wait_for(self.reconciler.booted.wait(), 20)
+        await asyncio.wait_for(self.reconciler.booted.wait(), 90)
         running.cancel()
         await asyncio.wait({running})
 
@@ -152,7 +152,7 @@ class Box:
             if wish is not None:
                 await self.reconciler.want(wish)
             outcome = asyncio.ensure_future(self.reconciler.outcome(deployment_id))
-            done, _ = await asyncio.wait({running, outcome}, return_when=asyncio.FIRST_COMPLETED, timeout=20)
+            done, _ = await asyncio.wait({running, outcome}, return_when=asyncio.FIRST_COMPLETED, timeout=90)
             assert done, "neither an end nor a failure"
             if outcome in done:
                 return outcome.result()
@@ -807,7 +807,7 @@ def test_a_newer_version_of_the_channel_takes_the_place_of_one_that_is_held_back
         await box.reconciler.open()
         running = asyncio.ensure_future(box.reconciler.run())
         offered = f"file@{digest_of('magika', '1.0.1')[:12]}"
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(90):
             while (record := await box.reconciler.find(offered)) is None or record.state is not State.CONFIRMED:
                 await asyncio.sleep(0)
         assert box.active() == "1.0.1"
@@ -837,7 +837,7 @@ def test_a_channel_that_points_to_an_older_version_is_followed_only_away_from_a_
             await box.reconciler.absorb((await box.store.survey([("files", "magika")])).models)
         running = asyncio.ensure_future(box.reconciler.run())
         offered = f"file@{digest_of('magika', '1.0.0')[:12]}"
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(90):
             while not (await box.reconciler.find(offered) or any(e["type"] == "channel.older" for e in box.events)):
                 await asyncio.sleep(0.01)
         if revoked:
@@ -898,7 +898,7 @@ def test_a_confirmed_version_that_boot_could_not_load_is_loaded_later(tmp_path: 
         assert box.active() is None
         box.behaviour.clear()
         running = asyncio.ensure_future(box.reconciler.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(90):
             while box.active() is None:
                 await asyncio.sleep(0)
         running.cancel()

@@ -50,7 +50,7 @@ async def alive(box: Box) -> AsyncIterator[None]:
     await box.reconciler.open()
     running = asyncio.ensure_future(box.reconciler.run())
     try:
-        await asyncio.wait_for(box.reconciler.booted.wait(), 20)
+        await asyncio.wait_for(box.reconciler.booted.wait(), 90)
         yield
     finally:
         running.cancel()
@@ -110,7 +110,7 @@ def test_a_power_cut_on_the_way_back_does_not_bring_the_revoked_version_back(tmp
         box = await serving_two(tmp_path)
         await box.reconciler.open()
         running = asyncio.ensure_future(box.reconciler.run())
-        await asyncio.wait_for(box.reconciler.booted.wait(), 20)
+        await asyncio.wait_for(box.reconciler.booted.wait(), 90)
         box.journal.cut_in = cut
         await box.reconciler.absorb([news(revoked=("2.0.0",))])
         await asyncio.wait({running}, timeout=0.3)

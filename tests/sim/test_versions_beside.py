@@ -344,7 +344,7 @@ def test_a_model_that_is_wanted_again_comes_back_once_its_removal_is_finished(tm
         box.configured = (Desired(id="file", slot="magika", team="files", version="1.0.0"),)
         await box.restart()
         async with living(box):
-            record = await asyncio.wait_for(box.reconciler.outcome("file"), 20)
+            record = await asyncio.wait_for(box.reconciler.outcome("file"), 90)
             assert record.state is State.CONFIRMED
             assert serving(box) == {"magika": "1.0.0"}
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from tools.demo.ports import free_port
+
 _START_TIMEOUT_S: Final = 20.0
 _STOP_TIMEOUT_S: Final = 10.0
 
@@ -44,7 +46,7 @@ class Mosquitto:
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         self.host = "127.0.0.1"
-        self.port = _free_port()
+        self.port = free_port()
         directory.mkdir(parents=True, exist_ok=True)
         self._configuration = directory / "mosquitto.conf"
         self._configuration.write_text(self._lines() + extra)
@@ -54,6 +56,11 @@ class Mosquitto:
         """What the broker has logged so far."""
         path = self._directory / "mosquitto.log"
         return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
+    def running(self) -> bool:
+        """Whether its process lives."""
+        return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         """Start the broker and return once it accepts connections.
@@ -125,9 +132,3 @@ class Mosquitto:
         if os.geteuid() == 0:
             lines.append("user root")  # else it gives up its rights and cannot write here
         return "\n".join(lines) + "\n"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

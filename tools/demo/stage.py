@@ -25,6 +25,7 @@ from typing import Any, Final, Self
 from agent.client import Client
 from agent.errors import AgentError
 from tools.demo import magika
+from tools.demo.ports import free_port
 
 DEVICE: Final = "demo-box"
 _SOCKET_PATH_MAX: Final = 90  # sun_path is 108 bytes
@@ -260,13 +261,6 @@ class Stage:
             else:
                 return
         raise StepFailedError(f"nothing listens on port {port}")
-
-
-def free_port() -> int:
-    """Return a TCP port of the loopback address that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _end(process: subprocess.Popen[bytes] | None) -> int:

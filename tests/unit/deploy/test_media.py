@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,29 @@ def test_the_mount_path_itself_may_be_the_medium(tmp_path: Path) -> None:
     taker = Taker()
     asyncio.run(looks(tmp_path / "usb", taker, KnownMedia(tmp_path / "known.json")))
     assert taker.taken == ["usb"]
+
+
+def test_a_mount_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    def hang(folder: Path) -> list[tuple[Path, str]]:
+        asked.set()
+        over.wait()
+        return []
+
+    async def main() -> None:
+        known: Any = KnownMedia(tmp_path / "known.json")
+        sideload: Any = Taker()
+        watch = MediumWatch(str(tmp_path), sideload, known, clock=Calendar(0.0), poll_s=0.1, look=hang)
+        watching = asyncio.create_task(watch.run())
+        await asyncio.to_thread(asked.wait, 90.0)
+        watching.cancel()
+        await asyncio.wait({watching})
+
+    life = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+    life.start()
+    life.join(90.0)
+    ended = not life.is_alive()
+    over.set()
+    assert asked.is_set()
+    assert ended

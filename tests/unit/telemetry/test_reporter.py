@@ -78,7 +78,7 @@ def test_metrics_are_reported_and_a_set_clock_is_told(tmp_path: Path) -> None:
                 rows: list[dict[str, Any]] = []
 
                 async def until(kind: str) -> None:
-                    async with asyncio.timeout(20):
+                    async with asyncio.timeout(90):
                         while not any(kind in (row["st"], row.get("type")) for row in rows):
                             rows.extend(await world.stored())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -116,18 +116,56 @@ def test_a_call_is_repeated_after_a_repair() -> None:
     assert store.repaired == 1
 
 
-def test_a_store_that_cannot_be_opened_says_so() -> None:
-    def refuse() -> ListStore:
-        raise sqlite3.OperationalError("unable to open database file")
-
+@pytest.mark.parametrize(
+    ("fault", "told"), [(sqlite3.OperationalError("unable to open"), StateError), (TypeError("a bug"), TypeError)]
+)
+def test_a_store_that_cannot_be_opened_says_so(fault: Exception, told: type[Exception]) -> None:
     async def main() -> None:
-        thread = StoreThread("test", refuse)
-        with pytest.raises(StateError, match="unable to open"):
+        thread = StoreThread("test", lambda: _raise(fault))
+        with pytest.raises(told, match=str(fault)):
             await thread.start()
         await thread.stop()
 
     asyncio.run(main())
 
 
-def _raise(error: Exception) -> None:
+def test_a_store_that_can_be_neither_used_nor_replaced_refuses_and_stops() -> None:
+    class Irreparable(ListStore):
+        def repair(self, error: sqlite3.Error) -> bool:
+            raise sqlite3.OperationalError("unable to open database file")
+
+    async def main() -> None:
+        thread = StoreThread("test", Irreparable)
+        await thread.start()
+        with pytest.raises(StateError, match="disk full"):
+            await thread.call(broken)
+        assert await thread.call(lambda s: s.add("next")) == "next"
+        await thread.stop()
+
+    asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_store_that_breaks_its_thread_holds_up_neither_callers_nor_the_stop() -> None:
+    class Broken(ListStore):
+        def rollback(self) -> None:
+            raise RuntimeError("a bug")
+
+    async def main() -> None:
+        thread = StoreThread("test", Broken)
+        await thread.start()
+        calls = [asyncio.create_task(thread.call(broken)), asyncio.create_task(thread.call(lambda s: s.add(1)))]
+        await asyncio.wait(calls, timeout=90)
+        assert [type(call.exception()) for call in calls] == [StateError, StateError]
+        with pytest.raises(StateError, match="not open"):
+            await thread.call(lambda s: s.add(2))
+        assert not thread.post(lambda s: s.add(3))
+        stop = asyncio.create_task(thread.stop())
+        await asyncio.wait({stop}, timeout=90)
+        assert stop.done()
+
+    asyncio.run(main())
+
+
+def _raise(error: Exception) -> NoReturn:
     raise error
