@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Final
 
 from agent.backoff import Backoff
-from agent.cancellation import told_to_stop
 from agent.clock import Clock, wait_up_to
 from agent.config import DeployConfig
 from agent.deploy.desired import Ending
@@ -200,8 +199,6 @@ class Obtainer:
                         return await self._steps.step(record, Event.WAIT, message=reason), None
         except* (AgentError, OSError) as errors:  # of the journal's disk; whoever keeps the slot tries again
             trouble = errors.exceptions[0]
-        if told_to_stop():
-            raise asyncio.CancelledError
         if trouble is not None:
             raise trouble
         outcome = fetch.result()

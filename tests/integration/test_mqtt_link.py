@@ -299,24 +299,3 @@ def test_whatever_the_broker_sends_only_ends_the_connection(answer: bytes, tmp_p
 
     with scripted(answer) as port:
         asyncio.run(main(port))
-
-
-CONSENT = bytes((0x20, 3, 0, 0, 0))  # CONNACK of MQTT 5
-
-
-def test_a_link_that_breaks_as_it_is_stopped_stops(run: Any, tmp_path: Path) -> None:
-    async def main() -> None:
-        with scripted(CONSENT) as port:
-            device = Device(tmp_path, settings(port, flush_timeout_s=0.0))
-            async with device.outbox.opened():
-                link = asyncio.create_task(device.link.run())
-
-                def describe() -> dict[str, Any]:
-                    link.cancel()
-                    raise OSError("lost in the same turn")
-
-                device.presence.describe = describe
-                await asyncio.wait({link}, timeout=90)
-                assert link.cancelled()
-
-    run(main())
