@@ -10,14 +10,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 from agent.backoff import Backoff
-from agent.cancellation import told_to_stop
 from agent.clock import Clock
 from agent.log import get_logger
 
 _log = get_logger("supervisor")
+_TELL_AGAIN_S: Final = 10.0  # above what a component takes to end
 
 
 class Component(Protocol):
@@ -48,18 +48,24 @@ class Supervisor:
         self._failures_max = failures_max
         self._window_s = window_s
         self._on_restart = on_restart
+        self._stopping = False
         self.restarts: dict[str, int] = {}
 
     @asynccontextmanager
     async def running(self, *components: Component) -> AsyncIterator[None]:
         """Components live exactly as long as the body; one that gives up cancels the body."""
+        self._stopping = False
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._keep(component), name=component.name) for component in components]
             try:
                 yield
             finally:
-                for task in tasks:
-                    task.cancel()
+                self._stopping = True
+                late = set(tasks)
+                while late:  # a TaskGroup of Python 3.11 that fails forgets that it was cancelled: it is told again
+                    for task in late:
+                        task.cancel()
+                    _, late = await asyncio.wait(late, timeout=_TELL_AGAIN_S)
 
     async def _keep(self, component: Component) -> None:
         backoff = Backoff(first_s=self._first_s, cap_s=self._cap_s)
@@ -70,7 +76,7 @@ class Supervisor:
                 await component.run()
                 raise RuntimeError(f"{component.name}: run() returned")
             except Exception as error:  # the one place that restarts whatever failed
-                if told_to_stop():
+                if self._stopping:
                     _log.exception("component failed as it stopped", component=component.name)
                     raise asyncio.CancelledError from error
                 now = self._clock.monotonic()

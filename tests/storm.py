@@ -218,13 +218,19 @@ class Storm:
                 while not stop.wait(0.01):
                     client.call("events", {"wait_s": 30.0, "after": 10**9})
 
+        def for_the_end(stop: threading.Event) -> None:
+            with self._client() as client:
+                while not stop.wait(0.01):
+                    (newest, *_) = client.call("deployments", {"limit": 1})
+                    client.call("deployment", {"id": newest["id"], "after_step": 1 << 40, "wait_s": 30.0})
+
         def as_operator(stop: threading.Event) -> None:
             with self._client() as client:
                 while not stop.wait(0.05):
                     client.status()
                     client.call("selftest", {"model": MODEL})
 
-        return _working(by_frames, by_http, for_events, as_operator)
+        return _working(by_frames, by_http, for_events, for_the_end, as_operator)
 
     def _streamers(self) -> AbstractContextManager[None]:
         url = f"http://127.0.0.1:{self._box.http_port}/predictions/{MODEL}"

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Final
 
 from agent.backoff import Backoff
-from agent.cancellation import told_to_stop
 from agent.clock import wait_up_to
 from agent.deploy.means import Means
 from agent.deploy.pointer import Pointer, target_of
@@ -181,8 +180,6 @@ class Obtainer:
                         return await self._steps.step(record, Event.WAIT, message=reason), None
         except* (AgentError, OSError) as errors:  # of the journal's disk; whoever keeps the slot tries again
             trouble = errors.exceptions[0]
-        if told_to_stop():
-            raise asyncio.CancelledError
         if trouble is not None:
             raise trouble
         outcome = fetch.result()

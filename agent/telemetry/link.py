@@ -20,7 +20,6 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent.backoff import Backoff
-from agent.cancellation import told_to_stop
 from agent.clock import Clock
 from agent.config import TelemetryConfig
 from agent.errors import LinkError
@@ -136,8 +135,6 @@ class MqttLink:
                 await self._connect_once()
             except* (LinkError, OSError) as group:
                 self._note_loss(group)
-            if told_to_stop():
-                raise asyncio.CancelledError
             if self._clock.monotonic() - started > self._config.stable_after_s:
                 backoff.reset()
             await self._clock.sleep(backoff.next())
