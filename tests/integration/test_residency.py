@@ -144,6 +144,7 @@ def test_the_model_that_was_used_the_longest_ago_leaves_for_another(tmp_path: Pa
             versions = {name: await serve(box, model(tmp_path, name)) for name in "abc"}
             for name in ("a", "b", "a", "c"):
                 assert (await ask(box, name))["y"] == 2.0
+                await asyncio.sleep(0.01)  # the loop's clock counts in milliseconds
             assert [name for name in "abc" if versions[name].ready] == ["a", "c"]
             told = [event for event in box.events.recent() if event.type == "model.unloaded"]
             assert [(event.data["model"], event.data["reason"]) for event in told] == [("b", "room for c 1.0.0")]
