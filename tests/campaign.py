@@ -56,7 +56,7 @@ class Outcome:
     @property
     def ended_by_itself(self) -> bool:
         """Whether it ended as it must although its daemon was killed meanwhile: a trial may have ended with it."""
-        return not self.wrong or (self.state, self.code) == ("rolled_back", "boot_failed")
+        return not self.wrong or (self.state == "rolled_back" and self.code in ("boot_failed", "load_failed"))
 
 
 class Campaign(Stage):

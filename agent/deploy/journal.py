@@ -58,8 +58,8 @@ DROP TABLE served;
 COMMIT;
 """,
 }
-# The disk's fault, not the file's; source: sqlite.org/rescode.html.
 _REFUSE: Final = "INSERT OR REPLACE INTO failed VALUES (?, ?, ?, ?)"
+# The disk's fault, not the file's; source: sqlite.org/rescode.html.
 _DISK_FAULTS: Final = frozenset(
     {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
 )

@@ -32,14 +32,20 @@ from agent.errors import (
     CanaryFailedError,
     CanaryImpossibleError,
     CanaryUndecidedError,
+    DeviceLostError,
     IncompatibleError,
+    LoadError,
+    OutOfMemoryError,
     PointerFailedError,
     PolicyError,
     ProbationError,
+    SandboxError,
     SelfTestError,
     StateError,
     StoreError,
+    UnloadableError,
     UntrustedError,
+    WorkerDiedError,
 )
 from agent.events import Severity, Stream
 from agent.log import get_logger
@@ -48,7 +54,8 @@ _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
 _UNDECIDED: Final = CanaryUndecidedError.code
 # What ended a deployment without speaking against its version: it is not remembered as bad.
-_BLAMELESS: Final = TRANSIENT | {SUPERSEDED, _UNDECIDED, TOO_MANY_STEPS}
+_BOXES: Final = (DeviceLostError, LoadError, OutOfMemoryError, SandboxError, WorkerDiedError)  # faults that may pass
+_BLAMELESS: Final = TRANSIENT | {error.code for error in _BOXES} | {SUPERSEDED, _UNDECIDED, TOO_MANY_STEPS}
 
 
 class Performer(Lane):
@@ -98,8 +105,10 @@ class Performer(Lane):
         try:
             if pointer.trial and (self._on_trial or not revoked):
                 pointer = self._begin_start(pointer)
-            if self._on_trial and await self._boot_confirmed(pointer):
-                return
+            if self._on_trial:
+                if await self._boot_confirmed(pointer):
+                    return
+                pointer = self._record_start(pointer, running=True)
             if revoked:  # what serves instead is for the reconciler to say
                 self._host.expect(self.slot, revoked_text(pointer.active.version, revoked))
             elif self.held_until is None:
@@ -126,14 +135,23 @@ class Performer(Lane):
         """Load the version on trial beside the one before, which a restart brought up.
 
         Returns:
-            Code and text of what kept it from being loaded, where it was not; what may pass by itself keeps its code.
+            Code and text of what kept it from being loaded, where it was not: ``boot_failed`` if it is the version's
+            fault.
+
+        Raises:
+            AgentError, OSError: the start cannot be recorded now, and is not made.
         """
+        pointer = self._point(replace(pointer, running=True))
         try:
             self.active = await self._bring_up(pointer.active)
+        except PolicyError as error:
+            return error.code, str(error)
+        except (BundleError, SelfTestError, UnloadableError) as error:
+            self._tell_boot_failed(pointer, error)
+            return BootFailedError.code, str(error)
         except (AgentError, OSError) as error:
             self._tell_boot_failed(pointer, error)
-            code = error.code if isinstance(error, AgentError) else StoreError.code
-            return code if code in TRANSIENT | {PolicyError.code} else BootFailedError.code, str(error)
+            return error.code if isinstance(error, AgentError) else StoreError.code, str(error)
         return "", ""
 
     def _begin_start(self, pointer: Pointer) -> Pointer:
@@ -144,7 +162,8 @@ class Performer(Lane):
         """
         pointer = trial.counted(pointer)
         start = trial.decide(pointer, self._config)
-        pointer = self._record_start(pointer, running=start is trial.Start.NOW)
+        at_once = start is trial.Start.NOW and pointer.previous is None  # else that one is loaded first
+        pointer = self._record_start(pointer, running=at_once)
         if start is trial.Start.NEVER:
             raise StateError(f"{pointer.starts_in_trial} crashes on trial without being confirmed")
         if start is trial.Start.LATER:
@@ -183,7 +202,7 @@ class Performer(Lane):
     def _tell_boot_failed(self, pointer: Pointer, error: Exception) -> None:
         data = {"slot": self.slot, "version": pointer.active.version, "reason": str(error)}
         _log.error("active version does not load", **data)
-        if isinstance(error, BundleError) and not self._revoked(pointer.active.digest):
+        if isinstance(error, BundleError):
             self._refuse_on_disk(pointer.active, error)
         self._events.emit(Stream.HEALTH, "boot.active_failed", Severity.ERROR, **data)
 
@@ -297,7 +316,7 @@ class Performer(Lane):
     async def resume(self, record: Record) -> None:
         """Go on with a deployment that a restart interrupted."""
         ours = self.pointer is not None and self.pointer.active.digest == record.digest
-        if record.state is State.CUTOVER and ours and self.held_until is not None:
+        if record.state is State.CUTOVER and ours and (self.held_until is not None or self._trial_rests):
             await self._steps.step(record, Event.DONE)  # its probation begins once it is started again
             return
         confirmed = ours and self.pointer is not None and not self.pointer.trial
@@ -307,7 +326,7 @@ class Performer(Lane):
             await self._confirm(record, "its pointer was confirmed before the restart")
             return
         code, fault = BootFailedError.code, "it did not survive a restart"
-        if record.state in (State.PROBATION, State.CUTOVER) and ours and self._trial_rests and self.pointer is not None:
+        if record.state is State.PROBATION and ours and self._trial_rests and self.pointer is not None:
             code, fault = await self._try_again(self.pointer)
         loaded = self.active is not None and self._loaded == record.digest
         if record.state in (State.PROBATION, State.CUTOVER) and ours and loaded:
@@ -330,6 +349,11 @@ class Performer(Lane):
             self._end_doubt()
             self.trying = self._on_trial
             await self._discard_candidate()
+
+    @property
+    def serves(self) -> bool:
+        """Whether anything answers: with a version on trial that is yet to be started, the one before."""
+        return self.active is not None or self._before is not None
 
     @property
     def _on_trial(self) -> bool:
@@ -487,10 +511,10 @@ class Performer(Lane):
             self._interfaces[active.digest] = self._bundle.interface
             self._interfaces = {digest: known for digest, known in self._interfaces.items() if digest in named}
             self._trial_began, self.candidate_version = self._candidate.evidence(), ""
-            replaced = self._host.activate(self.slot, self._candidate)
+            replaced, trusted = self._host.activate(self.slot, self._candidate), self._loaded
             self.active, self._candidate, self.held_until = self._candidate, None, None
             self._loaded = record.digest
-            if self._before is None:
+            if self._before is None and confirmed is not None and trusted == confirmed.digest:
                 self._before = replaced
             elif replaced is not None:
                 await self._host.retire(replaced)  # a version that was itself on trial

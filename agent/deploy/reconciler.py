@@ -739,6 +739,8 @@ class Reconciler:
         except AgentError as error:
             _log.warning("still does not load", slot=performer.slot, reason=str(error))
             await self._hinted(hint, _REVIVE_S)
+        else:
+            await self._note_brought_up(performer)
 
     async def _hold(
         self, performer: Performer, hint: asyncio.Event, wish: Desired | None, latest: Record | None, left_s: float
@@ -877,7 +879,8 @@ class Reconciler:
         return Situation(
             wall_s=self._clock.wall(),
             clock_trusted=self._clock_trusted(),
-            serves=any(other.active is not None for other in self._performers.values() if other.model == record.model),
+            serves=any(other.serves for other in self._performers.values() if other.model == record.model)
+            or any(model_of(slot) == record.model for slot in self._to_boot),
             replaces=pointer is not None and pointer.confirmed is not None,
             held_by=self.holds.holder(record.model),
             on_trial=next(iter(sorted(trying - {record.slot})), ""),

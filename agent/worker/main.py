@@ -531,12 +531,12 @@ class Server:
         try:
             if len(part) == 1:
                 outputs = self._runtime.run(part[0].arrays())
-                self._outputs.check(outputs, part[0].rows)
+                self._outputs.check(outputs)
                 return outputs
             rows = sum(request.rows for request in part)
             outputs = self._runtime.run(stacked(part, rows))
-            self._outputs.check(outputs, rows)
-            return outputs
+            self._outputs.check(outputs)
+            return outputs if all(len(array) == rows for array in outputs.values()) else None
         except DeviceLostError:
             raise
         except (OutOfMemoryError, MemoryError) as error:
@@ -552,7 +552,7 @@ class Server:
     def _in_halves(self, request: Request, rows: int) -> Outcome:
         try:
             outputs, fitted = in_halves(request.arrays(), rows, self._runtime.run)
-            self._outputs.check(outputs, rows)
+            self._outputs.check(outputs)
         except DeviceLostError:
             raise
         except Exception as error:  # noqa: BLE001  as above

@@ -280,7 +280,7 @@ def test_a_model_whose_outputs_are_not_as_declared_fails_the_self_test(
     assert f"output 'y': the model returned float32[{rows}, 4], declared is float32[N, 5]" in header["message"]
 
 
-def test_outputs_that_are_not_as_declared_fail_the_requests_that_meet_them(zygote: ZygoteProcess, tmp_path: Path) -> None:
+def test_outputs_that_are_not_as_declared_fail_what_meets_them(zygote: ZygoteProcess, tmp_path: Path) -> None:
     spec = thinning(tmp_path, 4)
     models.golden(spec, {"y": X * 2}, {"x": X}, [{"output": "y", "metric": "allclose"}])
     process = zygote.fork(spec)

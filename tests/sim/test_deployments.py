@@ -118,11 +118,14 @@ class Box:
         await self.journal.close()
         self.reconciler = self._make()
 
-    async def boot(self) -> None:
-        """Start as after a reboot and stop again once every pointer was tried."""
+    async def boot(self, *, until_trial: bool = False) -> None:
+        """Start as after a reboot and stop again once every pointer was tried, or what is on trial is started again."""
         await self.reconciler.open()
         running = asyncio.ensure_future(self.reconciler.run())
-        await asyncio.wait_for(self.reconciler.booted.wait(), 90)
+        async with asyncio.timeout(90):
+            await self.reconciler.booted.wait()
+            while until_trial and (pointer := self.pointer()) is not None and pointer.trial and not pointer.running:
+                await asyncio.sleep(0)
         running.cancel()
         await asyncio.wait({running})
 
@@ -552,11 +555,11 @@ async def on_trial(folder: Path, *, confirmed: bool) -> Box:
     return box
 
 
-async def boot_after(box: Box, ends: str) -> None:
+async def boot_after(box: Box, ends: str, *, until_trial: bool = False) -> None:
     """Start after each end: ``s`` for one that was ordered, ``c`` for a crash."""
     for end in ends:
         await (box.stop() if end == "s" else box.restart())
-        await box.boot()
+        await box.boot(until_trial=until_trial)
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
@@ -564,9 +567,9 @@ async def boot_after(box: Box, ends: str) -> None:
 def test_ends_that_were_ordered_do_not_count_against_a_trial(tmp_path: Path, ends: str, confirmed: bool) -> None:
     async def story() -> None:
         box = await on_trial(tmp_path, confirmed=confirmed)
-        await boot_after(box, ends)
-        assert box.active() == ("1.0.0" if confirmed else "2.0.0")
-        assert box.pointer().starts_in_trial == ends.count("c")
+        await boot_after(box, ends, until_trial=True)
+        assert confirmed or box.active() == "2.0.0"
+        assert (box.pointer().running, box.pointer().starts_in_trial) == (True, ends.count("c"))
         await box.stop()
         box.config = CONFIG
         await box.restart()
@@ -581,14 +584,25 @@ def test_ends_that_were_ordered_do_not_count_against_a_trial(tmp_path: Path, end
 def test_crashes_on_trial_yield_to_the_confirmed_version(tmp_path: Path) -> None:
     async def story() -> None:
         box = await on_trial(tmp_path, confirmed=True)
-        await boot_after(box, "cscscs")
-        assert (box.active(), box.pointer().trial) == ("1.0.0", True)
+        await boot_after(box, "cscscs", until_trial=True)
+        assert box.pointer().trial
         await boot_after(box, "c")
         assert (box.active(), box.pointer().trial) == ("1.0.0", False)
         record = await box.run_until_final(None, "trial")
         assert record.state is State.ROLLED_BACK
         again = await deploy(box, "2.0.0", "again")
         assert again.code == "refused_before"
+
+    run(story())
+
+
+def test_crashes_before_what_is_on_trial_is_started_again_do_not_count_against_it(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = await on_trial(tmp_path, confirmed=True)
+        await boot_after(box, "cccccccc")  # the first one was in its trial
+        pointer = box.pointer()
+        assert (box.active(), pointer.trial, pointer.running, pointer.starts_in_trial) == ("1.0.0", True, False, 1)
+        await box.journal.close()
 
     run(story())
 
@@ -618,7 +632,7 @@ def test_after_a_crash_on_trial_the_confirmed_version_serves_first_and_the_trial
 @pytest.mark.parametrize(
     ("behaviour", "code", "words"),
     [
-        ("unloadable", "boot_failed", "no variant loads"),
+        ("wrong", "boot_failed", "a golden output differs"),
         ("dies", "probation_failed", "worker death"),
         ("late", "probation_failed", "at the same time"),  # nobody knows any more what the version before took
     ],
@@ -632,16 +646,20 @@ def test_a_version_that_is_bad_when_its_trial_begins_anew_is_rolled_back(
         assert (record.state, record.code) == (State.ROLLED_BACK, code)
         assert words in record.message
         assert (box.active(), box.pointer().active.version, box.pointer().trial) == ("1.0.0", "1.0.0", False)
+        assert [digest for _, digest, _ in await box.journal.all_refused()] == [record.digest]
         await box.journal.close()
 
     run(story())
 
 
-def test_a_trial_that_has_no_memory_to_begin_anew_says_nothing_of_its_version(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("behaviour", "code"), [("short", "overloaded"), ("unloadable", "load_failed")])
+def test_a_trial_that_the_box_cannot_begin_anew_says_nothing_of_its_version(
+    tmp_path: Path, behaviour: str, code: str
+) -> None:
     async def story() -> None:
         box = await on_trial(tmp_path, confirmed=True)
-        record = await started_again(box, "short")
-        assert (record.state, record.code, box.active()) == (State.ROLLED_BACK, "overloaded", "1.0.0")
+        record = await started_again(box, behaviour)
+        assert (record.state, record.code, box.active()) == (State.ROLLED_BACK, code, "1.0.0")
         assert not await box.journal.all_refused()
         await box.journal.close()
 

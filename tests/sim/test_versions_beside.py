@@ -6,20 +6,23 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from agent.config import WindowConfig
 from agent.deploy.desired import Desired
 from agent.deploy.plan import Plan
 from agent.deploy.pointer import Pointers
-from agent.deploy.ports import Mark, News
+from agent.deploy.ports import Bundle, Mark, News
 from agent.deploy.slots import slot_of
 from agent.deploy.state import FINAL, State
 from agent.errors import CommandError, NotFoundError, OfflineError
-from tests.fakes.deploy import INTERFACE, digest_of
+from tests.fakes.deploy import INTERFACE, FakeLoaded, digest_of
 from tests.sim.test_canaries import in_canary
-from tests.sim.test_deployments import Box, PowerCutError, deploy, run, wish
+from tests.sim.test_deployments import CONFIG, Box, PowerCutError, deploy, run, wish
 
 pytestmark = pytest.mark.sim
 
@@ -108,6 +111,42 @@ def test_a_bad_version_beside_leaves_the_default_alone_and_is_not_tried_as_the_d
         record = await deploy(box, "2.0.0", "second")
         assert (record.state, record.code) == (State.REJECTED, "refused_before")
 
+    run(story())
+
+
+def test_a_window_counts_also_while_the_default_is_still_loading_after_a_restart(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"])
+        await deploy(box, "1.0.0", "first")
+        opens = datetime.fromtimestamp(box.clock.wall(), UTC) + timedelta(hours=12)
+        window = WindowConfig(start=f"{opens:%H:%M}", end=f"{opens + timedelta(hours=1):%H:%M}", timezone="UTC")
+        box.config = msgspec.structs.replace(CONFIG, windows=(window,))
+        await box.restart()
+        async with living(box):
+            await box.reconciler.want(beside())
+            while (record := await box.reconciler.find(beside().id)) is None or record.state is not waiting:
+                await asyncio.sleep(0)
+        restore, loads, may_load = box.host.restore, asyncio.Event(), asyncio.Event()
+
+        async def slow(slot: str, bundle: Bundle) -> FakeLoaded:
+            loads.set()
+            await may_load.wait()
+            return await restore(slot, bundle)
+
+        box.host.restore = slow  # type: ignore[method-assign]
+        began_s = box.clock.wall()
+        await box.reconciler.open()
+        running = asyncio.ensure_future(box.reconciler.run())
+        await loads.wait()
+        while box.clock.wall() - began_s < 3600:  # it looks at its window again and again meanwhile
+            assert (await box.reconciler.find(beside().id)).state is waiting
+        may_load.set()
+        await box.reconciler.booted.wait()
+        running.cancel()
+        await asyncio.wait({running})
+        await box.journal.close()
+
+    waiting = State.WAITING_WINDOW
     run(story())
 
 
