@@ -53,8 +53,8 @@ from agent.log import get_logger
 _log = get_logger("deploy")
 _TRIAL_POLL_S: Final = 0.1
 _UNDECIDED: Final = CanaryUndecidedError.code
-# What ended a deployment without speaking against its version: it is not remembered as bad.
 _BOXES: Final = (DeviceLostError, LoadError, OutOfMemoryError, SandboxError, WorkerDiedError)  # faults that may pass
+# What ended a deployment without speaking against its version: it is not remembered as bad.
 _BLAMELESS: Final = TRANSIENT | {error.code for error in _BOXES} | {SUPERSEDED, _UNDECIDED, TOO_MANY_STEPS}
 
 
