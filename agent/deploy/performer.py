@@ -21,7 +21,7 @@ from agent.deploy.lane import TOO_MANY_STEPS, Lane
 from agent.deploy.means import Means
 from agent.deploy.pointer import Pointer, Pointers, Target, target_of
 from agent.deploy.ports import Evidence, Host, Loaded
-from agent.deploy.probation import Judgement, Verdict, judge, summary
+from agent.deploy.probation import Judgement, Verdict, judge, samples_min, summary
 from agent.deploy.revocation import revoked_text
 from agent.deploy.rollout import Course, course_of
 from agent.deploy.state import BEFORE_CUTOVER, TRIAL, WAITING, Event, Record, State
@@ -531,12 +531,13 @@ class Performer(Lane):
         if before is not None:  # of all its answers the last minutes' tell how long they take
             before = replace(before, latency=before.recent)
         began, first = self._clock.monotonic(), self._trial_began or Evidence()
-        unknown = self._before is not None and self._trial_began is None  # after a restart: what is late for it?
+        least = samples_min(self._config.probation_calls_min)
+        unknown = before is not None and before.recent.total < least  # how long answers took, as after a restart
         probe_s = max(_TRIAL_POLL_S, self._config.probation_s / max(1, self._config.probation_calls_min) / 2)
         while True:
             elapsed_s, shown = self._clock.monotonic() - began, self.active.evidence().since(first)
             judgement = judge(shown, elapsed_s, self._config, before=before)
-            if self._doubt is not None or judgement.late or unknown:
+            if self._doubt is not None or judgement.late or (unknown and shown.latency.total >= least):
                 unknown = False
                 judgement = self._looked_at_again(judgement)
                 if self._doubt is None:  # its answers from now on count

@@ -81,7 +81,7 @@ def judge_share(
         or lateness_of(now, before, config, course.calls_min)
         or later(copies.durations, copies.originals, config, course.calls_min, "copies")
     )
-    if not reason and copies.compared >= _least(course.calls_min) and copies.agreement < course.agreement_min:
+    if not reason and copies.compared >= samples_min(course.calls_min) and copies.agreement < course.agreement_min:
         reason = (
             f"{copies.agreement:.1%} of {copies.compared} copies agree, {course.agreement_min:.1%} must"
             f" (last: {copies.difference or 'no reason'})"
@@ -121,13 +121,13 @@ def lateness_of(now: Evidence, before: Evidence | None, config: DeployConfig, ca
     """
     if before is None:
         return ""
-    usual = before.latency if before.latency.total >= _least(calls_min) else before.recent
+    usual = before.latency if before.latency.total >= samples_min(calls_min) else before.recent
     return later(now.latency, usual, config, calls_min, "answers") or ""
 
 
 def later(now: Counts, before: Counts, config: DeployConfig, calls_min: int, what: str) -> str | None:
     """Return by how much these durations are too long, empty if they are not; ``None`` if they are too few to say."""
-    if min(now.total, before.total) < _least(calls_min):
+    if min(now.total, before.total) < samples_min(calls_min):
         return None
     q = min(_Q, 1 - 1 / now.total)  # of few answers the last one alone says nothing
     ours_ms, theirs_ms = now.quantile_s(q) * 1000, before.quantile_s(_Q) * 1000
@@ -155,7 +155,8 @@ def summary(now: Evidence, before: Evidence | None, elapsed_s: float, share: flo
     return found
 
 
-def _least(calls_min: int) -> int:
+def samples_min(calls_min: int) -> int:
+    """Return how many durations, or copies, say anything where ``calls_min`` good answers are asked for."""
     low, high = _SAMPLES
     return max(low, min(high, calls_min))
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent.config import DeployConfig
@@ -661,6 +662,19 @@ def test_a_trial_that_the_box_cannot_begin_anew_says_nothing_of_its_version(
         record = await started_again(box, behaviour)
         assert (record.state, record.code, box.active()) == (State.ROLLED_BACK, code, "1.0.0")
         assert not await box.journal.all_refused()
+        await box.journal.close()
+
+    run(story())
+
+
+def test_a_version_is_not_confirmed_for_want_of_something_to_compare_its_latency_with(tmp_path: Path) -> None:
+    async def story() -> None:
+        box = Box(tmp_path, ["1.0.0", "2.0.0"], config=msgspec.structs.replace(CONFIG, probation_calls_min=6))
+        await deploy(box, "1.0.0", "a")  # and a restart: nobody has asked 1.0.0 since
+        box.behaviour["2.0.0"] = "late"
+        record = await box.run_until_final(wish("2.0.0", "b"), "b")
+        assert (record.state, record.code) == (State.ROLLED_BACK, "probation_failed")
+        assert "at the same time" in record.message
         await box.journal.close()
 
     run(story())
