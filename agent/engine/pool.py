@@ -242,6 +242,7 @@ class Pool:
         jobs = list(self.waiting)
         self.waiting.clear()
         self._waiting_bytes = 0
+        self._check_drained()
         return jobs
 
     def evacuate(self) -> list[Job]:

@@ -199,6 +199,29 @@ def test_after_the_cut_over_the_version_before_stands_in_until_the_new_one_is_co
     run(story)
 
 
+def test_a_version_that_hangs_leaves_as_soon_as_the_one_before_has_taken_its_requests(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, deaths_max=100, restart_first_s=3000.0, restart_cap_s=3000.0) as it:
+            candidate = await pair(it, tmp_path)
+            serving = it.engine.activate(candidate)
+            assert serving is not None
+            assert candidate.pool is not None
+            (pid,) = candidate.pool.pids
+            os.kill(pid, signal.SIGSTOP)
+            asked = [asyncio.ensure_future(ask(it)) for _ in range(5)]
+            while candidate.pool.outstanding < len(asked):
+                await asyncio.sleep(0)
+            it.engine.activate(serving)
+            left = asyncio.ensure_future(it.engine.retire(candidate, timeout_s=3000.0))
+            await asyncio.sleep(0)
+            os.kill(pid, signal.SIGKILL)
+            assert {answer["version"] for answer in await asyncio.gather(*asked)} == {"1.0.0"}
+            async with asyncio.timeout(60):
+                await left
+
+    run(story)
+
+
 def test_a_candidate_that_is_kept_beside_as_well_is_on_trial_until_its_own_is_over(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path, deaths_max=100) as it:
